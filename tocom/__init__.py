@@ -1,0 +1,60 @@
+"""The core of ToCom Serve: timm's Vision Transformers at any rate, with deltas.
+
+Pure functions; a model is never patched, mutated or copied per rate. Knows nothing of
+banks, training or serving, which build on it.
+"""
+
+from tocom.backbones import Backbone, bundled_folder, check_supported, load_backbone
+from tocom.cost import Cost, cost
+from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
+from tocom.errors import (
+    BackboneError,
+    BankError,
+    ConfigError,
+    DataError,
+    DeltaError,
+    RateError,
+    ShapeError,
+    StoreError,
+    TocomError,
+    UnsupportedModelError,
+)
+from tocom.merging import Match, match, merge, unmerge
+from tocom.schedule import Plan, Rate, plan, schedule
+from tocom.vit import Trace, forward, forward_features
+
+__all__ = [
+    "AnyDelta",
+    "Backbone",
+    "BackboneError",
+    "BankError",
+    "ConfigError",
+    "Cost",
+    "DataError",
+    "Delta",
+    "DeltaError",
+    "FoldedWeights",
+    "LowRank",
+    "Match",
+    "Plan",
+    "Rate",
+    "RateError",
+    "ShapeError",
+    "StoreError",
+    "TocomError",
+    "Trace",
+    "UnsupportedModelError",
+    "bundled_folder",
+    "check_delta",
+    "check_supported",
+    "cost",
+    "fold",
+    "forward",
+    "forward_features",
+    "load_backbone",
+    "match",
+    "merge",
+    "plan",
+    "schedule",
+    "unmerge",
+]

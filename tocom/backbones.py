@@ -1,0 +1,219 @@
+"""Loading backbones: timm's own schemes, the bundled models, local folders and files.
+
+A backbone is a stock timm Vision Transformer and what one must know to use it. A model
+whose forward is not reproduced here is refused by name, before any picture is seen.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.layers import Attention, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from tocom.errors import BackboneError, UnsupportedModelError
+
+BUNDLED = "bundled:"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded model in evaluation mode.
+
+    Attributes:
+        model: the stock timm model.
+        name: how it was asked for.
+        architecture: timm's name of it, such as `deit_tiny_patch16_224`.
+        class_names: one a class; `class 0` ... where nobody says.
+        source: the rate that the model was tuned at.
+    """
+
+    model: VisionTransformer
+    name: str
+    architecture: str
+    class_names: tuple[str, ...]
+    source: int = 0
+
+    @cached_property
+    def data_config(self) -> dict[str, Any]:
+        """The pictures that the model wants, in timm's words (size, crop, mean, std)."""
+        return dict(resolve_model_data_config(self.model))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights as fp32, whatever precision they were stored in."""
+        return weights_digest(self.model)
+
+
+def load_backbone(
+    name: str,
+    architecture: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """Load a Vision Transformer.
+
+    Args:
+        name: `bundled:NAME` (in this package); a folder with timm's `config.json` and
+            `model.safetensors`; a `.safetensors` file (needs `architecture`); or what timm loads
+            itself: `vit_small_patch16_224.augreg_in21k_ft_in1k`, `timm/...`, `hf-hub:...`,
+            `local-dir:...`.
+        architecture: timm's name of the model, for a bare weights file.
+        device, dtype: where the weights go and what they become there.
+
+    Raises:
+        BackboneError: if it cannot be found or its weights do not fit.
+        UnsupportedModelError: if its forward is not supported here.
+    """
+    if name.startswith(BUNDLED):
+        folder = bundled_folder(name.removeprefix(BUNDLED))
+        model, source = _load_folder(folder, name), _source(folder)
+    elif Path(name).is_dir() or name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        model, source = _load_folder(folder, name), _source(folder)
+    elif name.endswith(".safetensors"):
+        model, source = _load_file(Path(name), architecture), 0
+    else:
+        model, source = _load_timm(name), 0
+    check_supported(model, name)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return Backbone(
+        model=model,
+        name=name,
+        architecture=str(model.pretrained_cfg.get("architecture", architecture or name)),
+        class_names=_class_names(model),
+        source=source,
+    )
+
+
+def bundled_folder(name: str) -> Path:
+    """Return the folder of a bundled model, bank or of `samples`.
+
+    Raises:
+        BackboneError: naming what is bundled.
+    """
+    root = Path(str(resources.files("tocom") / "bundled"))
+    if name not in (names := sorted(path.name for path in root.iterdir() if path.is_dir())):
+        raise BackboneError(f"nothing bundled is called {name!r}; there are: {', '.join(names)}")
+    return root / name
+
+
+def check_supported(model: object, name: str = "the model") -> None:
+    """Raise UnsupportedModelError, naming the part, unless `tocom.forward` reproduces the model."""
+
+    def refuse(what: str) -> None:
+        raise UnsupportedModelError(
+            f"{name}: {what} is not supported. Supported are timm's VisionTransformer and "
+            "VisionTransformerDistilled with plain blocks: class, distillation and register "
+            "tokens, LayerScale, qk-norm, pre-norm, token or average pooling."
+        )
+
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        refuse(f"the class {type(model).__name__}")
+    assert isinstance(model, VisionTransformer)
+    if type(model.patch_embed) is not PatchEmbed:
+        refuse(f"the stem {type(model.patch_embed).__name__}")
+    if model.attn_pool is not None:
+        refuse(f"attention pooling ({type(model.attn_pool).__name__})")
+    if model.global_pool not in ("token", "avg"):
+        refuse(f"global pooling {model.global_pool!r}")
+    for block in model.blocks:
+        if type(block) is not Block:
+            refuse(f"the block {type(block).__name__}")
+        if type(block.attn) is not Attention:
+            refuse(f"the attention {type(block.attn).__name__}")
+        if getattr(block.attn, "gate", None) is not None:
+            refuse("gated attention")
+
+
+def weights_digest(model: VisionTransformer) -> str:
+    """Return SHA-256 over names, shapes and fp32 values of the model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_folder(folder: Path, name: str) -> VisionTransformer:
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except FileNotFoundError as error:
+        raise BackboneError(
+            f"{name}: a model folder holds timm's config.json and model.safetensors; {error}"
+        ) from error
+    except Exception as error:  # timm raises whatever a wrong config.json leads it to
+        raise BackboneError(
+            f"{name}: cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    if model.num_classes != (declared := model.pretrained_cfg["num_classes"]):
+        # timm has left the head at random without a word.
+        raise BackboneError(
+            f"{name}: config.json declares {declared} classes, its model_args {model.num_classes}"
+        )
+    return model
+
+
+def _source(folder: Path) -> int:
+    """Return the tuning rate that our trainer wrote into timm's config.json; 0 elsewhere."""
+    source = json.loads((folder / "config.json").read_text()).get("source_rate", 0)
+    if isinstance(source, bool) or not isinstance(source, int) or source < 0:
+        raise BackboneError(f"{folder}: source_rate must be a whole number from 0, got {source!r}")
+    return source
+
+
+def _load_file(path: Path, architecture: str | None) -> VisionTransformer:
+    if not path.is_file():
+        raise BackboneError(f"there is no weights file {path}")
+    if architecture is None:
+        raise BackboneError(f"{path} holds weights only: say which timm architecture they are of")
+    if not timm.is_model(architecture):
+        raise BackboneError(f"timm knows no architecture {architecture!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            head = file.get_slice("head.weight") if "head.weight" in file.keys() else None  # noqa: SIM118
+            classes = head.get_shape()[0] if head is not None else 0
+        model = timm.create_model(architecture, num_classes=classes)
+        check_supported(model, architecture)  # rather than that its weights do not fit
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise BackboneError(
+            f"{path} does not hold the weights of {architecture}: {error}"
+        ) from error
+    return model
+
+
+def _load_timm(name: str) -> VisionTransformer:
+    spec = f"hf-hub:{name}" if name.startswith("timm/") else name
+    try:
+        return timm.create_model(spec, pretrained=True)
+    except Exception as error:  # timm and the hub raise whatever their transport raises
+        raise BackboneError(
+            f"timm cannot load {name!r} ({type(error).__name__}: {error}). Names are as in "
+            f"timm.list_pretrained('vit_*'), {BUNDLED}NAME, a model folder or a .safetensors file; "
+            "hub models need the network once, then the cache serves."
+        ) from error
+
+
+def _class_names(model: VisionTransformer) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("label_names")
+    if isinstance(names, Mapping):  # timm allows {index: name}, which JSON makes strings
+        names = [names.get(str(i), f"class {i}") for i in range(model.num_classes)]
+    if names and len(names) == model.num_classes:
+        descriptions = model.pretrained_cfg.get("label_descriptions") or {}
+        return tuple(descriptions.get(name, name) for name in names)
+    if model.num_classes > 1 and (subset := infer_imagenet_subset(model)):
+        info = ImageNetInfo(subset)
+        return tuple(info.index_to_description(i) for i in range(model.num_classes))
+    return tuple(f"class {i}" for i in range(model.num_classes))

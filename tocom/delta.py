@@ -1,0 +1,149 @@
+"""Deltas: what is added to a backbone's linear layers for one call.
+
+Two forms with the same answer. `Delta` is low-rank and computed on the fly: for training
+and for rare rates. `FoldedWeights` holds W + ΔW, made once: for serving. Both are plain
+values that go into the forward call; a model is never changed. Where deltas come from
+(banks) is not known here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tocom.errors import DeltaError
+
+#: Target name -> (timm's linear layer within a block, which third of its rows, if it is shared).
+TARGETS: dict[str, tuple[str, int | None]] = {
+    "q": ("attn.qkv", 0),
+    "k": ("attn.qkv", 1),
+    "v": ("attn.qkv", 2),
+    "proj": ("attn.proj", None),
+    "fc1": ("mlp.fc1", None),
+    "fc2": ("mlp.fc2", None),
+}
+
+
+class LowRank(NamedTuple):
+    """A low-rank pair: x -> x downᵀ upᵀ, its scale included."""
+
+    down: Tensor  # [K, in]
+    up: Tensor  # [out, K]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A low-rank change of a model.
+
+    Attributes:
+        pairs: from `blocks.{i}.attn.q` (or k, v, proj; `blocks.{i}.mlp.fc1`, fc2) to its pair.
+        dropout: on the K hidden values; the trainer of a bank asks for it, nobody else.
+    """
+
+    pairs: Mapping[str, LowRank]
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """Weights that stand in for a model's own: from `blocks.{i}.attn.qkv` to W + ΔW [out, in]."""
+
+    weights: Mapping[str, Tensor]
+
+
+AnyDelta: TypeAlias = Delta | FoldedWeights
+
+
+def linear(layer: nn.Linear, name: str, x: Tensor, delta: AnyDelta | None) -> Tensor:
+    """Apply a linear layer of the model as `delta` changes it.
+
+    Args:
+        layer: the model's own layer.
+        name: its name in the model, such as `blocks.0.attn.qkv`.
+        x: [B, N, in].
+        delta: the change; None for the layer as it is.
+
+    Returns:
+        [B, N, out].
+    """
+    if isinstance(delta, FoldedWeights) and (weight := delta.weights.get(name)) is not None:
+        return F.linear(x, weight, layer.bias)
+    y: Tensor = layer(x)
+    if not isinstance(delta, Delta):
+        return y
+    for part, rows in parts(name, layer.out_features):
+        if (pair := delta.pairs.get(part)) is not None:
+            hidden = F.dropout(F.linear(x, pair.down), delta.dropout)
+            y[..., rows] += F.linear(hidden, pair.up)
+    return y
+
+
+def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
+    """Add a low-rank delta to copies of the weights it changes; the model stays as it is.
+
+    Raises:
+        DeltaError: if the delta names a layer that the model lacks, or has another shape.
+    """
+    check_delta(model, delta)
+    weights: dict[str, Tensor] = {}
+    for name, layer in target_layers(model).items():
+        for part, rows in parts(name, layer.out_features):
+            if (pair := delta.pairs.get(part)) is not None:
+                weight = weights.setdefault(name, layer.weight.detach().clone())
+                weight[rows] += (pair.up @ pair.down).to(weight.dtype)
+    return FoldedWeights(weights)
+
+
+def check_delta(model: VisionTransformer, delta: Delta) -> None:
+    """Raise DeltaError unless every pair names a layer of `model` and has its shape."""
+    allowed = {
+        part: (layer.in_features, len(range(*rows.indices(layer.out_features))))
+        for name, layer in target_layers(model).items()
+        for part, rows in parts(name, layer.out_features)
+    }
+    for part, pair in delta.pairs.items():
+        if part not in allowed:
+            raise DeltaError(f"the model has no layer {part!r} that a delta could change")
+        inputs, outputs = allowed[part]
+        rank = pair.down.shape[0]
+        if pair.down.shape != (rank, inputs) or pair.up.shape != (outputs, rank):
+            raise DeltaError(
+                f"{part} takes {inputs} -> {outputs} channels, down [k, {inputs}] and "
+                f"up [{outputs}, k], got {tuple(pair.down.shape)} and {tuple(pair.up.shape)}"
+            )
+
+
+def target_layers(model: VisionTransformer) -> dict[str, nn.Linear]:
+    """Return the model's linear layers that a delta can change, by name, in order of use."""
+    layers = {}
+    for i, block in enumerate(model.blocks):
+        for path in dict.fromkeys(path for path, _ in TARGETS.values()):
+            if path.startswith("attn.") or has_plain_mlp(block):
+                layers[f"blocks.{i}.{path}"] = block.get_submodule(path)
+    return layers
+
+
+def has_plain_mlp(block: Block) -> bool:
+    """Return whether a delta can change the block's MLP: fc1, activation, fc2.
+
+    A gated MLP may call its layers fc1 and fc2 too, but joins them otherwise.
+    """
+    return type(block.mlp) is Mlp
+
+
+def parts(name: str, rows: int) -> Iterator[tuple[str, slice]]:
+    """Yield the targets within a layer and the rows of its output that are theirs.
+
+    `blocks.0.attn.qkv` holds q, k and v, a third each; any other layer is its own target.
+    """
+    room, _, leaf = name.rpartition(".")
+    if leaf != "qkv":
+        yield name, slice(None)
+        return
+    third = rows // 3
+    for i, target in enumerate("qkv"):
+        yield f"{room}.{target}", slice(i * third, (i + 1) * third)

@@ -1,0 +1,175 @@
+"""Token merging: which tokens are alike, and the merge of them.
+
+Works on any tokens [B, N, C]; knows nothing of models. Prefix tokens (class,
+distillation, registers) stand at the front and never merge, however many there are.
+
+Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
+Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tocom.errors import RateError, ShapeError
+
+
+@dataclass(frozen=True)
+class Match:
+    """One block's decision: where every token goes.
+
+    Attributes:
+        kept: [B, M] the input position from which each output token starts.
+        merged: [B, r] input positions that are merged away.
+        into: [B, r] the output token that each of them joins.
+        margin: [B] by how much cosine similarity the closest decision was taken, at most 2;
+            None unless asked for. Near 0, rounding may decide otherwise.
+    """
+
+    kept: Tensor
+    merged: Tensor
+    into: Tensor
+    margin: Tensor | None = None
+
+    @property
+    def assignment(self) -> Tensor:
+        """[B, N] the output token that holds each input token."""
+        batch, kept = self.kept.shape
+        tokens = kept + self.merged.shape[1]
+        out = torch.arange(kept, device=self.kept.device).expand(batch, kept)
+        assignment = self.kept.new_empty(batch, tokens).scatter(1, self.kept, out)
+        return assignment.scatter(1, self.merged, self.into)
+
+
+def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
+    """Bipartite soft matching: pair the `r` most similar tokens of two alternating sets.
+
+    Tokens at even positions form set A, at odd positions set B. Each A token finds its most
+    similar B token; the r best pairs merge. Several A tokens may join one B token.
+
+    Args:
+        metric: [B, N, d] what is compared, by cosine; the mean of the keys over the heads.
+        r: tokens to merge away, in [0, (N - prefix) // 2].
+        prefix: tokens at the front that never merge.
+        margin: also measure how close the decisions were.
+
+    Returns:
+        The match. Output order: prefix tokens, what is left of A in its order (without a prefix
+        in order of falling similarity, as the reference has it), then all of B.
+
+    Raises:
+        RateError: if r is out of range.
+    """
+    batch, tokens, _ = metric.shape
+    if not 0 <= r <= (tokens - prefix) // 2:
+        raise RateError(
+            f"of {tokens} tokens with {prefix} prefix tokens at most "
+            f"{(tokens - prefix) // 2} can merge at once, got {r}"
+        )
+    prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
+    scores = _similarity(metric)  # [B, A, B]
+    scores[:, :prefix_a] = -torch.inf
+    scores[:, :, :prefix_b] = -torch.inf
+    best, partner = scores.max(dim=-1)  # [B, A]
+    order = best.argsort(dim=-1, descending=True)
+    chosen, rest = order[:, :r], order[:, r:]
+    if prefix:
+        rest = rest.sort(dim=-1).values
+
+    # Positions in the input: A's i-th token is 2 i, B's j-th is 2 j + 1.
+    front = torch.arange(prefix, device=metric.device).expand(batch, prefix)
+    rest_a = 2 * rest[:, prefix_a:]
+    rest_b = torch.arange(2 * prefix_b + 1, tokens, 2, device=metric.device)
+    kept = torch.cat([front, rest_a, rest_b.expand(batch, -1)], dim=1)
+    first_b = prefix + rest_a.shape[1]
+    into = first_b + partner.gather(1, chosen) - prefix_b
+    closest = _margin(scores, best, order, r, prefix) if margin else None
+    return Match(kept=kept, merged=2 * chosen, into=into, margin=closest)
+
+
+def merge(x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor]:
+    """Merge tokens: the mean of each group weighted by size; sizes add up.
+
+    Args:
+        x: [B, N, C] tokens.
+        size: [B, N, 1] input tokens that each token stands for; None: one each.
+        match: which tokens merge.
+
+    Returns:
+        Tokens [B, M, C] in the dtype of x and sizes [B, M, 1] in fp32.
+
+    Raises:
+        ShapeError: if x, size and match disagree about the tokens.
+    """
+    tokens = match.kept.shape[1] + match.merged.shape[1]
+    if x.shape[1] != tokens or (size is not None and size.shape != (*x.shape[:2], 1)):
+        raise ShapeError(
+            f"this match is of {tokens} tokens, got x {tuple(x.shape)}"
+            + ("" if size is None else f" and size {tuple(size.shape)}")
+        )
+    # In fp32 whatever x is: bf16 counts to 256 only, and would add up its rounding errors.
+    size = x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if size is None else size.float()
+    total = _sum_groups(x * size, match)
+    merged_size = _sum_groups(size, match)
+    return (total / merged_size).to(x.dtype), merged_size
+
+
+def unmerge(x: Tensor, match: Match) -> Tensor:
+    """Give every input token the value of the group it merged into: [B, M, C] -> [B, N, C].
+
+    Raises:
+        ShapeError: if x has other tokens than the match leaves.
+    """
+    if x.shape[1] != match.kept.shape[1]:
+        raise ShapeError(f"this match leaves {match.kept.shape[1]} tokens, got x {tuple(x.shape)}")
+    return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def follow(source: Tensor, match: Match) -> Tensor:
+    """Carry a source map through one more merge.
+
+    Args:
+        source: [B, N0] the token, of those that enter this merge, that holds each input token.
+        match: this merge.
+
+    Returns:
+        [B, N0] the token after this merge that holds each input token.
+    """
+    return match.assignment.gather(1, source)
+
+
+def _similarity(metric: Tensor) -> Tensor:
+    """Return the cosines of the tokens at even positions with those at odd positions.
+
+    In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
+    """
+    device = metric.device.type
+    autocast = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        metric = F.normalize(metric.detach().float(), dim=-1)
+        return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+
+
+def _sum_groups(x: Tensor, match: Match) -> Tensor:
+    def expand(index: Tensor) -> Tensor:
+        return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+    kept = x.gather(1, expand(match.kept))
+    return kept.scatter_add(1, expand(match.into), x.gather(1, expand(match.merged)))
+
+
+def _margin(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
+    """Return the smallest gap [B] between what was chosen and what came next."""
+    top = scores.topk(min(2, scores.shape[-1]), dim=-1).values
+    partner_gap = top[..., 0] - top[..., -1] if top.shape[-1] == 2 else torch.full_like(best, 2.0)
+    chosen_gap = partner_gap.gather(1, order[:, :r])
+    if chosen_gap.shape[1] == 0:
+        return best.new_full((best.shape[0],), 2.0)
+    ranked = best.gather(1, order)
+    ranked_gap = ranked[:, r - 1 : -1] - ranked[:, r:]
+    if prefix:  # the rest keeps its order; without a prefix its ranks decide the next block's sets
+        ranked_gap = ranked_gap[:, :1]
+    return torch.cat([chosen_gap, ranked_gap], dim=1).amin(dim=1).clamp(max=2.0)

@@ -1,0 +1,187 @@
+"""The forward of a timm Vision Transformer at a rate, with a delta.
+
+A rate is an argument, not a state: the model is read, never written, so requests at
+different rates share one set of weights and may run at once. timm's submodules are
+called, no forward of theirs is copied; at rate 0 without a delta the answer is stock
+timm's. Which models are supported is decided in `backbones.check_supported`.
+
+Does not do: gradient checkpointing, attention masks, timm's intermediate features.
+Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 3.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from tocom.attention import attend
+from tocom.delta import AnyDelta, has_plain_mlp, linear
+from tocom.merging import follow, match, merge
+from tocom.schedule import Plan, Rate, plan
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened to the tokens of a batch.
+
+    Attributes:
+        plan: token counts of every block.
+        size: [B, M, 1] input tokens that each final token stands for, in fp32.
+        source: [B, N] the final token that holds each input token.
+        margin: [B] by how much cosine similarity the closest merge decision was taken;
+            below about 1e-6 another rounding may merge otherwise.
+    """
+
+    plan: Plan
+    size: Tensor
+    source: Tensor
+    margin: Tensor
+
+
+@overload
+def forward(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = ...,
+    delta: AnyDelta | None = ...,
+    trace: Literal[False] = ...,
+    proportional: bool = ...,
+) -> Tensor: ...
+@overload
+def forward(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = ...,
+    delta: AnyDelta | None = ...,
+    *,
+    trace: Literal[True],
+    proportional: bool = ...,
+) -> tuple[Tensor, Trace]: ...
+def forward(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    trace: bool = False,
+    proportional: bool = True,
+) -> Tensor | tuple[Tensor, Trace]:
+    """Return the logits of `images` at `rate`.
+
+    Args:
+        model: a supported timm ViT; not modified.
+        images: [B, 3, H, W], normalised as the model wants.
+        rate: tokens merged per block: an int, `(r, inflection)` or a list; 0 is the stock model.
+        delta: the change of weights to run with, low-rank or folded. It is not checked here,
+            where every batch passes: `check_delta` does it once.
+        trace: also return what happened to the tokens.
+        proportional: merged tokens count in attention by their size. Off for MAE models that
+            run untuned and for models that were trained with merging but without it.
+
+    Returns:
+        Logits [B, classes]; with `trace`, (logits, Trace).
+
+    Raises:
+        RateError: if the rate is malformed.
+    """
+    x, size, traced = _encode(model, images, rate, delta, trace, proportional)
+    logits = head(model, x, size)
+    return (logits, traced) if traced is not None else logits
+
+
+@overload
+def forward_features(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = ...,
+    delta: AnyDelta | None = ...,
+    trace: Literal[False] = ...,
+    proportional: bool = ...,
+) -> Tensor: ...
+@overload
+def forward_features(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = ...,
+    delta: AnyDelta | None = ...,
+    *,
+    trace: Literal[True],
+    proportional: bool = ...,
+) -> tuple[Tensor, Trace]: ...
+def forward_features(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    trace: bool = False,
+    proportional: bool = True,
+) -> Tensor | tuple[Tensor, Trace]:
+    """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
+
+    Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
+    """
+    x, _, traced = _encode(model, images, rate, delta, trace, proportional)
+    return (x, traced) if traced is not None else x
+
+
+def head(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
+    """Return the logits [B, classes] of final tokens x [B, M, D] with sizes [B, M, 1]."""
+    logits: Tensor
+    if isinstance(model, VisionTransformerDistilled) or size is None or model.global_pool != "avg":
+        logits = model.forward_head(x)
+        return logits
+    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    weight = size[:, first:] / size[:, first:].sum(dim=1, keepdim=True)
+    # A merged token stands for all of its patches, so it weighs as many in the mean.
+    pooled = (x[:, first:] * weight).sum(dim=1).to(x.dtype)
+    logits = model.head(model.head_drop(model.fc_norm(pooled)))
+    return logits
+
+
+def _encode(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate,
+    delta: AnyDelta | None,
+    trace: bool,
+    proportional: bool,
+) -> tuple[Tensor, Tensor | None, Trace | None]:
+    x = model.patch_embed(images)
+    x = model._pos_embed(x)  # timm has no public name for it
+    x = model.norm_pre(model.patch_drop(x))
+    batch, tokens, _ = x.shape
+    steps = plan(rate, len(model.blocks), tokens, model.num_prefix_tokens)
+
+    size: Tensor | None = None
+    source = torch.arange(tokens, device=x.device).expand(batch, tokens) if trace else None
+    margin = x.new_full((batch,), 2.0, dtype=torch.float32)
+    for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
+        bias = size if proportional else None
+        y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta)
+        x = x + block.drop_path1(block.ls1(y))
+        if removed:
+            merging = match(keys.mean(dim=1), removed, steps.prefix, margin=trace)
+            x, size = merge(x, size, merging)
+            if source is not None:
+                source = follow(source, merging)
+            if merging.margin is not None:
+                margin = torch.minimum(margin, merging.margin)
+        x = x + block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
+    x = model.norm(x)
+    if source is None:
+        return x, size, None
+    final_size = x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if size is None else size
+    return x, size, Trace(plan=steps, size=final_size, source=source, margin=margin)
+
+
+def _mlp(block: Block, name: str, x: Tensor, delta: AnyDelta | None) -> Tensor:
+    mlp = block.mlp
+    y: Tensor
+    if delta is None or not has_plain_mlp(block):  # other MLPs take no delta: check_delta says so
+        y = mlp(x)
+        return y
+    hidden = mlp.drop1(mlp.act(linear(mlp.fc1, f"{name}.fc1", x, delta)))
+    y = mlp.drop2(linear(mlp.fc2, f"{name}.fc2", mlp.norm(hidden), delta))
+    return y
