@@ -1,0 +1,181 @@
+"""`tocom-bank`: look at banks, publish them, exchange them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from pydantic import JsonValue
+
+from adapters.bank import Bank, BankBackbone
+from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
+from adapters.store import Store, open_bank
+from tocom import TocomError, load_backbone
+
+_BANK = "a bank folder, bundled:NAME, or NAME or NAME@DIGEST in the store"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code: 0; 1 if `verify` found a fault; 2 if the command could not be done.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (TocomError, OSError) as error:
+        print("tocom-bank:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tocom-bank", description="Banks of ToCom plug-ins.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument(
+        "--store",
+        metavar="DIR",
+        type=Store,
+        default=Store(),
+        help="default: $TOCOM_STORE, or ~/.local/share/tocom/store",
+    )
+
+    command = commands.add_parser("inspect", parents=[store], help="show what a bank is")
+    command.add_argument("bank", help=_BANK)
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("list", parents=[store], help="list what is published")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("verify", parents=[store], help="read and hash banks again")
+    command.add_argument("bank", nargs="?", help=f"{_BANK}; default: all in the store")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser(
+        "publish",
+        parents=[store],
+        help="add a bank to the store and make it its name's current one",
+    )
+    command.add_argument("bank", help=_BANK)
+    command.set_defaults(run=_publish)
+
+    command = commands.add_parser("delete", parents=[store], help="remove a bank from the store")
+    command.add_argument("reference", help="NAME or NAME@DIGEST")
+    command.set_defaults(run=_delete)
+
+    command = commands.add_parser(
+        "export", parents=[store], help="write the delta between two rates as a LoRA for PEFT"
+    )
+    command.add_argument("bank", help=_BANK)
+    command.add_argument("folder", help="the new folder, for PeftModel.from_pretrained")
+    command.add_argument("--source", type=int, required=True, help="rate the model was tuned at")
+    command.add_argument("--target", type=int, required=True, help="rate it will run at")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("import", help="make a bank of a checkpoint of the reference")
+    command.add_argument("checkpoint", help=".safetensors or .pth; read as tensors only")
+    command.add_argument("folder", help="the new bank folder")
+    command.add_argument("--name", required=True, help="what the bank is called from now on")
+    command.add_argument(
+        "--backbone", required=True, metavar="MODEL", help="what it was distilled for"
+    )
+    command.add_argument("--architecture", help="timm's name, if MODEL is a .safetensors file")
+    command.add_argument("--max-rate", type=int, help=f"steps; default: {REFERENCE_MAX_RATE}")
+    command.add_argument("--rank", type=int, help="width of a step; default: what the steps leave")
+    command.add_argument("--scale", type=float, default=0.1, help="multiplier; default: 0.1")
+    command.set_defaults(run=_import)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    bank = open_bank(arguments.bank, arguments.store)
+    size = sum(tensor.nbytes for tensor in bank.tensors.values())
+    if arguments.json:
+        info = bank.info.model_dump(mode="json")
+        print(json.dumps(info | {"parameters": bank.parameters, "bytes": size}, indent=2))
+        return
+    rows = list(_rows(bank, size))
+    width = max(len(what) for what, _ in rows)
+    for what, value in rows:
+        print(f"{what:<{width}}  {value}".rstrip())
+
+
+def _rows(bank: Bank, size: int) -> Iterator[tuple[str, str]]:
+    info = bank.info
+    geometry = info.backbone.geometry
+    dtype = str(next(iter(bank.tensors.values())).dtype).removeprefix("torch.")
+    yield "bank", info.name
+    yield "digest", info.digest
+    yield "backbone", f"{info.backbone.architecture}, weights {info.backbone.digest[:12]}"
+    yield (
+        "geometry",
+        f"{geometry.depth} blocks, width {geometry.width}, {geometry.heads} heads, "
+        f"hidden {geometry.hidden}, input {_pixels(geometry.input)} px, "
+        f"patch {_pixels(geometry.patch)} px",
+    )
+    yield "rates", f"0..{info.max_rate} of {info.method}"
+    yield "rank", f"{info.rank} a step"
+    yield "targets", ", ".join(info.targets)
+    yield "scale", f"{info.scale:g}"
+    yield "parameters", f"{bank.parameters:,}"
+    yield "size", f"{size / 1e6:.2f} MB as {dtype}"
+    yield from _notes("training", info.training)
+    yield from _notes("evaluation", info.evaluation)
+
+
+def _notes(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
+    """Yield one row for each value within nested notes."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _notes(f"{name}.{key}", inner)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    for version in arguments.store.versions():
+        print(f"{version.reference}{'  current' if version.current else ''}")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.bank is not None:
+        bank = open_bank(arguments.bank, arguments.store)
+        print(f"{bank.info.name}@{bank.info.digest[:12]} is whole")
+        return 0
+    faults: dict[str, str] = arguments.store.verify()
+    for reference, fault in faults.items():
+        print(f"{reference}: {fault}", file=sys.stderr)
+    print(f"{len(arguments.store.versions())} published, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    print(arguments.store.publish(open_bank(arguments.bank, arguments.store)))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    print(f"{arguments.store.delete(arguments.reference)} is deleted")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    bank = open_bank(arguments.bank, arguments.store)
+    print(export_peft(bank, arguments.source, arguments.target, arguments.folder))
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    backbone = load_backbone(arguments.backbone, arguments.architecture)
+    bank = import_reference(
+        arguments.checkpoint,
+        arguments.name,
+        BankBackbone.of(backbone),
+        max_rate=arguments.max_rate,
+        rank=arguments.rank,
+        scale=arguments.scale,
+    )
+    print(bank.save(arguments.folder))

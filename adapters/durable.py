@@ -1,0 +1,59 @@
+"""Writing that survives a crash: whole or not at all, and still there after a power cut.
+
+For POSIX systems: a rename within a file system is atomic, and a folder is synced like a
+file. What a crash leaves behind is hidden (its name starts with a dot); who owns the folder
+cleans it.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tocom import BankError
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to fill; it becomes `folder` at the end, unless an error came.
+
+    Raises:
+        BankError: if `folder` exists; what is written is never changed.
+    """
+    if folder.exists():
+        raise BankError(f"{folder} exists already and is never overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(folder)
+    beside.mkdir()
+    try:
+        yield beside
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+        beside.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Give a file a new content in one step: a reader sees the old one or the new one."""
+    beside = _beside(path)
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names within a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -1,0 +1,266 @@
+"""A directory of published banks.
+
+Layout: `banks/NAME/DIGEST/` is a version, a bank folder that never changes; the file
+`banks/NAME/current` holds the digest that NAME alone stands for. Changes are serialised by
+a lock on `banks/`, use is shown by a lock on the version's folder; the kernel holds both, so
+they end with their process, however it ends. Locks on folders want a local file system.
+
+Does not know other things that may be published: they get a room beside `banks/`.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.bank import NAME, Bank
+from adapters.durable import replace_file, sync
+from tocom import BankError, StoreError, bundled_folder
+from tocom.backbones import BUNDLED
+
+_CURRENT = "current"
+_VERSION = re.compile(rf"({NAME})/([0-9a-f]{{64}})")
+_REFERENCE = re.compile(rf"({NAME})(?:@([0-9a-f]{{4,64}}))?")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published bank.
+
+    Attributes:
+        name: the bank's name.
+        digest: all 64 digits of it.
+        folder: where it is.
+        current: whether the name alone stands for this version.
+    """
+
+    name: str
+    digest: str
+    folder: Path
+    current: bool
+
+    @property
+    def reference(self) -> str:
+        """How to ask for it: `NAME@DIGEST`, twelve digits of it."""
+        return f"{self.name}@{self.digest[:12]}"
+
+
+class Store:
+    """A store of banks; nothing is made on disk before the first `publish`."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        """Open a store.
+
+        Args:
+            root: its folder; by default `$TOCOM_STORE`, or `~/.local/share/tocom/store`.
+        """
+        default = os.environ.get("TOCOM_STORE") or "~/.local/share/tocom/store"
+        self.root = Path(default if root is None else root).expanduser()
+        self._banks = self.root / "banks"
+
+    def publish(self, bank: Bank | str | Path) -> str:
+        """Add a bank, or a bank folder, and make it what its name stands for.
+
+        A version that is there already stays as it is, its notes (training, evaluation)
+        included. A crash leaves what was published before whole and in its place.
+
+        Returns:
+            The reference `NAME@DIGEST`.
+
+        Raises:
+            BankError: if the folder, or the same version in the store, is faulty.
+        """
+        if not isinstance(bank, Bank):
+            bank = Bank.load(bank)
+        name, digest = bank.info.name, bank.info.digest
+        version = Version(name, digest, self._banks / name / digest, current=True)
+        self._banks.mkdir(parents=True, exist_ok=True)
+        with self._changing():
+            if version.folder.exists():
+                _load(version)
+            else:
+                bank.save(version.folder)
+                sync(self._banks)
+            if self._current(name) != digest:
+                replace_file(version.folder.parent / _CURRENT, f"{digest}\n")
+        return version.reference
+
+    def get(self, reference: str) -> Bank:
+        """Read a bank by `NAME` (its current version) or `NAME@DIGEST` (four digits or more).
+
+        Raises:
+            StoreError: if there is none, or more than one; naming what there is.
+            BankError: if what is stored is faulty.
+        """
+        with self.use(reference) as bank:
+            return bank
+
+    @contextmanager
+    def use(self, reference: str) -> Iterator[Bank]:
+        """Read a bank as `get` does; while the context lasts, no process can delete it."""
+        with ExitStack() as lease:
+            # A deletion holds this lock, so none comes between finding and locking.
+            with self._lock(fcntl.LOCK_SH):
+                version = self.find(reference)
+                lease.enter_context(_flock(version.folder, fcntl.LOCK_SH))
+            yield _load(version)
+
+    def find(self, reference: str) -> Version:
+        """Return the version that a reference names, unread.
+
+        Raises:
+            StoreError: if there is none, or more than one; naming what there is.
+        """
+        match = _REFERENCE.fullmatch(reference)
+        if match is None:
+            raise StoreError(f"a reference is NAME or NAME@DIGEST, got {reference!r}")
+        name, digits = match.groups()
+        versions = self.versions()
+        known = [version for version in versions if version.name == name]
+        if not known:
+            names = ", ".join(sorted({version.name for version in versions})) or "nothing"
+            raise StoreError(f"no bank {name!r} in {self.root}; there is: {names}")
+        found = [v for v in known if (v.digest.startswith(digits) if digits else v.current)]
+        if len(found) != 1:
+            there_is = ", ".join(version.reference for version in known)
+            raise StoreError(f"{reference!r} fits {len(found)} versions; there is: {there_is}")
+        return found[0]
+
+    def versions(self) -> list[Version]:
+        """Return all that is published, by name and digest, unread."""
+        found = []
+        for folder in sorted(self._banks.glob("*/*")):
+            if match := _VERSION.fullmatch(folder.relative_to(self._banks).as_posix()):
+                name, digest = match.groups()
+                found.append(Version(name, digest, folder, digest == self._current(name)))
+        return found
+
+    def verify(self) -> dict[str, str]:
+        """Read and hash everything again.
+
+        Returns:
+            What is wrong, by reference; empty if all is whole.
+        """
+        with self._lock(fcntl.LOCK_SH):
+            versions = self.versions()
+            faults = {v.reference: fault for v in versions if (fault := _fault(v))}
+            for name in sorted({version.name for version in versions}):
+                if not any(version.current for version in versions if version.name == name):
+                    faults[name] = "no version is the current one; publish one of them again"
+        return faults
+
+    def delete(self, reference: str) -> str:
+        """Remove a version.
+
+        Returns:
+            The reference `NAME@DIGEST` of what is gone.
+
+        Raises:
+            StoreError: if there is none, if it is in use, or if it is the current version of a
+                name that has others.
+        """
+        with self._changing():
+            version = self.find(reference)
+            others = [v for v in self.versions() if v.name == version.name and v != version]
+            if version.current and others:
+                raise StoreError(
+                    f"{version.reference} is what {version.name!r} stands for: publish another "
+                    f"version first, such as {others[0].reference}"
+                )
+            doomed = version.folder.with_name(f".{version.digest}.deleted")
+            try:
+                with _flock(version.folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    if version.current:
+                        (version.folder.parent / _CURRENT).unlink()
+                    version.folder.rename(doomed)
+            except BlockingIOError:
+                raise StoreError(f"{version.reference} is in use and stays") from None
+            sync(doomed.parent)
+            shutil.rmtree(doomed)
+        return version.reference
+
+    def _current(self, name: str) -> str:
+        try:
+            return (self._banks / name / _CURRENT).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Be the only one who changes the store; first clean what a crash left behind."""
+        with self._lock(fcntl.LOCK_EX):
+            for leftover in self._banks.glob("*/.*"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+            yield
+
+    @contextmanager
+    def _lock(self, mode: int) -> Iterator[None]:
+        if not self._banks.is_dir():
+            raise StoreError(f"nothing is published in {self.root}")
+        with _flock(self._banks, mode):
+            yield
+
+
+def open_bank(reference: str | Path, store: Store | None = None) -> Bank:
+    """Read a bank from wherever it is.
+
+    Args:
+        reference: a bank folder; `bundled:NAME`, in this package; or what `Store.get` takes. A
+            folder wins over a published bank of the same name.
+        store: where references are looked up; by default the store of `Store()`.
+
+    Raises:
+        BackboneError: if nothing bundled has the name.
+        BankError: if the folder is no bank or a faulty one.
+        StoreError: if the store has no such bank.
+    """
+    with use_bank(reference, store) as bank:
+        return bank
+
+
+@contextmanager
+def use_bank(reference: str | Path, store: Store | None = None) -> Iterator[Bank]:
+    """Read a bank as `open_bank` does; a published one cannot be deleted meanwhile."""
+    text = str(reference)
+    if text.startswith(BUNDLED):
+        yield Bank.load(bundled_folder(text.removeprefix(BUNDLED)))
+    elif isinstance(reference, Path) or os.sep in text or Path(text).is_dir():
+        yield Bank.load(text)
+    else:
+        with (store or Store()).use(text) as bank:
+            yield bank
+
+
+def _load(version: Version) -> Bank:
+    bank = Bank.load(version.folder)
+    if (bank.info.name, bank.info.digest) != (version.name, version.digest):
+        raise BankError(
+            f"{version.folder} holds {bank.info.name}@{bank.info.digest[:12]}, "
+            "which does not belong there"
+        )
+    return bank
+
+
+def _fault(version: Version) -> str:
+    try:
+        _load(version)
+    except BankError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _flock(folder: Path, mode: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, mode)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""Reading the golden cases: numbers of the reference implementations, see oracle/README.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from tocom import Rate
+
+FOLDER = Path(__file__).parent / "oracle"
+
+
+def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the description and the tensors of a case."""
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        return case, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def build(case: dict[str, Any], tensors: dict[str, Tensor]) -> VisionTransformer:
+    """Build the timm model of a case."""
+    classes = {"VisionTransformerDistilled": VisionTransformerDistilled}
+    model = classes.get(case.get("cls", ""), VisionTransformer)(**case["kwargs"])
+    prefix = "weights."
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def rates(case: dict[str, Any]) -> list[Rate]:
+    """Return the rates of a model case; JSON has no tuple, so `[r, t, "inflect"]` stands for it."""
+    return [
+        (rate[0], rate[1]) if isinstance(rate, list) and rate[-1] == "inflect" else rate
+        for rate in case["rates"]
+    ]
