@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from tocom import ConfigError
+from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, presets, read_recipe
+
+KINDS = {
+    "deit-tiny-small-data": (DistillConfig, ["pictures=[{path='a.tar'}]"]),
+    "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
+    "evaluate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
+}
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_loads(preset: str) -> None:
+    kind, overrides = KINDS[preset]
+    assert isinstance(read_recipe(kind, preset, overrides), kind)
+
+
+def test_overrides_reach_into_tables_and_read_toml() -> None:
+    overrides = [
+        "pictures=[{path='a.tar', times=3}]",
+        "loop.steps=7",
+        "name=mine",
+        "targets=['q','fc1']",
+    ]
+    config = read_recipe(DistillConfig, "deit-tiny-small-data", overrides)
+    assert (config.loop.steps, config.name, config.targets) == (7, "mine", ("q", "fc1"))
+    assert config.pictures[0].times == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loop.stepz=3", r"loop\.stepz: Extra inputs are not permitted"),
+        ("loop.steps=0", r"loop\.steps: Input should be greater than 0"),
+        ("loop.steps=many", r"loop\.steps: Input should be a valid integer"),
+        ("name.deeper=1", "name is a value, not a table"),
+        ("loop", "an override is key=value, got 'loop'"),
+        ("targets=['z']", r"targets\.0: Input should be"),
+    ],
+)
+def test_bad_overrides_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(DistillConfig, "deit-tiny-small-data", ["pictures=[{path='a'}]", override])
+
+
+def test_unknown_recipe_names_the_presets() -> None:
+    with pytest.raises(ConfigError, match="no recipe file 'nope'; presets: .*deit-tiny-small-data"):
+        read_recipe(DistillConfig, "nope")
+
+
+def test_broken_toml(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
+        read_recipe(DistillConfig, str(tmp_path / "broken.toml"))

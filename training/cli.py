@@ -1,0 +1,79 @@
+"""`tocom-train`: distil banks, fine-tune models, measure both."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tocom import TocomError
+from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, presets, read_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except TocomError as error:
+        print(f"tocom-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tocom-train", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
+        ("finetune", _finetune, "tune a backbone on a labelled task"),
+        ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "recipe", help=f"a TOML file or a preset ({', '.join(presets())})", metavar="CONFIG"
+        )
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="loop.steps=10")
+        command.add_argument(
+            "--run",
+            dest="folder",
+            type=Path,
+            metavar="DIR",
+            help="run folder (default: runs/NAME); resumed if there",
+        )
+        command.set_defaults(run=run)
+        if name == "finetune":
+            command.add_argument(
+                "--method", choices=["full"], default="full", help="what is tuned (default: full)"
+            )
+    return parser
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from training.distill import distill  # keeps `--help` quick
+
+    config = read_recipe(DistillConfig, arguments.recipe, arguments.overrides)
+    print(distill(config, _folder(arguments, config.name)))
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from training.finetune import finetune
+
+    config = read_recipe(FinetuneConfig, arguments.recipe, arguments.overrides)
+    print(finetune(config, _folder(arguments, config.name)))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from training.evaluate import evaluate
+
+    config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
+    print(evaluate(config, _folder(arguments, config.name)))
+
+
+def _folder(arguments: argparse.Namespace, name: str) -> Path:
+    return arguments.folder or Path("runs") / name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
