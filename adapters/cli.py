@@ -179,3 +179,7 @@ def _import(arguments: argparse.Namespace) -> None:
         scale=arguments.scale,
     )
     print(bank.save(arguments.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -205,7 +205,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         ) from error
     # The reference saves {"model": {name: tensor}}.
     tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise BankError(f"{path} holds no tensors by name, neither at its top nor under 'model'")
     return tensors
 

@@ -81,6 +81,6 @@ if [ "$(uname -s)" = Linux ]; then
     if install --torch-backend "$backend" --dry-run --quiet 2>/dev/null; then
         install --torch-backend "$backend" && exit
     fi
-    say "torch's '$backend' builds are out of reach: taking the default wheel (larger, equally good)"
+    say "torch's '$backend' builds are out of reach; its default wheel, though larger, serves as well"
 fi
 install

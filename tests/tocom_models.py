@@ -1,5 +1,8 @@
 """Small randomly initialised timm models, one of each supported kind."""
 
+import copy
+import functools
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,13 +17,21 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "deit3_small": ("deit3_small_patch16_224", {"init_values": 0.1}),  # LayerScale
     "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "init_values": 0.1}),
     "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "pre_norm": ("vit_tiny_patch16_224", {"pre_norm": True}),  # as CLIP's
     "global_pool": ("vit_tiny_patch16_224", {"global_pool": "avg"}),  # as MAE models fine-tune
     "no_prefix": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
 }
 
 
 def small_model(kind: str = "vit_tiny", seed: int = 0) -> VisionTransformer:
-    """Build a model of `kind` whose weights are all away from their trivial start."""
+    """Return a model of `kind`, the caller's own, with all weights away from a trivial start."""
+    model = copy.deepcopy(_drawn(kind, seed))
+    torch.manual_seed(seed)  # what the caller draws next is the same, drawn or remembered
+    return model
+
+
+@functools.cache
+def _drawn(kind: str, seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
     architecture, arguments = KINDS[kind]
     model = timm.create_model(architecture, **(SMALL | arguments))

@@ -17,6 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TocomError as error:
         print(f"tocom-train: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"tocom-train: {error.name} is not installed: pip install 'tocom-serve[train]'",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -145,8 +145,14 @@ def class_indices(path: str, backbone: Backbone) -> list[int]:
     )
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the rows as a Markdown table."""
+def table(result: dict[str, Any], targets: Sequence[int] = ()) -> str:
+    """Return the rows, or those of the first source at `targets`, as a Markdown table."""
+    first = result["rows"][0]["source"]
+    rows = [
+        row
+        for row in result["rows"]
+        if not targets or (row["source"] == first and row["target"] in targets)
+    ]
     pictures = result["pictures"]
     lines = [
         f"{result['model']}, {pictures['count']} pictures of {pictures['name']}; plain merging / "
@@ -155,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
         "| source | rate | GMACs | tokens left | top-1 % | agreement % | KL (nats) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
+    for row in rows:
         plain, bank = row["plain"], row.get("bank")
         figures = [
             f"{plain[key]:{form}}" + (f" / {bank[key]:{form}}" if bank else "")

@@ -18,7 +18,7 @@ def test_distill_then_evaluate(
     bank = capsys.readouterr().out.strip()
     assert bank == str(tmp_path / "run" / "bank")
     measured = main(
-        ["evaluate", "evaluate", *common, f"bank={bank}", f"pictures.path={pictures}",
+        ["evaluate", "every-rate", *common, f"bank={bank}", f"pictures.path={pictures}",
          "targets=[0, 4]", "--run", str(tmp_path / "measured")]
     )  # fmt: skip
     assert measured == 0

@@ -8,7 +8,7 @@ from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, prese
 KINDS = {
     "deit-tiny-small-data": (DistillConfig, ["pictures=[{path='a.tar'}]"]),
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
-    "evaluate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
+    "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
 }
 
 

@@ -1,0 +1,74 @@
+"""From the bytes of an upload to an RGB picture, or to an error that says what is wrong.
+
+Everything is checked before it costs memory: the format by its content, then the size, then
+the pixels are read. Does not resize or normalise: that is the model's transform.
+"""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
+
+#: Pillow knows some forty formats; a server needs these and none of the others' decoders.
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+#: Longest side : shortest side. Transforms bring the shortest side to the model's size, so that
+#: a line of 20,000 x 1 pixels would become one of a thousand million.
+MAX_ASPECT = 100
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an image, upright and in RGB.
+
+    Args:
+        data: a JPEG, PNG or WebP file; of an animation the first frame is taken.
+        max_pixels: what width x height may be.
+
+    Raises:
+        BadRequestError: if there are no bytes.
+        UnsupportedTypeError: if it is none of the formats.
+        TooLargeError: if it has too many pixels; none of them was decoded then.
+        ImageError: if it is truncated, damaged or far too elongated.
+    """
+    if not data:
+        raise BadRequestError("the image is empty: it has no bytes")
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, max_pixels)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise UnsupportedTypeError("the content is not a JPEG, PNG or WebP image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLargeError(
+            f"the image has far more than the {max_pixels:,} pixels that are allowed"
+        ) from None
+    except (ImageError, TooLargeError):
+        raise
+    except Exception as error:  # Pillow's decoders raise what their formats make them raise
+        raise ImageError(f"the image cannot be decoded: {error}") from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLargeError(
+            f"the image has {width:,} x {height:,} = {width * height:,} pixels; "
+            f"at most {max_pixels:,} are allowed"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"the image is {width:,} x {height:,} pixels; its sides may differ by a factor of "
+            f"{MAX_ASPECT} at most"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey. Pillow would clip all above 255 to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,134 @@
+"""The shapes of questions and answers, as they go over the wire."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ClassifyQuery(BaseModel):
+    """Parameters of a classification; all are optional, none is ignored."""
+
+    # A misspelt rate must not be answered at another one.
+    model_config = ConfigDict(extra="forbid")
+
+    rate: str = Field(
+        default="0",
+        description="tokens merged per block, a whole number from 0 (the stock model) to the "
+        "model's `max_rate`; higher is cheaper",
+        examples=["8"],
+    )
+    model: str | None = Field(default=None, description="model to ask; default: the first")
+    top_k: int | None = Field(default=None, ge=1, description="number of predictions")
+    compensate: bool = Field(
+        default=True, description="make up for the difference of rates with the model's bank"
+    )
+    logits: bool = Field(default=False, description="also return the logits of all classes")
+
+
+class Prediction(BaseModel):
+    """One class and how likely it is."""
+
+    index: int
+    label: str
+    score: float = Field(description="softmax over all classes")
+
+
+class Tokens(BaseModel):
+    """How many tokens there are along the forward."""
+
+    input: int = Field(description="tokens that enter the first block")
+    blocks: list[int] = Field(description="tokens that leave each block")
+    final: int
+
+
+class Timings(BaseModel):
+    """Where the time of a request went, in milliseconds."""
+
+    decode: float = Field(description="decoding and preprocessing")
+    queue: float = Field(description="waiting for a decoder and for the batch")
+    inference: float = Field(description="the forward of the whole batch")
+    total: float = Field(description="from the request's headers to its answer")
+
+
+class Classification(BaseModel):
+    """The answer to a classification."""
+
+    model: str
+    predictions: list[Prediction] = Field(description="most likely first")
+    rate: int = Field(description="rate that the model ran at")
+    source_rate: int = Field(description="rate that the model was tuned at")
+    compensate: bool = Field(description="whether a delta was applied")
+    tokens: Tokens
+    macs: int = Field(description="multiply-adds of one image")
+    macs_ratio: float = Field(description="multiply-adds compared to rate 0")
+    timings_ms: Timings
+    batch_size: int = Field(description="images that ran together")
+    bank_digest: str | None = Field(description="content of the model's bank; null without one")
+    request_id: str
+    logits: list[float] | None = Field(default=None, description="only if asked for")
+
+
+class RateCost(BaseModel):
+    """What a rate costs."""
+
+    rate: int
+    tokens: int = Field(description="tokens that leave the last block")
+    macs: int = Field(description="multiply-adds of one image")
+    macs_ratio: float = Field(description="multiply-adds compared to rate 0")
+
+
+class BankSummary(BaseModel):
+    """Which bank a model is served with."""
+
+    name: str
+    digest: str
+
+
+class ModelSummary(BaseModel):
+    """A served model."""
+
+    name: str
+    backbone: str
+    architecture: str
+    classes: int
+    source_rate: int
+    max_rate: int
+    bank: BankSummary | None
+    rates: list[RateCost]
+
+
+class ModelDetail(ModelSummary):
+    """A served model, with all that is known of it."""
+
+    weights_digest: str = Field(description="SHA-256 of the backbone's weights")
+    class_names: list[str]
+    input_size: tuple[int, int, int] = Field(description="channels, height, width")
+    mean: list[float] = Field(description="of each channel, values in 0..1")
+    std: list[float]
+    evaluation: dict[str, Any] | None = Field(
+        description="what was measured with the bank, if it says so"
+    )
+
+
+class ModelList(BaseModel):
+    """All served models, the default one first."""
+
+    models: list[ModelSummary]
+
+
+class Health(BaseModel):
+    """A server that is well."""
+
+    status: str
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str = Field(description="kind of the error")
+    title: str
+    status: int
+    detail: str = Field(description="what came and what is allowed")
+    instance: str
+    error: str = Field(description="the same as detail")
+    request_id: str

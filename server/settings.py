@@ -1,0 +1,150 @@
+"""What a server is told before it starts: by arguments, environment and a TOML file.
+
+The first that says something wins: arguments, then `TOCOM_` variables, then the file, then
+the defaults, which serve the bundled model.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from tocom import ConfigError
+
+
+class ModelSettings(BaseModel):
+    """One model to serve."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # No slash: clients put names into addresses unquoted.
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="how requests call it"
+    )
+    backbone: str = Field(
+        description="bundled:NAME, a model folder, a .safetensors file or a name that timm loads"
+    )
+    architecture: str | None = Field(
+        default=None, description="timm's name of the model, for a .safetensors file"
+    )
+    bank: str | None = Field(
+        default=None, description="bundled:NAME or a bank folder; without one nothing is repaired"
+    )
+    source: int | None = Field(
+        default=None, ge=0, description="rate that the model was tuned at; default: what it says"
+    )
+
+
+BUNDLED_MODEL = ModelSettings(
+    name="caltech101",
+    backbone="bundled:deit_tiny_caltech101",
+    bank="bundled:deit_tiny_bank",
+)
+
+
+class Settings(BaseSettings):
+    """All settings of a server."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TOCOM_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0: a free one")
+    models: tuple[ModelSettings, ...] = Field(
+        default=(BUNDLED_MODEL,),
+        min_length=1,
+        description="models to serve; requests that name none get the first",
+    )
+    device: str = Field(
+        default="auto", description="where models run: cpu, cuda, cuda:1, ...; auto: a GPU if any"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads of a forward; default: torch's choice"
+    )
+    decode_threads: int = Field(
+        default=2, ge=1, description="threads that decode images beside the forward"
+    )
+    max_body_bytes: int = Field(
+        default=20 * 2**20, ge=1, description="bytes that a request body may have"
+    )
+    # The upper bound is where Pillow itself refuses.
+    max_pixels: int = Field(
+        default=64_000_000, ge=1, le=178_956_970, description="pixels that an image may have"
+    )
+    max_batch: int = Field(default=32, ge=1, description="images in one forward")
+    max_queue: int = Field(
+        default=256, ge=1, description="images taken and not yet answered; beyond: 503"
+    )
+    max_wait_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="how long an idle server lets an image wait for company; 0: not at all",
+    )
+    timeout_ms: int = Field(
+        default=30_000, ge=1, description="from a request's arrival to its answer; beyond: 504"
+    )
+    stall_ms: int = Field(
+        default=60_000, ge=1000, description="a batch that runs longer makes /healthz fail"
+    )
+    top_k: int = Field(default=5, ge=1, description="predictions in an answer if it asks for none")
+    max_top_k: int = Field(default=1000, ge=1, description="predictions that may be asked for")
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
+        default="info", description="least severe message that is logged; info logs each request"
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: tuple[ModelSettings, ...]) -> tuple[ModelSettings, ...]:
+        names = [model.name for model in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name!r}")
+        return models
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Say which sources there are, the strongest first."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(config: str | Path | None = None, **arguments: Any) -> Settings:
+    """Read the settings.
+
+    Args:
+        config: a TOML file; default: the one that TOCOM_CONFIG names, if it does.
+        arguments: settings that win over all other sources.
+
+    Raises:
+        ConfigError: naming the setting and what is wrong with it.
+    """
+    path = config or os.environ.get("TOCOM_CONFIG")
+    if path and not Path(path).is_file():
+        raise ConfigError(f"there is no configuration file {path}")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        return FromFile(**arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"setting {where}: {first['msg']}, got {first['input']!r}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error

@@ -1,0 +1,386 @@
+"""The engine with fake work and a fake clock: no model, no HTTP.
+
+What is submitted before the engine starts is prepared in order by its one decoding thread and
+waits; so nothing here depends on who is faster.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine import Answer, Engine
+from server.errors import DeadlineError, QueueFullError, UnavailableError
+
+#: Seconds that a machine busy with other things may take; nothing here waits that long.
+PATIENCE = 60
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class Double:
+    """Twice the image; notes what ran and refuses batches with a negative image."""
+
+    name: str
+    ran: list[tuple[str, list[float]]] = field(compare=False, default_factory=list)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        values = images[:, 0, 0, 0].tolist()
+        self.ran.append((self.name, values))
+        if min(values) < 0:
+            raise RuntimeError(f"cannot run {min(values):g}")
+        return 2 * images.flatten(1)[:, :1]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def work() -> Double:
+    return Double("work")
+
+
+@pytest.fixture
+def make(clock: Clock) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(**arguments: object) -> Engine:
+        engine = Engine(**{"decode_threads": 1, "threads": 1, "clock": clock, **arguments})
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        if not engine._worker.ident:
+            engine.start()
+        if not engine._closed:
+            engine.stop()
+
+
+def image(value: float) -> Callable[[], Tensor]:
+    return lambda: torch.full((3, 1, 1), float(value))
+
+
+def submit(engine: Engine, work: Double, value: float, deadline: float = math.inf) -> Future:
+    return engine.submit(work, image(value), deadline)
+
+
+def settle(engine: Engine) -> None:
+    """Wait until all that was submitted has been prepared: one thread does it in order."""
+
+    def fail() -> Tensor:
+        raise LookupError
+
+    future = engine.submit(Double("none"), fail, math.inf)
+    assert isinstance(future.exception(timeout=PATIENCE), LookupError)
+
+
+def value(future: "Future[Answer]") -> float:
+    return float(future.result(timeout=PATIENCE).logits)
+
+
+def test_answers_are_those_of_the_images(make, work):
+    engine = make()
+    futures = [submit(engine, work, i) for i in range(10)]
+    engine.start()
+    assert [value(future) for future in futures] == [2 * i for i in range(10)]
+
+
+def test_a_batch_holds_what_waits_up_to_its_limit(make, work):
+    engine = make(max_batch=2)
+    futures = [submit(engine, work, i) for i in range(5)]
+    settle(engine)
+    engine.start()
+    assert [future.result(PATIENCE).batch_size for future in futures] == [2, 2, 2, 2, 1]
+    assert [values for _, values in work.ran] == [[0, 1], [2, 3], [4]]
+
+
+def test_equal_works_share_batches_and_others_do_not(make):
+    ran: list[tuple[str, list[float]]] = []
+    engine = make()
+    for i, name in enumerate("abab"):
+        submit(engine, Double(name, ran), i)
+    settle(engine)
+    engine.start()
+    engine.stop()
+    assert ran == [("a", [0, 2]), ("b", [1, 3])]
+
+
+def test_the_queue_with_the_earliest_deadline_goes_first(make, clock):
+    ran: list[tuple[str, list[float]]] = []
+    engine = make(max_batch=2)
+    for i, (name, seconds) in enumerate([("a", 30), ("b", 20), ("a", 10), ("b", 40), ("a", 50)]):
+        submit(engine, Double(name, ran), i, clock.now + seconds)
+    settle(engine)
+    engine.start()
+    engine.stop()
+    # Within a queue too: 2 is due before 0.
+    assert ran == [("a", [2, 0]), ("b", [1, 3]), ("a", [4])]
+
+
+def test_of_equal_deadlines_the_oldest_goes_first(make):
+    ran: list[tuple[str, list[float]]] = []
+    engine = make()
+    for i, name in enumerate("bac"):
+        submit(engine, Double(name, ran), i)
+    settle(engine)
+    engine.start()
+    engine.stop()
+    assert [name for name, _ in ran] == ["b", "a", "c"]
+
+
+def test_only_the_guilty_of_a_failing_batch_fails(make, work):
+    engine = make()
+    futures = [submit(engine, work, i) for i in (1, -2, 3)]
+    settle(engine)
+    engine.start()
+    assert value(futures[0]) == 2
+    with pytest.raises(RuntimeError, match="cannot run -2"):
+        futures[1].result(PATIENCE)
+    assert value(futures[2]) == 6
+    assert [values for _, values in work.ran] == [[1, -2, 3], [1], [-2], [3]]
+
+
+def test_an_image_that_fits_no_batch_fails_alone(make, work):
+    engine = make()
+    good = submit(engine, work, 1)
+    bad = engine.submit(work, lambda: torch.zeros(3, 9, 9), math.inf)
+    odd = engine.submit(work, lambda: torch.zeros(0), math.inf)
+    settle(engine)
+    engine.start()
+    assert value(good) == 2
+    assert bad.result(PATIENCE).batch_size == 1
+    with pytest.raises(IndexError):
+        odd.result(PATIENCE)
+
+
+def test_a_forward_that_returns_too_little_is_an_error(make):
+    engine = make()
+    future = engine.submit(lambda images: images[:0], image(1), math.inf)
+    engine.start()
+    with pytest.raises(ValueError, match="shorter"):
+        future.result(PATIENCE)
+
+
+def test_an_image_that_cannot_be_prepared_fails_alone(make, work):
+    engine = make()
+    good = submit(engine, work, 1)
+    settle(engine)  # its own image cannot be prepared
+    engine.start()
+    assert value(good) == 2
+
+
+def test_what_is_late_is_dropped_before_inference(make, work, clock):
+    engine = make()
+    late = submit(engine, work, 1, clock.now + 1)
+    in_time = submit(engine, work, 2, clock.now + 9)
+    settle(engine)
+    clock.now += 5
+    engine.start()
+    with pytest.raises(DeadlineError, match="before inference began"):
+        late.result(PATIENCE)
+    assert value(in_time) == 4
+    assert work.ran == [("work", [2])]
+
+
+def test_what_is_late_is_not_even_prepared(make, work, clock):
+    engine = make()
+    go = threading.Event()
+    engine.submit(work, partial(go.wait, PATIENCE), math.inf)
+    prepared: list[bool] = []
+    late = engine.submit(work, lambda: prepared.append(True) or image(1)(), clock.now + 1)
+    clock.now += 5
+    go.set()
+    with pytest.raises(DeadlineError):
+        late.result(PATIENCE)
+    assert not prepared
+
+
+def test_what_is_given_up_is_dropped_before_inference(make, work):
+    engine = make()
+    futures = [submit(engine, work, i) for i in range(3)]
+    settle(engine)
+    assert futures[1].cancel()
+    engine.start()
+    assert [value(futures[0]), value(futures[2])] == [0, 4]
+    assert work.ran == [("work", [0, 2])]
+    with pytest.raises(CancelledError):
+        futures[1].result(PATIENCE)
+
+
+def test_what_is_given_up_while_it_is_prepared_does_not_run(make, work):
+    engine = make()
+    begun, go = threading.Event(), threading.Event()
+
+    def slow() -> Tensor:
+        begun.set()
+        go.wait(PATIENCE)
+        return image(1)()
+
+    future = engine.submit(work, slow, math.inf)
+    assert begun.wait(PATIENCE)
+    assert future.cancel()
+    go.set()
+    engine.start()
+    engine.stop()
+    assert work.ran == []
+
+
+def test_a_running_forward_is_not_given_up(make):
+    engine = make()
+    begun, go = threading.Event(), threading.Event()
+
+    def run(images: Tensor) -> Tensor:
+        begun.set()
+        go.wait(PATIENCE)
+        return images.flatten(1)
+
+    engine.start()
+    future = engine.submit(run, image(1), math.inf)
+    assert begun.wait(PATIENCE)
+    assert not future.cancel()
+    go.set()
+    assert future.result(PATIENCE).batch_size == 1
+
+
+def test_places_are_bounded_and_come_free(make, work):
+    engine = make(max_queue=2)
+    first, second = submit(engine, work, 1), submit(engine, work, 2)
+    with pytest.raises(QueueFullError, match="all 2 places in the queue are taken"):
+        submit(engine, work, 3)
+    with pytest.raises(QueueFullError):
+        engine.check_room()
+    first.cancel()
+    third = submit(engine, work, 3)
+    engine.start()
+    assert [value(second), value(third)] == [4, 6]
+    engine.check_room()
+
+
+def test_a_full_queue_says_when_to_come_back(make, clock):
+    engine = make(max_queue=4)
+
+    def slow(images: Tensor) -> Tensor:
+        clock.now += 3 * len(images)
+        return images.flatten(1)
+
+    engine.start()
+    answer = engine.submit(slow, image(1), math.inf).result(PATIENCE)
+    assert answer.inference == 3
+    go = threading.Event()
+    for _ in range(4):
+        engine.submit(slow, partial(go.wait, PATIENCE), math.inf)
+    with pytest.raises(QueueFullError) as raised:
+        engine.check_room()
+    assert raised.value.retry_after == 12  # 4 images, 3 seconds each
+    go.set()
+
+
+def test_times_are_told(make, clock):
+    engine = make()
+
+    def prepare() -> Tensor:
+        clock.now += 1
+        return image(1)()
+
+    def run(images: Tensor) -> Tensor:
+        clock.now += 4
+        return images.flatten(1)
+
+    future = engine.submit(run, prepare, math.inf)
+    settle(engine)
+    clock.now += 2
+    engine.start()
+    answer = future.result(PATIENCE)
+    assert (answer.decode, answer.queue, answer.inference) == (1, 2, 4)
+
+
+def test_the_worker_survives_its_own_errors(make, work, monkeypatch, caplog):
+    engine = make()
+    run = engine._run
+    monkeypatch.setattr(engine, "_run", lambda jobs: 1 / 0)
+    lost = submit(engine, work, 1)
+    engine.start()
+    with pytest.raises(ZeroDivisionError):
+        lost.result(PATIENCE)
+    assert "goes on after an error of its own" in caplog.text
+    monkeypatch.setattr(engine, "_run", run)
+    assert value(submit(engine, work, 2)) == 4
+
+
+def test_silence_grows_while_a_batch_runs(make, clock):
+    engine = make()
+    heard: list[float] = []
+
+    def run(images: Tensor) -> Tensor:
+        clock.now += 7
+        heard.append(engine.silence)
+        return images.flatten(1)
+
+    engine.start()
+    engine.submit(run, image(1), math.inf).result(PATIENCE)
+    assert heard == [7]
+
+
+def test_stopping_answers_what_has_come_and_refuses_what_comes(make, work):
+    engine = make(max_batch=1)
+    futures = [submit(engine, work, i) for i in range(5)]
+    engine.start()
+    assert engine.running
+    engine.stop()
+    assert [future.done() for future in futures] == [True] * 5
+    assert not engine.running
+    with pytest.raises(UnavailableError, match="shutting down"):
+        submit(engine, work, 1)
+
+
+def test_an_idle_worker_waits_for_company_if_told_to(make, work):
+    engine = make(max_batch=2, max_wait=30)
+    engine.start()
+    first = submit(engine, work, 1)
+    second = submit(engine, work, 2)
+    # Long before its 30 seconds are over the batch is full.
+    assert first.result(PATIENCE).batch_size == second.result(PATIENCE).batch_size == 2
+
+
+def test_a_stop_ends_the_wait_for_company(make, work):
+    engine = make(max_batch=2, max_wait=30)
+    engine.start()
+    future = submit(engine, work, 1)
+    engine.stop()
+    assert value(future) == 2
+
+
+def test_forwards_run_without_gradients_and_with_their_own_threads(make):
+    seen: list[tuple[bool, int]] = []
+    prepared: list[int] = []
+
+    def run(images: Tensor) -> Tensor:
+        seen.append((torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        return images.flatten(1)
+
+    def prepare() -> Tensor:
+        prepared.append(torch.get_num_threads())
+        return image(1)()
+
+    engine = make(threads=3)
+    engine.start()
+    engine.submit(run, prepare, math.inf).result(PATIENCE)
+    engine.submit(run, prepare, math.inf).result(PATIENCE)
+    assert seen == [(True, 3)] * 2
+    assert prepared == [1, 1]

@@ -1,0 +1,111 @@
+"""Many clients at once over real HTTP: each gets what its image gets alone."""
+
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from torch import Tensor
+
+from server import create_app
+from server.images import decode
+from tests.server.conftest import MAX_RATE, picture, png
+from tocom import forward
+from tocom.backbones import weights_digest
+
+PICTURES = [png(picture(seed)) for seed in range(8)]
+REQUESTS = 500
+THREADS = 8
+
+#: Below this margin another rounding may merge another pair of tokens, and rightly so.
+TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one image gets by itself."""
+
+    logits: Tensor
+    tied: bool
+
+    def agrees(self, logits: Tensor) -> bool:
+        """Compare with what came over HTTP."""
+        gap = float((logits - self.logits).abs().max())
+        if self.tied:
+            return gap <= 0.05 or bool(logits.argmax() == self.logits.argmax())
+        return gap <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def app(settings):
+    return create_app(settings)
+
+
+@pytest.fixture(scope="module")
+def address(app) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listener.close()
+
+
+def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
+    image = served.transform(decode(data, 10**6))[None]
+    delta = served.folded(rate) if compensate and rate != served.source else None
+    logits, trace = forward(served.backbone.model, image, rate, delta, trace=True)
+    return Expected(logits[0], bool(trace.margin[0] < TIE))
+
+
+def test_mixed_rates_from_eight_threads(app, address, served):
+    cases = [
+        (index, rate, compensate)
+        for index in range(len(PICTURES))
+        for rate in range(MAX_RATE + 1)
+        for compensate in (True, False)
+    ]
+    expected = {case: alone(served, PICTURES[case[0]], *case[1:]) for case in cases}
+    asked = random.Random(0).choices(cases, k=REQUESTS)
+    model = app.state.serving.models["tiny"].backbone.model
+    digest = weights_digest(model)
+    sizes: set[int] = set()
+
+    with httpx.Client(base_url=address, timeout=60) as client:
+
+        def ask(case: tuple[int, int, bool]) -> Tensor:
+            index, rate, compensate = case
+            answer = client.post(
+                "/v1/classify",
+                params={"rate": rate, "compensate": compensate, "logits": True},
+                files={"file": PICTURES[index]},
+            )
+            assert answer.status_code == 200, answer.text
+            body = answer.json()
+            assert (body["rate"], body["compensate"]) == (rate, compensate and rate != 0)
+            sizes.add(body["batch_size"])
+            return torch.tensor(body["logits"])
+
+        at_source = [ask((index, 0, True)) for index in range(len(PICTURES))]
+        with ThreadPoolExecutor(THREADS) as pool:
+            answers = list(pool.map(ask, asked))
+        returned = [ask((index, 0, True)) for index in range(len(PICTURES))]
+
+    wrong = [c for c, logits in zip(asked, answers, strict=True) if not expected[c].agrees(logits)]
+    assert wrong == []
+    assert sum(expected[case].tied for case in asked) < 0.01 * REQUESTS
+    assert max(sizes) > 1  # otherwise nothing ran together and nothing was shown
+
+    assert weights_digest(model) == digest
+    for index, data in enumerate(PICTURES):
+        stock = model(served.transform(decode(data, 10**6))[None])[0]
+        assert torch.equal(at_source[index], stock)
+        assert torch.equal(returned[index], stock)

@@ -1,0 +1,156 @@
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from adapters import Bank, compose
+from server import ModelSettings, load_model
+from server.models import ServedModel
+from tests.server.conftest import CLASSES, MAX_RATE
+from tests.tocom_models import small_model
+from tocom import BackboneError, BankError, ConfigError, RateError, cost, forward
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_model_says_what_it_is(served: ServedModel):
+    assert served.max_rate == MAX_RATE
+    assert served.source == 0
+    assert served.backbone.class_names == tuple(CLASSES)
+    assert served.input_size == (3, 64, 64)
+    assert served.costs == tuple(cost(served.backbone.model, r) for r in range(MAX_RATE + 1))
+
+
+def test_without_a_bank_the_rates_are_those_that_no_block_clips(model_folder):
+    model = load_model(ModelSettings(name="bare", backbone=str(model_folder)))
+    assert model.max_rate == 16 // 3
+    assert model.bank is None
+    assert not any(model.costs[r].plan.clipped for r in range(5))
+
+
+def test_a_handle_is_immutable_and_equal_to_itself_only(served, tiny):
+    with pytest.raises(FrozenInstanceError):
+        served.source = 3
+    assert served == served
+    assert served != load_model(tiny)
+    assert served.at(3, True) == served.at(3, True)
+    assert len({served.at(3, True), served.at(3, True), served.at(3, False)}) == 2
+
+
+@given(st.integers(0, MAX_RATE))
+def test_allowed_rates(served, rate):
+    assert served.parse_rate(str(rate)) == rate
+
+
+@given(st.text(max_size=50).filter(lambda text: text.lstrip("0") not in ("", *"12345")))
+def test_other_rates_are_refused_and_the_allowed_ones_named(served, text):
+    with pytest.raises(
+        RateError, match="'tiny' runs at the rates 0 to 5, whole numbers; got rate="
+    ):
+        served.parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "abc", "auto", "-1", "6", "1.5", "+1", "1_0", "٣", "9" * 5000]
+)
+def test_such_rates_are_refused(served, text):
+    with pytest.raises(RateError, match="0 to 5") as raised:
+        served.parse_rate(text)
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize("rate", range(MAX_RATE + 1))
+@pytest.mark.parametrize("source", [0, 3])
+def test_the_folded_forward_is_the_low_rank_one(tiny, images, rate, source):
+    served = load_model(tiny.model_copy(update={"source": source}))
+    delta = compose(served.bank, source, rate)
+    expected = forward(served.backbone.model, images, rate, delta)
+    torch.testing.assert_close(served.at(rate, True)(images), expected, atol=1e-4, rtol=1e-4)
+    plain = forward(served.backbone.model, images, rate)
+    assert torch.equal(served.at(rate, False)(images), plain)
+    assert torch.equal(served.at(rate, True)(images), plain) == (rate == source)
+
+
+def test_at_its_source_rate_a_model_is_the_stock_model(served, images):
+    assert torch.equal(served.at(0, True)(images), served.backbone.model(images))
+
+
+def test_where_no_delta_applies_the_work_is_the_uncompensated_one(served, model_folder):
+    assert served.at(0, True) == served.at(0, False)
+    assert served.at(2, True) != served.at(2, False)
+    bare = load_model(ModelSettings(name="bare", backbone=str(model_folder)))
+    assert bare.at(2, True) == bare.at(2, False)
+
+
+def test_weights_are_folded_once_for_all_threads(tiny):
+    served = load_model(tiny)
+    with ThreadPoolExecutor(8) as pool:
+        folded = list(pool.map(lambda i: served.folded(1 + i % MAX_RATE), range(40)))
+    assert len({id(weights) for weights in folded}) == MAX_RATE
+
+
+def test_no_bank_folder(tiny, tmp_path):
+    with pytest.raises(BankError, match=r"is no bank: it has no bank\.json"):
+        load_model(tiny.model_copy(update={"bank": str(tmp_path)}))
+
+
+def test_nothing_bundled_of_that_name(tiny):
+    with pytest.raises(BackboneError, match="nothing bundled is called 'nix'; there are: "):
+        load_model(tiny.model_copy(update={"bank": "bundled:nix"}))
+
+
+def test_a_bank_of_another_shape(tiny, tmp_path):
+    model = small_model("vit_small")
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(BankError, match=r"does not fit .*width 192 \(model: 384\)"):
+        load_model(tiny.model_copy(update={"backbone": str(tmp_path)}))
+
+
+def test_a_bank_of_other_weights_is_served_and_noted(tiny, tmp_path, caplog):
+    save_for_hf(small_model(seed=9), tmp_path, safe_serialization=True)
+    with caplog.at_level("INFO"):
+        assert load_model(tiny.model_copy(update={"backbone": str(tmp_path)})).bank
+    assert "was distilled on other weights" in caplog.text
+
+
+@pytest.mark.parametrize("bank", [True, False])
+def test_a_source_beyond_the_rates(tiny, bank):
+    update = {"source": 6} if bank else {"source": 6, "bank": None}
+    with pytest.raises(ConfigError, match=r"source rate must be in 0\.\.5, got 6"):
+        load_model(tiny.model_copy(update=update))
+
+
+def test_a_model_whose_configuration_disagrees_with_its_weights(tmp_path):
+    save_for_hf(small_model(), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] |= {"input_size": [3, 224, 224], "fixed_input_size": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"pictures of \(64, 64\) pixels, .* \(224, 224\)"):
+        load_model(ModelSettings(name="m", backbone=str(tmp_path)))
+
+
+def test_bare_weights_need_their_architecture(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(small_model().state_dict(), file)
+    with pytest.raises(BackboneError, match="say which timm architecture"):
+        load_model(ModelSettings(name="m", backbone=str(file)))
+
+
+def test_a_truncated_bank(tiny, bank_folder, tmp_path):
+    shutil.copytree(bank_folder, tmp_path / "b")
+    file = tmp_path / "b" / "plugins.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BankError, match="truncated or corrupted"):
+        load_model(tiny.model_copy(update={"bank": str(tmp_path / "b")}))
+    assert Bank.load(Path(tiny.bank)).info.max_rate == MAX_RATE

@@ -1,0 +1,100 @@
+import json
+import os
+
+import pytest
+
+from server import ModelSettings, Settings, load_settings
+from server.settings import BUNDLED_MODEL
+from tocom import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("TOCOM_")]:
+        monkeypatch.delenv(name)
+
+
+def test_by_default_the_bundled_model_is_served_to_this_machine_only():
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.models == (BUNDLED_MODEL,)
+    assert settings.max_wait_ms == 0
+
+
+@pytest.mark.parametrize("kind", [Settings, ModelSettings])
+def test_every_setting_is_described(kind):
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
+
+
+def test_arguments_win_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text("port = 1\nmax_batch = 1\nmax_queue = 1\n")
+    monkeypatch.setenv("TOCOM_PORT", "2")
+    monkeypatch.setenv("TOCOM_MAX_BATCH", "2")
+    settings = load_settings(file, port=3)
+    assert (settings.port, settings.max_batch, settings.max_queue) == (3, 2, 1)
+    assert settings.top_k == 5
+
+
+def test_the_environment_can_name_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        'device = "cpu"\n'
+        '[[models]]\nname = "a"\nbackbone = "x"\nbank = "y"\nsource = 4\n'
+        '[[models]]\nname = "b"\nbackbone = "z.safetensors"\narchitecture = "vit"\n'
+    )
+    monkeypatch.setenv("TOCOM_CONFIG", str(file))
+    assert load_settings().models == (
+        ModelSettings(name="a", backbone="x", bank="y", source=4),
+        ModelSettings(name="b", backbone="z.safetensors", architecture="vit"),
+    )
+
+
+def test_models_in_the_environment(monkeypatch):
+    monkeypatch.setenv("TOCOM_MODELS", json.dumps([{"name": "a", "backbone": "x"}]))
+    assert load_settings().models == (ModelSettings(name="a", backbone="x"),)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*nix\.toml"):
+        load_settings(tmp_path / "nix.toml")
+
+
+def test_a_file_that_is_not_toml(tmp_path):
+    file = tmp_path / "serve.toml"
+    file.write_text("port: 8000")
+    with pytest.raises(ConfigError, match=r"serve\.toml cannot be read: .*line 1"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"port": 65_536}, "setting port: .*less than or equal to 65535, got 65536"),
+        ({"prot": 8000}, "setting prot: Extra inputs are not permitted"),
+        ({"models": []}, "setting models: .* at least 1 item"),
+        ({"max_pixels": 10**9}, "setting max_pixels: .*178956970"),
+        (
+            {"models": [{"name": "a/b", "backbone": "x"}]},
+            r"setting models\.0\.name: .*pattern.*got 'a/b'",
+        ),
+        (
+            {"models": [{"name": "a", "backbone": "x", "bnak": "y"}]},
+            r"setting models\.0\.bnak: Extra inputs",
+        ),
+        (
+            {"models": [{"name": "a", "backbone": "x", "source": -1}]},
+            r"setting models\.0\.source: .*greater than or equal to 0",
+        ),
+        ({"models": [{"name": "a", "backbone": "x"}] * 2}, "two models are called 'a'"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        load_settings(**arguments)
+
+
+def test_models_in_the_environment_that_are_not_json(monkeypatch):
+    monkeypatch.setenv("TOCOM_MODELS", "caltech")
+    with pytest.raises(ConfigError, match='the environment cannot be read: .*"models"'):
+        load_settings()

@@ -1,0 +1,135 @@
+"""The documentation is true: its programs run, its commands are accepted, its tables are current."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapters.cli
+from server.app import create_app
+from server.settings import ModelSettings, Settings
+from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, read_recipe
+from training.evaluate import table
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = {"distill": DistillConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Every call of a program in the pages, as its arguments."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] == program:
+                    found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_examples_run(page: Path) -> None:
+    for block in blocks(page, "python"):
+        # A process of its own, as the reader's would be.
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", commands("tocom-train"), ids=" ".join)
+def test_training_commands_are_accepted(arguments: list[str]) -> None:
+    command, recipe, *overrides = arguments
+    read_recipe(RECIPES[command], recipe, overrides)
+
+
+def test_bank_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOCOM_STORE", str(tmp_path / "store"))
+    bundled = ROOT / "tocom" / "bundled" / "deit_tiny_bank"
+    name = json.loads((bundled / "bank.json").read_text())["name"]
+    found = commands("tocom-bank")
+    assert {arguments[0] for arguments in found} >= {
+        "inspect",
+        "publish",
+        "list",
+        "verify",
+        "delete",
+    }
+    for arguments in found:
+        mine = [
+            a.replace("runs/my-bank/bank", str(bundled)).replace("my-bank", name) for a in arguments
+        ]
+        assert adapters.cli.main(mine) == 0, mine
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server as the README starts it, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {"TOCOM_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen([sys.executable, "-m", "server.cli"], cwd=ROOT, env=environment)
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
+            break
+        except OSError:
+            assert server.poll() is None, "the server ended"
+            time.sleep(0.5)
+    yield f"127.0.0.1:{port}"
+    server.terminate()
+    assert server.wait(timeout=60) == 0
+
+
+def curl_lines() -> list[str]:
+    return [
+        line.removeprefix("$ ")
+        for page in PAGES
+        for block in blocks(page, "console")
+        for line in block.splitlines()
+        if line.startswith("$ curl")
+    ]
+
+
+@pytest.mark.parametrize("line", curl_lines())
+def test_curl_examples_answer(line: str, address: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", line.replace("localhost:8000", address).replace("curl ", "curl --fail ")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    if "cup.jpg" in line:
+        assert answer["predictions"][0]["label"] == "cup"
+        assert answer["rate"] == 8
+    if "pagoda.jpg" in line:
+        assert answer["predictions"][0]["label"] == "pagoda"
+
+
+def test_every_setting_and_route_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text()
+    for name in (*Settings.model_fields, *ModelSettings.model_fields):
+        assert f"`{name}`" in guide or f"{name} = " in guide, name
+    for path in create_app(Settings()).openapi()["paths"]:
+        assert path.replace("{name}", "") in guide, path
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_imagenet", "deit_tiny_caltech101"])
+def test_readme_shows_what_was_measured(name: str) -> None:
+    result = json.loads((ROOT / "docs" / "results" / name / "evaluation.json").read_text())
+    assert table(result, (0, 4, 8, 12, 16)) in (ROOT / "README.md").read_text()
