@@ -96,7 +96,9 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _serve(settings: Settings, listener: socket.socket) -> None:
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    # Ours alone: the libraries' own notes are of no use to who only serves.
+    logging.getLogger("server").setLevel(settings.log_level.upper())
     print("Loading models ...", flush=True)
     app = create_app(settings)
     config = uvicorn.Config(

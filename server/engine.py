@@ -216,7 +216,11 @@ class Engine:
             jobs: list[_Job] = []
             try:
                 jobs = self._take()
-                batch = [job for job in jobs if not self._expire(job) and job.set_running_or_notify_cancel()]
+                batch = [
+                    job
+                    for job in jobs
+                    if not self._expire(job) and job.set_running_or_notify_cancel()
+                ]
                 if batch:
                     self._run(batch)
             except Exception as error:  # a bug of ours must not end the service of everyone

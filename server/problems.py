@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
-#: What nginx made the custom: the client went before its answer. Nobody reads it but the log.
+#: nginx's status for a client that went before its answer; only logs get to see it.
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -117,7 +117,8 @@ def _describe(fault: Mapping[str, Any]) -> str:
 
 
 async def _client_gone(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
-    return problem(request, 499, "the client closed the connection", "Client closed request")
+    detail = "the client closed the connection before its answer"
+    return problem(request, CLIENT_CLOSED_REQUEST, detail, "Client closed request")
 
 
 async def _own_error(request: Request, error: Exception) -> JSONResponse:

@@ -6,6 +6,7 @@ import functools
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 SMALL = {"img_size": 64, "depth": 3, "num_classes": 10}
 
@@ -28,6 +29,14 @@ def small_model(kind: str = "vit_tiny", seed: int = 0) -> VisionTransformer:
     model = copy.deepcopy(_drawn(kind, seed))
     torch.manual_seed(seed)  # what the caller draws next is the same, drawn or remembered
     return model
+
+
+def pictures(
+    model: VisionTransformer, batch: int = 3, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Return noise [B, 3, H, W] of the model's image size or another, always the same."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *(size or model.patch_embed.img_size), generator=generator)
 
 
 @functools.cache

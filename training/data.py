@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tocom import Backbone, DataError
 from training.config import AugmentConfig, PicturesConfig
@@ -39,8 +39,13 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         Raises:
             DataError: if one cannot be read or holds no pictures.
         """
-        self.parts = [open_pictures(part.path) for part in parts]
+        self.paths = [part.path for part in parts]
         self.transform = transform
+        self.open()
+
+    def open(self) -> None:
+        """Open the sets, anew if they are open."""
+        self.parts = [open_pictures(path) for path in self.paths]
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
         """Return the transformed picture [3, H, W] and its class."""
@@ -141,7 +146,7 @@ def train_batches(
         pictures,
         batch_sampler=sampler,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        worker_init_fn=_open_in_worker,
     )
 
 
@@ -158,6 +163,16 @@ def evaluation_batches(
     return DataLoader(
         pictures,
         batch_size=batch_size,
+        worker_init_fn=_open_in_worker,
         sampler=draws,
         num_workers=workers,
     )
+
+
+def _open_in_worker(_: int) -> None:
+    """Give a worker process files of its own: forked ones share the position they read at."""
+    info = get_worker_info()
+    assert info is not None
+    pictures = info.dataset
+    assert isinstance(pictures, Pictures)
+    pictures.open()

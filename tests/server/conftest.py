@@ -24,6 +24,15 @@ MAX_RATE = 5
 CLASSES = [f"thing {i}" for i in range(10)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine the threads of a tiny forward wait for each other longer than they run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -105,7 +114,7 @@ def call(app, *messages, path="/v1/classify", headers=()):
         "root_path": "",
         "scheme": "http",
         "query_string": b"",
-        "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
+        "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in headers],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
     }

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -78,43 +79,46 @@ def test_help_names_the_options(capsys):
 
 
 @pytest.fixture
-def process(tiny, tmp_path):
-    """A server in a process of its own, on a free port."""
+def processes(tiny, tmp_path):
+    """A server for each signal, in processes of their own and on free ports, started together."""
     environment = os.environ | {"TOCOM_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "log").open("w+") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "server.cli", "--port", "0"),
-                *("--model", f"tiny={tiny.backbone},bank={tiny.bank}"),
-            ],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        process.log = tmp_path / "log"
-        yield process
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    model = f"tiny={tiny.backbone},bank={tiny.bank}"
+    command = [sys.executable, "-m", "server.cli", "--port", "0", "--model", model]
+    with ExitStack() as stack:
+        started = {}
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            log = stack.enter_context((tmp_path / ending.name).open("w+"))
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=tmp_path,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            started[ending] = process
+        yield started
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_serves_until_it_is_told_to_end(process, photo, ending):
-    greeting = ""
-    while "try it" not in greeting:
-        line = process.stdout.readline()
-        assert line, process.log.read_text()
-        greeting += line
-    address = re.search(r"Serving on (http://127\.0\.0\.1:\d+)", greeting)[1]
-    assert "tiny: rates 0 to 5, bank tiny" in greeting
-    assert f"{address}/docs" in greeting
-    assert re.search(rf"curl -F file=@.+\.jpg '{address}/v1/classify\?rate=5'", greeting)
-    with httpx.Client(base_url=address, timeout=60) as client:
-        answer = client.post("/v1/classify?rate=5", files={"file": photo})
-        assert answer.status_code == 200
-        assert answer.json()["rate"] == 5
-    process.send_signal(ending)
-    assert process.wait(timeout=60) == 0
-    assert "Traceback" not in process.log.read_text()
+def test_a_process_serves_until_it_is_told_to_end(processes, photo, tmp_path):
+    for ending, process in processes.items():
+        log = tmp_path / ending.name
+        greeting = ""
+        while "try it" not in greeting:
+            line = process.stdout.readline()
+            assert line, log.read_text()
+            greeting += line
+        address = re.search(r"Serving on (http://127\.0\.0\.1:\d+)", greeting)[1]
+        assert "tiny: rates 0 to 5, bank tiny" in greeting
+        assert f"{address}/docs" in greeting
+        assert re.search(rf"curl -F file=@.+\.jpg '{address}/v1/classify\?rate=5'", greeting)
+        with httpx.Client(base_url=address, timeout=300) as client:
+            answer = client.post("/v1/classify?rate=5", files={"file": photo})
+            assert answer.status_code == 200
+            assert answer.json()["rate"] == 5
+        process.send_signal(ending)
+        assert process.wait(timeout=300) == 0
+        assert "Traceback" not in log.read_text()

@@ -70,10 +70,14 @@ def test_such_rates_are_refused(served, text):
     assert len(str(raised.value)) < 150
 
 
+@pytest.fixture(scope="module", params=[0, 3])
+def tuned_at(request, tiny) -> ServedModel:
+    return load_model(tiny.model_copy(update={"source": request.param}))
+
+
 @pytest.mark.parametrize("rate", range(MAX_RATE + 1))
-@pytest.mark.parametrize("source", [0, 3])
-def test_the_folded_forward_is_the_low_rank_one(tiny, images, rate, source):
-    served = load_model(tiny.model_copy(update={"source": source}))
+def test_the_folded_forward_is_the_low_rank_one(tuned_at, images, rate):
+    served, source = tuned_at, tuned_at.source
     delta = compose(served.bank, source, rate)
     expected = forward(served.backbone.model, images, rate, delta)
     torch.testing.assert_close(served.at(rate, True)(images), expected, atol=1e-4, rtol=1e-4)

@@ -80,6 +80,8 @@ def test_dropout_is_timms_own_under_the_same_seed(fused):
     torch.manual_seed(5)
     assert torch.equal(attend(attention, "a", x, None, None)[0], expected)
     assert not torch.equal(attend(attention, "a", x, None, None)[0], expected)
+    attention.eval()
+    assert torch.equal(attend(attention, "a", x, None, None)[0], attention(x))
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -49,8 +49,10 @@ def test_the_published_table(size):
         assert spent.plan.tokens[-1] == row[3]
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-@pytest.mark.parametrize("rate", [0, 1, 8, 13, 24, (10, -0.5), [20, 0, 0, 20]])
+@pytest.mark.parametrize(
+    ("size", "rate"),
+    [("tiny", 0), ("tiny", 1), ("tiny", 13), ("small", 8), ("small", (10, -0.5)), ("base", 24)],
+)
 def test_a_counted_run_of_deit(size, rate):
     model = on_no_device(f"deit_{size}_patch16_224")
     assert cost(model, rate).macs == counted(model, rate)

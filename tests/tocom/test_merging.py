@@ -176,10 +176,12 @@ def test_gradients_reach_the_tokens_in_proportion_to_their_size_and_not_the_metr
     metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.5, 1.0]]], requires_grad=True)
     x = torch.zeros(1, 4, 1, requires_grad=True)
     size = torch.tensor([3.0, 1.0, 1.0, 1.0]).reshape(1, 4, 1)
-    merged, _ = merge(x, size, match(metric, 1, 0))  # token 0 joins token 1
+    matched = match(metric, 1, 0, margin=True)  # token 0 joins token 1
+    merged, _ = merge(x, size, matched)
     merged[0, 1].backward()
     assert x.grad.flatten().tolist() == [0.75, 0.25, 0, 0]
     assert metric.grad is None
+    assert not matched.margin.requires_grad
 
 
 # --- precision
@@ -202,14 +204,15 @@ def test_matching_runs_in_fp32(dtype, autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_merge_rounds_once(dtype):
+@pytest.mark.parametrize("sizes", ["fp32", "half", None])
+def test_a_half_precision_merge_rounds_once(dtype, sizes):
     generator = torch.Generator().manual_seed(0)
     metric = torch.randn(2, 64, 16, generator=generator)
     x = torch.randn(2, 64, 8, generator=generator).to(dtype)
-    size = torch.randint(1, 500, (2, 64, 1), generator=generator).float()
+    size = torch.randint(1, 250, (2, 64, 1), generator=generator).float() if sizes else None
     matched = match(metric, 30, 1)
-    merged, merged_size = merge(x, size, matched)
     exact, exact_size = merge(x.float(), size, matched)
+    merged, merged_size = merge(x, size.to(dtype) if sizes == "half" else size, matched)
     assert merged.dtype == dtype
     assert torch.equal(merged, exact.to(dtype))
     assert merged_size.dtype == torch.float32

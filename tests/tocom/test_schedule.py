@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import oracle_case
@@ -41,6 +41,7 @@ def test_inflection_of_a_single_block_starts_the_line(inflection):
 
 
 @given(st.integers(0, 64), st.floats(-1, 1), st.integers(2, 48))
+@example(31, -0.95, 8)  # eight times a seventh of the way, in floats, is short of the end
 def test_inflection_ends_where_it_should_and_runs_one_way(r, inflection, depth):
     counts = schedule((r, inflection), depth)
     low = int(r * (1 - inflection))
