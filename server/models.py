@@ -8,30 +8,25 @@ import logging
 import threading
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from adapters import Bank, compose
+from adapters import Bank, compose, open_bank
 from server.settings import ModelSettings
 from tocom import (
     Backbone,
     ConfigError,
     Cost,
-    Delta,
     FoldedWeights,
-    LowRank,
     RateError,
-    bundled_folder,
     cost,
     fold,
     forward,
     load_backbone,
 )
-from tocom.backbones import BUNDLED
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +82,7 @@ class ServedModel:
         assert self.bank is not None
         with self._lock:
             if rate not in self._folded:
-                delta = _moved(compose(self.bank, self.source, rate), self.device)
+                delta = compose(self.bank, self.source, rate)
                 self._folded[rate] = fold(self.backbone.model, delta)
             return self._folded[rate]
 
@@ -152,18 +147,10 @@ def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
 
 
 def _load_bank(reference: str, backbone: Backbone) -> Bank:
-    if reference.startswith(BUNDLED):
-        bank = Bank.load(bundled_folder(reference.removeprefix(BUNDLED)))
-    else:
-        bank = Bank.load(Path(reference))
+    bank = open_bank(reference)
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         bank.check_fits(backbone)
     for note in notes:
         logger.info("%s", note.message)
     return bank
-
-
-def _moved(delta: Delta, device: torch.device) -> Delta:
-    pairs = {k: LowRank(p.down.to(device), p.up.to(device)) for k, p in delta.pairs.items()}
-    return Delta(pairs)

@@ -35,7 +35,9 @@ class ModelSettings(BaseModel):
         default=None, description="timm's name of the model, for a .safetensors file"
     )
     bank: str | None = Field(
-        default=None, description="bundled:NAME or a bank folder; without one nothing is repaired"
+        default=None,
+        description="bundled:NAME, a bank folder or a reference into the store; without one "
+        "nothing is repaired",
     )
     source: int | None = Field(
         default=None, ge=0, description="rate that the model was tuned at; default: what it says"

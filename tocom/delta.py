@@ -94,7 +94,7 @@ def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
         for part, rows in parts(name, layer.out_features):
             if (pair := delta.pairs.get(part)) is not None:
                 weight = weights.setdefault(name, layer.weight.detach().clone())
-                weight[rows] += (pair.up @ pair.down).to(weight.dtype)
+                weight[rows] += (pair.up @ pair.down).to(weight)
     return FoldedWeights(weights)
 
 

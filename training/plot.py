@@ -22,7 +22,8 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
     figure, axes = plt.subplots(1, len(_MEASURES), figsize=(12, 3.6), layout="constrained")
     for axis, (measure, label) in zip(axes, _MEASURES, strict=True):
         for i, source in enumerate(sources):
-            rows = [row for row in result["rows"] if row["source"] == source]
+            # At the source rate itself there is nothing to compare.
+            rows = [r for r in result["rows"] if r["source"] == source != r["target"]]
             gmacs = [row["gmacs"] for row in rows]
             name = f"source {source}" if len(sources) > 1 else "model"
             axis.plot(

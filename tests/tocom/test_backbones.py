@@ -216,6 +216,8 @@ def test_the_digest_sees_every_value_and_name():
     with torch.no_grad():
         model.head.bias[6] = torch.nextafter(model.head.bias[6], torch.tensor(1.0))
     assert weights_digest(model) != before
+    half = tiny_model().bfloat16()
+    assert weights_digest(half) == weights_digest(half.float()) != before
     # Equal values under another name, and in another shape, are other weights.
     weights = {"head.weight": torch.ones(2, 3)}
     digests = set()

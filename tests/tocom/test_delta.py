@@ -105,13 +105,15 @@ def test_each_target_alone(target):
     assert (expected - model(images)).abs().max() > 1e-2
 
 
-def test_layers_without_a_bias_are_changed_too():
+@pytest.mark.parametrize(
+    "arguments", [{"qkv_bias": False}, {"scale_attn_norm": True, "scale_mlp_norm": True}]
+)
+def test_layers_without_bias_and_with_norms_inside(arguments):
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4, qkv_bias=False
+        "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4, **arguments
     )
     model = model.eval().requires_grad_(False)
-    assert model.blocks[0].attn.qkv.bias is None
     delta = drawn_delta(model, scale=0.3)
     by_hand = copy.deepcopy(model)
     by_hand.load_state_dict(changed_by_hand(model, delta))
