@@ -121,6 +121,11 @@ def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
         TocomError: if either cannot be loaded or they do not fit together.
     """
     backbone = load_backbone(settings.backbone, settings.architecture, device)
+    if not backbone.class_names:
+        raise ConfigError(
+            f"model {settings.name!r}: {settings.backbone} has no classification head; "
+            "tune it on a task first"
+        )
     bank = None if settings.bank is None else _load_bank(settings.bank, backbone)
     model = backbone.model
     size, wanted = tuple(model.patch_embed.img_size), tuple(backbone.data_config["input_size"][1:])

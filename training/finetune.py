@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models._hub import save_for_hf  # timm's own writer of model folders
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 

@@ -144,6 +144,14 @@ def test_a_model_whose_configuration_disagrees_with_its_weights(tmp_path):
         load_model(ModelSettings(name="m", backbone=str(tmp_path)))
 
 
+def test_a_backbone_without_a_head(tmp_path):
+    model = small_model()
+    model.reset_classifier(0)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    with pytest.raises(ConfigError, match="has no classification head; tune it on a task first"):
+        load_model(ModelSettings(name="m", backbone=str(tmp_path)))
+
+
 def test_bare_weights_need_their_architecture(tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(small_model().state_dict(), file)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 ARGUMENTS = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
 
