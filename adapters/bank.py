@@ -181,10 +181,10 @@ class Bank:
         return Path(folder)
 
     def check_fits(self, backbone: Backbone) -> None:
-        """Raise BankError unless the bank's geometry is the model's; warn if the weights differ.
+        """Raise BankError unless the bank's geometry is the model's.
 
-        Different weights are the purpose (a bank of the pre-trained model serves the models
-        tuned from it), but a bank of an unrelated model of the same shape repairs nothing.
+        Warns if the model neither has the weights that the bank was distilled on nor says that
+        it was tuned from them: a bank of an unrelated model of the same shape repairs nothing.
         """
         own, other = self.info.backbone.geometry, Geometry.of(backbone.model)
         if own != other:
@@ -197,7 +197,7 @@ class Bank:
                 f"bank {self.info.name!r} is for {self.info.backbone.architecture} and does not "
                 f"fit {backbone.name}: {differing}"
             )
-        if self.info.backbone.digest != backbone.digest:
+        if self.info.backbone.digest not in (backbone.tuned_from, backbone.digest):
             warnings.warn(
                 f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
                 "right for a model tuned from that backbone, useless for another",

@@ -37,6 +37,7 @@ class Backbone:
         architecture: timm's name of it, such as `deit_tiny_patch16_224`.
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
+        tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
     """
 
     model: VisionTransformer
@@ -44,6 +45,7 @@ class Backbone:
     architecture: str
     class_names: tuple[str, ...]
     source: int = 0
+    tuned_from: str = ""
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -78,14 +80,14 @@ def load_backbone(
     """
     if name.startswith(BUNDLED):
         folder = bundled_folder(name.removeprefix(BUNDLED))
-        model, source = _load_folder(folder, name), _source(folder)
+        model, origin = _load_folder(folder, name), _origin(folder)
     elif Path(name).is_dir() or name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
-        model, source = _load_folder(folder, name), _source(folder)
+        model, origin = _load_folder(folder, name), _origin(folder)
     elif name.endswith(".safetensors"):
-        model, source = _load_file(Path(name), architecture), 0
+        model, origin = _load_file(Path(name), architecture), {}
     else:
-        model, source = _load_timm(name), 0
+        model, origin = _load_timm(name), {}
     check_supported(model, name)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return Backbone(
@@ -93,7 +95,7 @@ def load_backbone(
         name=name,
         architecture=str(model.pretrained_cfg.get("architecture", architecture or name)),
         class_names=_class_names(model),
-        source=source,
+        **origin,
     )
 
 
@@ -165,12 +167,13 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
     return model
 
 
-def _source(folder: Path) -> int:
-    """Return the tuning rate that our trainer wrote into timm's config.json; 0 elsewhere."""
-    source = json.loads((folder / "config.json").read_text()).get("source_rate", 0)
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return what our trainer wrote into timm's config.json: tuned at which rate, from what."""
+    config = json.loads((folder / "config.json").read_text())
+    source = config.get("source_rate", 0)
     if isinstance(source, bool) or not isinstance(source, int) or source < 0:
         raise BackboneError(f"{folder}: source_rate must be a whole number from 0, got {source!r}")
-    return source
+    return {"source": source, "tuned_from": str(config.get("backbone_digest", ""))}
 
 
 def _load_file(path: Path, architecture: str | None) -> VisionTransformer:

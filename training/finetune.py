@@ -73,6 +73,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
             f"{len(other)}; they must be the same folders"
         )
     pictures = Pictures([config.pictures], train_transform(backbone, config.augment))
+    tuned_from = backbone.digest  # before its weights change
     job = Finetuning(backbone, config, len(class_names))
     loop.run(job, config.loop, config, pictures, pictures.keys(), folder)
     model = job.module
@@ -84,6 +85,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
         model_config={
             "label_names": class_names,
             "source_rate": config.source,
+            "backbone_digest": tuned_from,
             "training": {
                 "recipe": config.model_dump(mode="json", exclude={"pictures", "test", "backbone"}),
                 "backbone": backbone.architecture,

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,15 @@ def test_a_bank_fits_models_of_its_geometry_only(recwarn):
         bank.check_fits(backbone_of(small_model(seed=1), "tuned"))
     with pytest.raises(BankError, match=r"does not fit other: width 192 \(model: 384\), heads 3"):
         bank.check_fits(backbone_of(small_model("vit_small"), "other"))
+
+
+def test_a_model_that_says_what_it_was_tuned_from_needs_no_warning(recwarn):
+    bank = random_bank(BankBackbone.of(backbone_of(small_model())))
+    tuned = backbone_of(small_model(seed=1))
+    bank.check_fits(replace(tuned, tuned_from=bank.info.backbone.digest))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="distilled on other weights"):
+        bank.check_fits(replace(tuned, tuned_from=tuned.digest))
 
 
 def test_geometry_is_read_off_a_model():

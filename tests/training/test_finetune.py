@@ -37,6 +37,7 @@ def test_tuned_model_learns_and_is_a_model_folder(
     backbone = load_backbone(str(folder))
     assert backbone.class_names == ("blue", "green", "red")
     assert backbone.source == source
+    assert backbone.tuned_from == load_backbone(str(model_folder)).digest
     said = json.loads((folder / "config.json").read_text())["training"]
     assert said["test_accuracy"] > 0.6  # chance is 1/3; the colours are easy
     assert forward(backbone.model, torch.zeros(1, 3, 32, 32), source).shape == (1, 3)
