@@ -4,6 +4,7 @@ Builds on `tocom` alone; knows nothing of training or serving.
 """
 
 from adapters.bank import Bank, BankBackbone, BankInfo, Geometry
+from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.peft import export_peft, import_reference
 from adapters.store import Store, Version, open_bank, use_bank
@@ -19,6 +20,7 @@ __all__ = [
     "compose_steps",
     "export_peft",
     "import_reference",
+    "model_card",
     "open_bank",
     "use_bank",
 ]

@@ -1,18 +1,17 @@
-"""`tocom-bank`: look at banks, publish them, exchange them."""
+"""`tocom-bank`: look at banks, publish them, share them."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
-from pydantic import JsonValue
-
-from adapters.bank import Bank, BankBackbone
+from adapters.bank import BankBackbone
+from adapters.card import facts, model_card, notes
 from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
 from adapters.store import Store, open_bank
 from tocom import TocomError, load_backbone
 
-_BANK = "a bank folder, bundled:NAME, or NAME or NAME@DIGEST in the store"
+_BANK = "a bank folder, bundled:NAME, hf://ORG/NAME[@REVISION], or NAME or NAME@DIGEST in the store"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +73,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", type=int, required=True, help="rate it will run at")
     command.set_defaults(run=_export)
 
+    page = argparse.ArgumentParser(add_help=False)
+    page.add_argument("--license", metavar="ID", help="such as apache-2.0; default: none claimed")
+    page.add_argument(
+        "--plot",
+        dest="plots",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="pictures to show",
+    )
+
+    command = commands.add_parser(
+        "push", parents=[store, page], help="upload a bank to the Hugging Face Hub"
+    )
+    command.add_argument("bank", help=_BANK)
+    command.add_argument("repo_id", metavar="ORG/NAME", help="made if it is not there")
+    command.add_argument("--private", action="store_true", default=None, help="for you alone")
+    command.add_argument("--revision", metavar="BRANCH", help="made if it is not there")
+    command.set_defaults(run=_push)
+
+    command = commands.add_parser(
+        "card", parents=[store, page], help="print the model card that push uploads"
+    )
+    command.add_argument("bank", help=_BANK)
+    command.add_argument("repo_id", metavar="ORG/NAME", nargs="?", help="where it will be")
+    command.set_defaults(run=_card)
+
     command = commands.add_parser("import", help="make a bank of a checkpoint of the reference")
     command.add_argument("checkpoint", help=".safetensors or .pth; read as tensors only")
     command.add_argument("folder", help="the new bank folder")
@@ -91,51 +119,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     bank = open_bank(arguments.bank, arguments.store)
-    size = sum(tensor.nbytes for tensor in bank.tensors.values())
     if arguments.json:
         info = bank.info.model_dump(mode="json")
+        size = sum(tensor.nbytes for tensor in bank.tensors.values())
         print(json.dumps(info | {"parameters": bank.parameters, "bytes": size}, indent=2))
         return
-    rows = list(_rows(bank, size))
+    rows = [
+        *facts(bank),
+        *notes("training", bank.info.training),
+        *notes("evaluation", bank.info.evaluation),
+    ]
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
         print(f"{what:<{width}}  {value}".rstrip())
-
-
-def _rows(bank: Bank, size: int) -> Iterator[tuple[str, str]]:
-    info = bank.info
-    geometry = info.backbone.geometry
-    dtype = str(next(iter(bank.tensors.values())).dtype).removeprefix("torch.")
-    yield "bank", info.name
-    yield "digest", info.digest
-    yield "backbone", f"{info.backbone.architecture}, weights {info.backbone.digest[:12]}"
-    yield (
-        "geometry",
-        f"{geometry.depth} blocks, width {geometry.width}, {geometry.heads} heads, "
-        f"hidden {geometry.hidden}, input {_pixels(geometry.input)} px, "
-        f"patch {_pixels(geometry.patch)} px",
-    )
-    yield "rates", f"0..{info.max_rate} of {info.method}"
-    yield "rank", f"{info.rank} a step"
-    yield "targets", ", ".join(info.targets)
-    yield "scale", f"{info.scale:g}"
-    yield "parameters", f"{bank.parameters:,}"
-    yield "size", f"{size / 1e6:.2f} MB as {dtype}"
-    yield from _notes("training", info.training)
-    yield from _notes("evaluation", info.evaluation)
-
-
-def _notes(name: str, value: JsonValue) -> Iterator[tuple[str, str]]:
-    """Yield one row for each value within nested notes."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _notes(f"{name}.{key}", inner)
-    else:
-        yield name, value if isinstance(value, str) else json.dumps(value)
-
-
-def _pixels(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -166,6 +162,24 @@ def _delete(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     bank = open_bank(arguments.bank, arguments.store)
     print(export_peft(bank, arguments.source, arguments.target, arguments.folder))
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    print(
+        open_bank(arguments.bank, arguments.store).push_to_hub(
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            plots=arguments.plots,
+            license=arguments.license,
+        )
+    )
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    bank = open_bank(arguments.bank, arguments.store)
+    repo_id = arguments.repo_id or f"ORG/{bank.info.name}"
+    print(model_card(bank, repo_id, license=arguments.license, plots=arguments.plots))
 
 
 def _import(arguments: argparse.Namespace) -> None:

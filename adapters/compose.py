@@ -14,13 +14,14 @@ from adapters.bank import Bank
 from tocom import Delta, LowRank, RateError
 
 
-def compose(bank: Bank, source: int, target: int) -> Delta:
+def compose(bank: Bank, source: int, target: int, scale: float | None = None) -> Delta:
     """Return the delta that lets a model tuned at `source` run at `target`.
 
     Args:
         bank: R steps of rank k.
         source: rate that the model was tuned at, in [0, R].
         target: rate that it will run at, in [0, R].
+        scale: multiplier to use in place of the bank's own, such as one searched for the model.
 
     Returns:
         Low-rank pairs of width |target - source| k, scale and sign included; fp32 also for a
@@ -30,7 +31,7 @@ def compose(bank: Bank, source: int, target: int) -> Delta:
         RateError: naming the allowed range.
     """
     tensors = {name: tensor.float() for name, tensor in bank.tensors.items()}
-    return compose_steps(tensors, bank.info.scale, source, target)
+    return compose_steps(tensors, bank.info.scale if scale is None else scale, source, target)
 
 
 def compose_steps(

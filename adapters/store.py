@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters import hub
 from adapters.bank import NAME, Bank
 from adapters.durable import replace_file, sync
 from tocom import BankError, StoreError, bundled_folder
@@ -212,13 +213,14 @@ def open_bank(reference: str | Path, store: Store | None = None) -> Bank:
     """Read a bank from wherever it is.
 
     Args:
-        reference: a bank folder; `bundled:NAME`, in this package; or what `Store.get` takes. A
-            folder wins over a published bank of the same name.
+        reference: a bank folder; `bundled:NAME`, in this package; `hf://ORG/NAME[@REVISION]`, on
+            the Hugging Face Hub or in its cache; or what `Store.get` takes. A folder wins over a
+            published bank of the same name.
         store: where references are looked up; by default the store of `Store()`.
 
     Raises:
         BackboneError: if nothing bundled has the name.
-        BankError: if the folder is no bank or a faulty one.
+        BankError: if the folder is no bank or a faulty one, or the hub's cannot be had.
         StoreError: if the store has no such bank.
     """
     with use_bank(reference, store) as bank:
@@ -231,6 +233,9 @@ def use_bank(reference: str | Path, store: Store | None = None) -> Iterator[Bank
     text = str(reference)
     if text.startswith(BUNDLED):
         yield Bank.load(bundled_folder(text.removeprefix(BUNDLED)))
+    elif text.startswith(hub.SCHEME):
+        repo_id, revision = hub.parse(text)
+        yield Bank.load(hub.fetch(repo_id, revision=revision))
     elif isinstance(reference, Path) or os.sep in text or Path(text).is_dir():
         yield Bank.load(text)
     else:

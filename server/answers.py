@@ -93,7 +93,8 @@ def detail(model: ServedModel) -> ModelDetail:
         input_size=model.input_size,
         mean=list(config["mean"]),
         std=list(config["std"]),
-        evaluation=(model.bank.info.evaluation or None) if model.bank else None,
+        multiplier=model.calibration.multiplier if model.calibration else None,
+        evaluation=model.evaluation,
     )
 
 

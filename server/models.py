@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
+from adapters.bank import first_fault
+from server.schemas import Evaluation
 from server.settings import ModelSettings
 from tocom import (
     Backbone,
@@ -27,6 +30,7 @@ from tocom import (
     forward,
     load_backbone,
 )
+from tocom.backbones import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +43,23 @@ class ServedModel:
         name: how requests call it.
         backbone: the stock model.
         bank: what makes up for a rate it was not tuned at; None: it runs without.
+        calibration: multipliers searched for it and this bank, in place of the bank's own.
         source: the rate that it was tuned at.
         max_rate: requests may ask for 0..max_rate.
         transform: from an RGB picture to the image [3, H, W] that the model wants.
         costs: at index r what an image costs at rate r.
+        evaluation: what was measured of it, if its folder says so.
     """
 
     name: str
     backbone: Backbone
     bank: Bank | None
+    calibration: Calibration | None
     source: int
     max_rate: int
     transform: Any
     costs: tuple[Cost, ...]
+    evaluation: Evaluation | None = None
     _folded: dict[int, FoldedWeights] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -82,7 +90,8 @@ class ServedModel:
         assert self.bank is not None
         with self._lock:
             if rate not in self._folded:
-                delta = compose(self.bank, self.source, rate)
+                scale = self.calibration.scale(rate) if self.calibration else None
+                delta = compose(self.bank, self.source, rate, scale)
                 self._folded[rate] = fold(self.backbone.model, delta)
             return self._folded[rate]
 
@@ -144,10 +153,12 @@ def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
         name=settings.name,
         backbone=backbone,
         bank=bank,
+        calibration=_calibration(settings.name, backbone, bank, source),
         source=source,
         max_rate=max_rate,
         transform=create_transform(**backbone.data_config, is_training=False),
         costs=tuple(cost(model, rate, wanted) for rate in range(max_rate + 1)),
+        evaluation=_evaluation(settings.name, backbone),
     )
 
 
@@ -159,3 +170,31 @@ def _load_bank(reference: str, backbone: Backbone) -> Bank:
     for note in notes:
         logger.info("%s", note.message)
     return bank
+
+
+def _calibration(
+    name: str, backbone: Backbone, bank: Bank | None, source: int
+) -> Calibration | None:
+    """Return the model's calibration if it is one for how the model is served."""
+    found = backbone.calibration
+    if found is None or bank is None:
+        return None
+    if found.fits(bank.info.digest, source):
+        return found
+    logger.warning(
+        "model %r: its calibration is ignored, the bank's own multiplier used: it is for the bank "
+        "%s at source %d, served is the bank %s at source %d",
+        name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
+    )  # fmt: skip
+    return None
+
+
+def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:
+    """Return the model's evaluation; one that cannot be shown is no reason not to serve."""
+    if backbone.evaluation is None:
+        return None
+    try:
+        return Evaluation.model_validate(backbone.evaluation)
+    except ValidationError as error:
+        logger.warning("model %r: its evaluation is not shown: %s", name, first_fault(error))
+        return None

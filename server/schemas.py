@@ -1,7 +1,5 @@
 """The shapes of questions and answers, as they go over the wire."""
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -97,6 +95,59 @@ class ModelSummary(BaseModel):
     rates: list[RateCost]
 
 
+class Figures(BaseModel):
+    """How well a model does at a rate."""
+
+    top1: float | None = Field(default=None, description="percent; null without labels")
+    agreement: float = Field(description="percent of answers as at the source rate")
+    kl: float = Field(description="KL divergence from the source rate, in nats")
+
+
+class BankFigures(Figures):
+    """How well it does with its bank, and what that changed picture by picture.
+
+    Won and lost are pictures; p is that of the two-sided sign test.
+    """
+
+    top1_won: int | None = None
+    top1_lost: int | None = None
+    top1_p: float | None = None
+    agreement_won: int | None = None
+    agreement_lost: int | None = None
+    agreement_p: float | None = None
+    kl_change: float | None = Field(default=None, description="bank less plain")
+    kl_change_se: float | None = Field(default=None, description="its standard error")
+
+
+class EvaluationRow(BaseModel):
+    """A model tuned at the source rate and run at the target rate."""
+
+    source: int
+    target: int
+    gmacs: float
+    tokens: int = Field(description="tokens that leave the last block")
+    pictures: int
+    multiplier: float | None = Field(default=None, description="scale of the bank's delta")
+    plain: Figures
+    bank: BankFigures | None = None
+
+
+class EvaluationPictures(BaseModel):
+    """What was measured on."""
+
+    name: str
+    count: int
+
+
+class Evaluation(BaseModel):
+    """What `tocom-train evaluate` measured of a model and `attach` wrote into its folder."""
+
+    model: str
+    bank: BankSummary | None
+    pictures: EvaluationPictures
+    rows: list[EvaluationRow]
+
+
 class ModelDetail(ModelSummary):
     """A served model, with all that is known of it."""
 
@@ -105,9 +156,11 @@ class ModelDetail(ModelSummary):
     input_size: tuple[int, int, int] = Field(description="channels, height, width")
     mean: list[float] = Field(description="of each channel, values in 0..1")
     std: list[float]
-    evaluation: dict[str, Any] | None = Field(
-        description="what was measured with the bank, if it says so"
+    multiplier: float | dict[int, float] | None = Field(
+        description="in place of the bank's own scale, for all rates or for each, as searched for "
+        "this model; null: the bank's own"
     )
+    evaluation: Evaluation | None = Field(description="what was measured, if its folder says so")
 
 
 class ModelList(BaseModel):

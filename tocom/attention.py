@@ -19,6 +19,7 @@ def attend(
     x: Tensor,
     size: Tensor | None,
     delta: AnyDelta | None,
+    queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a timm attention layer.
 
@@ -28,16 +29,17 @@ def attend(
         x: [B, N, D] normalised tokens.
         size: [B, N, 1] for proportional attention; None: all tokens count alike.
         delta: the change of its weights.
+        queries: answer only for the first so many tokens; None: for all.
 
     Returns:
-        The output [B, N, D] and the keys [B, H, N, D / H].
+        The output [B, N, D], or [B, queries, D], and the keys [B, H, N, D / H].
     """
     batch, tokens, _ = x.shape
     heads = attention.num_heads
     qkv = linear(attention.qkv, f"{name}.qkv", x, delta)
     qkv = qkv.reshape(batch, tokens, 3, heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = attention.q_norm(q[:, :, :queries]), attention.k_norm(k)
 
     bias = None if size is None else size.log().to(q.dtype).reshape(batch, 1, 1, tokens)
     if attention.fused_attn:

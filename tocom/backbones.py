@@ -6,6 +6,7 @@ whose forward is not reproduced here is refused by name, before any picture is s
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,35 @@ BUNDLED = "bundled:"
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The multiplier of a bank's deltas that was searched for a model.
+
+    Attributes:
+        bank_digest: the bank.
+        source: rate that the model was tuned at.
+        multiplier: one for all targets, or one for each.
+        measure: what it is the best by: `kl` or `top1`.
+        pictures: name and count of those that it was searched on.
+    """
+
+    bank_digest: str
+    source: int
+    multiplier: float | Mapping[int, float]
+    measure: str
+    pictures: Mapping[str, Any]
+
+    def fits(self, bank_digest: str, source: int) -> bool:
+        """Return whether it was searched for this bank and this source rate."""
+        return (self.bank_digest, self.source) == (bank_digest, source)
+
+    def scale(self, target: int) -> float | None:
+        """Return the multiplier at a target; None: it was not searched, the bank's own holds."""
+        if isinstance(self.multiplier, Mapping):
+            return self.multiplier.get(target)
+        return self.multiplier
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A loaded model in evaluation mode.
 
@@ -38,6 +68,8 @@ class Backbone:
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
+        calibration: the multiplier that was searched for it, if its folder says so.
+        evaluation: what was measured, if its folder says so; as it stands there.
     """
 
     model: VisionTransformer
@@ -46,6 +78,8 @@ class Backbone:
     class_names: tuple[str, ...]
     source: int = 0
     tuned_from: str = ""
+    calibration: Calibration | None = None
+    evaluation: Any = None
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -168,12 +202,53 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """Return what our trainer wrote into timm's config.json: tuned at which rate, from what."""
+    """Return what our trainer wrote into timm's config.json, beside the model itself."""
     config = json.loads((folder / "config.json").read_text())
     source = config.get("source_rate", 0)
     if isinstance(source, bool) or not isinstance(source, int) or source < 0:
         raise BackboneError(f"{folder}: source_rate must be a whole number from 0, got {source!r}")
-    return {"source": source, "tuned_from": str(config.get("backbone_digest", ""))}
+    return {
+        "source": source,
+        "tuned_from": str(config.get("backbone_digest", "")),
+        "calibration": _calibration(config.get("calibration"), folder),
+        "evaluation": config.get("evaluation"),
+    }
+
+
+def _calibration(said: Any, folder: Path) -> Calibration | None:
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        raise BackboneError(f"{folder}: calibration must be an object, got {said!r}")
+    source = said.get("source")
+    for key, fits, allowed in (
+        ("bank_digest", isinstance(said.get("bank_digest"), str), "a digest"),
+        ("source", type(source) is int and source >= 0, "a whole number from 0"),
+        ("multiplier", _is_multiplier(said.get("multiplier")), "above 0, or so for each target"),
+        ("measure", said.get("measure") in ("kl", "top1"), "'kl' or 'top1'"),
+        ("pictures", isinstance(said.get("pictures"), dict), "an object"),
+    ):
+        if not fits:
+            raise BackboneError(
+                f"{folder}: calibration.{key} must be {allowed}, got {said.get(key)!r}"
+            )
+    multiplier = said["multiplier"]
+    if isinstance(multiplier, dict):
+        multiplier = {int(rate): value for rate, value in multiplier.items()}
+    return Calibration(
+        said["bank_digest"], said["source"], multiplier, said["measure"], said["pictures"]
+    )
+
+
+def _is_multiplier(value: Any) -> bool:
+    if isinstance(value, dict):
+        rates = all(rate.isascii() and rate.isdigit() for rate in value)
+        return rates and all(_is_positive(one) for one in value.values())
+    return _is_positive(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _load_file(path: Path, architecture: str | None) -> VisionTransformer:

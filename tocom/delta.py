@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -75,11 +76,25 @@ def linear(layer: nn.Linear, name: str, x: Tensor, delta: AnyDelta | None) -> Te
     y: Tensor = layer(x)
     if not isinstance(delta, Delta):
         return y
-    for part, rows in parts(name, layer.out_features):
-        if (pair := delta.pairs.get(part)) is not None:
-            hidden = F.dropout(F.linear(x, pair.down), delta.dropout)
-            y[..., rows] += F.linear(hidden, pair.up)
-    return y
+    pairs = [
+        (delta.pairs[part], rows)
+        for part, rows in parts(name, layer.out_features)
+        if part in delta.pairs
+    ]
+    if not pairs:
+        return y
+    # One product down and one up for all parts of the layer, which costs less than writing to
+    # slices of y, above all in the backward: what of `up` is not a part's own rows is zero.
+    down = torch.cat([pair.down for pair, _ in pairs])  # [K, in]
+    up = torch.cat([_spread(pair.up, rows, layer.out_features) for pair, rows in pairs], dim=1)
+    hidden = F.dropout(F.linear(x, down), delta.dropout)
+    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1), up.t()).view_as(y)
+
+
+def _spread(up: Tensor, rows: slice, out: int) -> Tensor:
+    """Place up [rows, K] among `out` rows, the others zero."""
+    start, stop, _ = rows.indices(out)
+    return F.pad(up, (0, 0, start, out - stop))
 
 
 def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:

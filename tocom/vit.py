@@ -10,7 +10,7 @@ Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 
 """
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -86,7 +86,7 @@ def forward(
     Raises:
         RateError: if the rate is malformed.
     """
-    x, size, traced = _encode(model, images, rate, delta, trace, proportional)
+    x, size, traced = encode(model, embed(model, images), rate, delta, trace, proportional)
     logits = head(model, x, size)
     return (logits, traced) if traced is not None else logits
 
@@ -122,46 +122,116 @@ def forward_features(
 
     Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
     """
-    x, _, traced = _encode(model, images, rate, delta, trace, proportional)
+    x, _, traced = encode(model, embed(model, images), rate, delta, trace, proportional)
     return (x, traced) if traced is not None else x
+
+
+def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Return the tokens [B, N, D] that enter the first block, whatever the rate.
+
+    Args:
+        model: a supported timm ViT.
+        images: [B, 3, H, W], normalised as the model wants.
+    """
+    x: Tensor = model._pos_embed(model.patch_embed(images))  # timm has no public name for it
+    tokens: Tensor = model.norm_pre(model.patch_drop(x))
+    return tokens
+
+
+def pool(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
+    """Return the features [B, D] that the head reads, of final tokens and their sizes.
+
+    Args:
+        model: a supported timm ViT; of one with two heads, the mean of what they read.
+        x: [B, M, D] tokens after the last norm.
+        size: [B, M, 1] input tokens that each stands for; None: one each.
+    """
+    features: Tensor
+    if not _pools_patches(model) or size is None or model.global_pool != "avg":
+        features = model.forward_head(x, pre_logits=True)
+        return features
+    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    weight = size[:, first:] / size[:, first:].sum(dim=1, keepdim=True)
+    # A merged token stands for all of its patches, so it weighs as many in the mean.
+    pooled = (x[:, first:] * weight).sum(dim=1).to(x.dtype)
+    features = model.head_drop(model.fc_norm(pooled))
+    return features
 
 
 def head(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
     """Return the logits [B, classes] of final tokens x [B, M, D] with sizes [B, M, 1]."""
     logits: Tensor
-    if isinstance(model, VisionTransformerDistilled) or size is None or model.global_pool != "avg":
+    if isinstance(model, VisionTransformerDistilled):
         logits = model.forward_head(x)
-        return logits
-    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
-    weight = size[:, first:] / size[:, first:].sum(dim=1, keepdim=True)
-    # A merged token stands for all of its patches, so it weighs as many in the mean.
-    pooled = (x[:, first:] * weight).sum(dim=1).to(x.dtype)
-    logits = model.head(model.head_drop(model.fc_norm(pooled)))
+    else:
+        logits = model.head(pool(model, x, size))
     return logits
 
 
-def _encode(
+def _pools_patches(model: VisionTransformer) -> bool:
+    """Return whether the head reads patch tokens, not prefix tokens alone."""
+    return not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token"
+
+
+class Outputs(NamedTuple):
+    """What a head reads and what it says."""
+
+    features: Tensor  # [B, D]
+    logits: Tensor  # [B, classes]
+
+
+def outputs(
     model: VisionTransformer,
-    images: Tensor,
-    rate: Rate,
-    delta: AnyDelta | None,
-    trace: bool,
-    proportional: bool,
+    x: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    proportional: bool = True,
+) -> Outputs:
+    """Return features and logits of embedded tokens x [B, N, D] at `rate`.
+
+    The logits of `forward` but for rounding, in less time: several calls share one `embed`, and
+    of the last block only what the head reads is computed. Arguments as in `forward`.
+    """
+    prefix_only = not _pools_patches(model)
+    x, size, _ = encode(model, x, rate, delta, proportional=proportional, prefix_only=prefix_only)
+    return Outputs(pool(model, x, size), head(model, x, size))
+
+
+def encode(
+    model: VisionTransformer,
+    x: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    trace: bool = False,
+    proportional: bool = True,
+    prefix_only: bool = False,
 ) -> tuple[Tensor, Tensor | None, Trace | None]:
-    x = model.patch_embed(images)
-    x = model._pos_embed(x)  # timm has no public name for it
-    x = model.norm_pre(model.patch_drop(x))
+    """Run the blocks and the last norm on embedded tokens.
+
+    Args:
+        model: a supported timm ViT.
+        x: [B, N, D] what `embed` returned.
+        rate, delta, trace, proportional: as in `forward`.
+        prefix_only: compute only the prefix tokens of the last block, which is all that the
+            head of a model without pooling reads; not to be traced.
+
+    Returns:
+        Final tokens [B, M, D], or [B, prefix, D]; their sizes [B, M, 1], None where nothing
+        has merged; and the trace, if asked for.
+    """
     batch, tokens, _ = x.shape
     steps = plan(rate, len(model.blocks), tokens, model.num_prefix_tokens)
+    wanted = steps.prefix if prefix_only else None
 
     size: Tensor | None = None
     source = torch.arange(tokens, device=x.device).expand(batch, tokens) if trace else None
     margin = x.new_full((batch,), 2.0, dtype=torch.float32)
     for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
         bias = size if proportional else None
-        y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta)
-        x = x + block.drop_path1(block.ls1(y))
-        if removed:
+        queries = wanted if i == len(model.blocks) - 1 else None
+        y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta, queries)
+        x = x[:, :queries] + block.drop_path1(block.ls1(y))
+        if removed and queries is None:
             merging = match(keys.mean(dim=1), removed, steps.prefix, margin=trace)
             x, size = merge(x, size, merging)
             if source is not None:

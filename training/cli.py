@@ -1,17 +1,31 @@
-"""`tocom-train`: distil banks, fine-tune models, measure both."""
+"""`tocom-train`: distil banks, fine-tune models, measure both, keep what was measured."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tocom import TocomError
-from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, presets, read_recipe
+from training.config import (
+    CalibrateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    presets,
+    read_recipe,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no more positional arguments after an option; key=value may stand anywhere.
+    if rest and (not hasattr(arguments, "overrides") or any(w.startswith("-") for w in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         arguments.run(arguments)
     except TocomError as error:
@@ -35,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
         ("finetune", _finetune, "tune a backbone on a labelled task"),
         ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
+        ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -42,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="loop.steps=10")
         command.add_argument(
-            "--run",
+            "--folder",
             dest="folder",
             type=Path,
             metavar="DIR",
@@ -53,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--method", choices=["full"], default="full", help="what is tuned (default: full)"
             )
+    text = "keep an evaluation or a calibration with its model, or an evaluation with its bank"
+    command = commands.add_parser("attach", help=text, description=text)
+    command.add_argument("result", type=Path, help="an evaluation.json or calibration.json")
+    command.add_argument("folder", type=Path, help="a model folder or a bank folder")
+    command.set_defaults(run=_attach)
     return parser
 
 
@@ -75,6 +95,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
     print(evaluate(config, _folder(arguments, config.name)))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from training.calibrate import calibrate
+
+    config = read_recipe(CalibrateConfig, arguments.recipe, arguments.overrides)
+    path = calibrate(config, _folder(arguments, config.name))
+    print(json.loads(path.read_text(encoding="utf-8"))["summary"], file=sys.stderr)
+    print(path)
+
+
+def _attach(arguments: argparse.Namespace) -> None:
+    from training.attach import attach
+
+    print(attach(arguments.result, arguments.folder))
 
 
 def _folder(arguments: argparse.Namespace, name: str) -> Path:

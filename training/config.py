@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tocom import ConfigError
 
@@ -14,6 +14,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_Rate = Annotated[int, Field(ge=0)]
+_Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Recipe(BaseModel):
@@ -30,27 +34,66 @@ class BackboneConfig(Recipe):
 
 
 class PicturesConfig(Recipe):
-    """A set of pictures: a folder or a .tar of class folders."""
+    """A set of pictures; `training.pictures` says what is read and how."""
 
-    path: str
+    path: str = Field(
+        min_length=1, description="a folder, a .tar, a folder of .tar files or hfds/ORG/NAME"
+    )
+    split: str | None = Field(None, description="of a hub data set, which must name it: train")
+    columns: tuple[str, str] = Field(
+        ("image", "label"), description="of a hub data set: where pictures and classes are"
+    )
+    list: str | None = Field(
+        None, description="a file of lines `relative/path class`, in the folder or beside the .tar"
+    )
     times: int = Field(1, ge=1, description="how often each picture counts in an epoch")
+
+    @model_validator(mode="after")
+    def _split_or_list(self) -> "PicturesConfig":
+        if self.path.startswith("hfds/"):
+            if self.split is None or self.list is not None:
+                raise ValueError(
+                    f"{self.path} is a hub data set: it needs a split and takes no list"
+                )
+        elif self.split is not None:
+            raise ValueError(
+                f"{self.path} is no hub data set (hfds/ORG/NAME): it has no split {self.split!r}; "
+                "give the folder or the list of that part"
+            )
+        return self
 
 
 class AugmentConfig(Recipe):
-    """timm's training transform."""
+    """timm's training transform, and its mixing of pictures."""
 
     scale: tuple[float, float] = Field((0.08, 1.0), description="random crop, share of the area")
     hflip: float = Field(0.5, ge=0, le=1)
-    color_jitter: float = Field(0.4, ge=0)
+    color_jitter: float = Field(0.4, ge=0, description="unused where there is auto_augment")
     auto_augment: str | None = Field(None, description="timm's notation: rand-m9-mstd0.5-inc1")
-    erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a box, with noise")
+    interpolation: Literal["random", "bilinear", "bicubic"] | None = Field(
+        None, description="of the crop; default: what the backbone was trained with"
+    )
+    mixup: float = Field(0.0, ge=0, description="alpha; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha; 0: none")
+    mix_probability: float = Field(1.0, ge=0, le=1, description="that a batch is mixed")
+    mix_switch: float = Field(0.5, ge=0, le=1, description="share of cutmix where there are both")
+    repeats: int = Field(1, ge=1, description="draws of a picture in a row, each augmented anew")
+
+    @field_validator("scale")
+    @classmethod
+    def _a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("a crop is from a smallest to a largest share of the area, in (0, 1]")
+        return scale
 
 
 class LoopConfig(Recipe):
     """What every training run has."""
 
-    steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=10**6)
+    batch_size: int = Field(gt=0, description="pictures a step, over all processes")
+    accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
     learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -62,6 +105,13 @@ class LoopConfig(Recipe):
     workers: int = Field(1, ge=0, description="processes that decode pictures")
     save_every: int = Field(100, gt=0, description="steps between checkpoints")
     watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
+    on_unreadable: Literal["stop", "skip"] = Field(
+        "stop", description="a picture that cannot be decoded; skipped ones are counted"
+    )
+    on_full_disk: Literal["stop", "skip"] = Field(
+        "stop", description="a checkpoint or metrics that cannot be written"
+    )
+    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
 
 
 class DistillConfig(Recipe):
@@ -78,9 +128,31 @@ class DistillConfig(Recipe):
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
     scale: float = Field(0.1, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1, description="on the low-rank hidden values")
-    pairs: int = Field(1, gt=0, description="(source, target) pairs a batch, which they share out")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")
+    sources: int = Field(
+        1, gt=0, description="random source rates a micro-batch, which they share out"
+    )
+    students: int = Field(1, gt=0, description="random target rates that learn from each source")
+    pairs: Literal["uniform", "distance"] = Field(
+        "uniform", description="how likely a pair of rates is: alike, or as they are far apart"
+    )
+    from_zero: float = Field(
+        0.0, ge=0, le=1, description="share of draws whose source is rate 0 by rule, not by chance"
+    )
+    features: float = Field(
+        0.0, ge=0, description="weight of the squared error of what the head reads, beside the KL"
+    )
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _distinct_targets(self) -> "DistillConfig":
+        if self.students > self.max_rate:
+            raise ValueError(
+                f"students ({self.students}) have distinct targets: at most max_rate, which is "
+                f"{self.max_rate}"
+            )
+        return self
 
 
 class FinetuneConfig(Recipe):
@@ -105,10 +177,48 @@ class EvaluateConfig(Recipe):
     model: str | None = Field(None, description="what tables and plots call it")
     bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
     pictures: PicturesConfig
-    sources: tuple[int, ...] = Field((0,), min_length=1)
-    targets: tuple[int, ...] = Field((), description="default: every rate of the bank")
+    labelled: bool = Field(True, description="whether the pictures' classes are the model's")
+    sources: tuple[_Rate, ...] = Field((), description="default: the rate it was tuned at")
+    targets: tuple[_Rate, ...] = Field((), description="default: every rate of the bank")
     max_rate: int = Field(16, ge=0, description="highest default target where there is no bank")
     batch_size: int = Field(50, gt=0)
+    workers: int = Field(1, ge=0, description="processes that decode pictures")
+
+
+class CalibrateConfig(Recipe):
+    """`tocom-train calibrate`: the multiplier of a bank's deltas for one model."""
+
+    name: str = "calibration"
+    backbone: BackboneConfig
+    model: str | None = Field(None, description="what the table calls it")
+    bank: str = Field(description="a bank folder, bundled:NAME or a store reference")
+    pictures: PicturesConfig
+    limit: int | None = Field(
+        None, gt=0, description="so many pictures, spread evenly over the set; default: all"
+    )
+    source: _Rate | None = Field(None, description="default: the rate that the model was tuned at")
+    targets: tuple[_Rate, ...] = Field(
+        (), description="default: every rate of the bank but the source"
+    )
+    multipliers: tuple[_Multiplier, ...] = Field(
+        # The paper's search around the multiplier that it trains with.
+        (0.05, 0.08, 0.1, 0.12, 0.15),
+        min_length=1,
+        description="values of the scale to try, beside the bank's own",
+    )
+    continuous: bool = Field(False, description="then search between the best one's neighbours")
+    per_target: bool = Field(False, description="a multiplier for each target, not one for all")
+    measure: Literal["kl", "top1"] = Field(
+        "kl", description="KL divergence from the source rate, without labels; or top-1"
+    )
+    batch_size: int = Field(50, gt=0)
+    workers: int = Field(1, ge=0, description="processes that decode pictures")
+
+    @model_validator(mode="after")
+    def _smooth(self) -> "CalibrateConfig":
+        if self.continuous and self.measure != "kl":
+            raise ValueError("a continuous search needs a smooth measure: kl, not top1")
+        return self
 
 
 R = TypeVar("R", bound=Recipe)

@@ -2,23 +2,31 @@
 
 Every draw of randomness is a function of (seed, position): the order of pictures, the
 augmentation of each. So a run resumes at any step without replaying what went before, and
-the number of worker processes changes nothing.
+the number of worker processes, and of training processes, changes nothing.
 """
 
+import logging
+import math
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from traceback import clear_frames
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform
+from PIL import Image, ImageOps
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from tocom import Backbone, DataError
+from tocom import Backbone, ConfigError, DataError
 from training.config import AugmentConfig, PicturesConfig
+from training.pictures import PictureSet, open_pictures
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,85 +38,145 @@ class Draw:
     seed: int
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of several sets under one transform, asked for by `Draw`."""
+@dataclass(frozen=True)
+class Shares:
+    """How a step's batch is shared out: one micro-batch for each process and accumulation."""
 
-    def __init__(self, parts: Sequence[PicturesConfig], transform: Any) -> None:
+    processes: int = 1
+    process: int = 0
+    accumulation: int = 1
+
+
+class Pictures(Dataset[tuple[Tensor, int, int]]):
+    """Pictures of several sets under one transform, asked for by `Draw`.
+
+    An item is the picture [3, H, W], its class and the number of unreadable pictures that were
+    passed over for it.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PicturesConfig],
+        transform: Any,
+        on_unreadable: Literal["stop", "skip"] = "stop",
+    ) -> None:
         """Open the sets.
 
+        Args:
+            parts: the sets.
+            transform: of a PIL image.
+            on_unreadable: `skip` takes the next picture of the same set instead.
+
         Raises:
-            DataError: if one cannot be read or holds no pictures.
+            DataError: if a set cannot be read or holds no pictures.
         """
-        self.paths = [part.path for part in parts]
+        self.parts = [open_pictures(part) for part in parts]
         self.transform = transform
-        self.open()
+        self.least_side = _least_side(transform)
+        self.on_unreadable = on_unreadable
 
-    def open(self) -> None:
-        """Open the sets, anew if they are open."""
-        self.parts = [open_pictures(path) for path in self.paths]
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        """Return the transformed picture [3, H, W], its class and how many were passed over.
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
-        """Return the transformed picture [3, H, W] and its class."""
-        picture, label = self.parts[draw.part][draw.index]
+        Raises:
+            DataError: if it cannot be read and shall not be passed over, or if none can.
+        """
+        picture, label, skipped = self._read(draw)
         random.seed(draw.seed)
         np.random.seed(draw.seed)
-        torch.manual_seed(draw.seed)
-        return self.transform(picture), label
+        # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
+        torch.default_generator.manual_seed(draw.seed)
+        return self.transform(picture), label, skipped
 
     def keys(self) -> list[tuple[int, int]]:
         """Return (part, index) of every picture."""
         return [(p, i) for p, part in enumerate(self.parts) for i in range(len(part))]
 
+    def _read(self, draw: Draw) -> tuple[Image.Image, int, int]:
+        part = self.parts[draw.part]
+        for skipped in range(len(part)):
+            if read := self._try(part, (draw.index + skipped) % len(part)):
+                return *read, skipped
+        raise DataError(f"none of the {len(part)} pictures of {part.path} can be read")
 
-def open_pictures(path: str) -> Any:
-    """Open a folder or a .tar of class folders as a timm dataset of (PIL image, class).
-
-    Raises:
-        DataError: if there is nothing to read.
-    """
-    if not Path(path).exists():
-        raise DataError(f"there are no pictures at {path}")
-    try:
-        return create_dataset("", root=path, search_split=False)
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{path} holds no pictures in class folders: {error}") from error
+    def _try(self, part: PictureSet, index: int) -> tuple[Image.Image, int] | None:
+        try:
+            return part.read(index, self.least_side)
+        except DataError as error:
+            if self.on_unreadable == "stop":
+                raise
+            _log.warning("%s; the next one is taken", error)
+            return None
 
 
 class StepSampler:
-    """The draws of every step from `start` on: epoch after epoch, shuffled anew in each.
+    """The draws of every micro-batch from step `start` on: epoch after epoch, shuffled anew.
+
+    Each process asks for its own micro-batches, one for each accumulation. So two processes, or
+    two accumulations, see halves of the batches that one process sees.
 
     Args:
         keys: (part, index), repeated as often as each picture counts in an epoch.
-        batch_size: pictures a step.
+        batch_size: pictures a step, of all processes and accumulations.
         steps: number of the last step + 1.
         start: first step to draw for.
         seed: of the order and of the augmentations.
+        repeats: draws of a picture in a row, each augmented anew.
+        shares: which of the micro-batches to yield.
+
+    Raises:
+        ConfigError: if the batch cannot be shared out evenly.
     """
 
     def __init__(
-        self, keys: Sequence[tuple[int, int]], batch_size: int, steps: int, start: int, seed: int
+        self,
+        keys: Sequence[tuple[int, int]],
+        batch_size: int,
+        steps: int,
+        start: int,
+        seed: int,
+        repeats: int = 1,
+        shares: Shares = Shares(),
     ) -> None:
         """Remember the arguments; nothing is drawn yet."""
-        self.keys, self.batch_size, self.seed = keys, batch_size, seed
+        self.size, rest = divmod(batch_size, shares.processes * shares.accumulation)
+        if rest:
+            raise ConfigError(
+                f"a batch of {batch_size} pictures cannot be shared out to {shares.processes} "
+                f"processes x {shares.accumulation} accumulations; give a multiple of "
+                f"{shares.processes * shares.accumulation}"
+            )
+        self.keys, self.seed, self.repeats, self.shares = keys, seed, repeats, shares
+        self.batch_size = batch_size
         self.steps = range(start, steps)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yield the draws of each step."""
+        """Yield the draws of each micro-batch."""
         epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for step in self.steps:
+        for first in self._firsts():
             draws = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // len(self.keys) != epoch:
-                    epoch = position // len(self.keys)
-                    generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-                    order = torch.randperm(len(self.keys), generator=generator)
-                part, index = self.keys[int(order[position % len(self.keys)])]
+            for position in range(first, first + self.size):
+                now, place = divmod(position // self.repeats, len(self.keys))
+                if now != epoch:
+                    epoch, order = now, self._order(now)
+                part, index = self.keys[int(order[place])]
                 draws.append(Draw(part, index, derive(self.seed, "augment", position)))
             yield draws
 
     def __len__(self) -> int:
-        """Return the number of steps left."""
-        return len(self.steps)
+        """Return the number of micro-batches left."""
+        return len(self.steps) * self.shares.accumulation
+
+    def _firsts(self) -> Iterator[int]:
+        """Yield the first position of each micro-batch."""
+        for step in self.steps:
+            for accumulated in range(self.shares.accumulation):
+                micro = accumulated * self.shares.processes + self.shares.process
+                yield step * self.batch_size + micro * self.size
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+        return torch.randperm(len(self.keys), generator=generator)
 
 
 def derive(seed: int, purpose: str, position: int) -> int:
@@ -117,20 +185,31 @@ def derive(seed: int, purpose: str, position: int) -> int:
 
 
 def train_transform(backbone: Backbone, augment: AugmentConfig) -> Any:
-    """Return timm's training transform for what `backbone` wants to see."""
+    """Return timm's training transform for what `backbone` wants to see.
+
+    Raises:
+        ConfigError: if timm does not know the augmentation.
+    """
     config = backbone.data_config
-    return create_transform(
-        input_size=config["input_size"],
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        re_prob=augment.erasing,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-    )
+    try:
+        return create_transform(
+            input_size=config["input_size"],
+            is_training=True,
+            scale=augment.scale,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.erasing,
+            re_mode="pixel",
+            interpolation=augment.interpolation or config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"auto_augment is in timm's notation, such as rand-m9-mstd0.5-inc1; got "
+            f"{augment.auto_augment!r}: {error}"
+        ) from error
 
 
 def evaluation_transform(backbone: Backbone) -> Any:
@@ -138,15 +217,62 @@ def evaluation_transform(backbone: Backbone) -> Any:
     return create_transform(**backbone.data_config, is_training=False)
 
 
-def train_batches(
-    pictures: Pictures, sampler: StepSampler, workers: int
-) -> DataLoader[tuple[Tensor, int]]:
-    """Return the batches of the sampler's steps."""
-    return DataLoader(
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` of each channel; none: black."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, min(bits, 8))
+
+
+# RandAugment's strongest magnitude keeps no bits, which Pillow answered with black before version
+# 13 and with an error since.
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = posterize
+
+
+def mixing(augment: AugmentConfig, classes: int, label_smoothing: float) -> Mixup | None:
+    """Return timm's mixup and cutmix, or None where there is neither.
+
+    It is called with (images [B, 3, H, W], classes [B]), B even; it changes the images in place
+    and returns them with targets [B, classes]. It draws from `numpy.random`.
+    """
+    if not augment.mixup and not augment.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_probability,
+        switch_prob=augment.mix_switch,
+        label_smoothing=label_smoothing,
+        num_classes=classes,
+    )
+
+
+class Batches(DataLoader[Any]):
+    """A DataLoader whose worker processes report unreadable pictures as plainly as this one."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches.
+
+        Raises:
+            DataError: if a picture cannot be read.
+        """
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # torch leaves a cycle of frames that holds the worker processes, whose end then waits
+            # for the garbage collector, and it puts the worker's traceback before the message.
+            clear_frames(error.__traceback__)
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+
+def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
+    """Return (images [B, 3, H, W], classes [B], passed over [B]) of the sampler's micro-batches."""
+    return Batches(
         pictures,
         batch_sampler=sampler,
         num_workers=workers,
-        worker_init_fn=_open_in_worker,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -156,23 +282,39 @@ def evaluation_batches(
     keys: Sequence[tuple[int, int]] | None = None,
     batch_size: int = 50,
     workers: int = 0,
-) -> DataLoader[tuple[Tensor, int]]:
+) -> Batches:
     """Return (images [B, 3, H, W], classes [B]) of the pictures in their order."""
     pictures = Pictures(parts, evaluation_transform(backbone))
-    draws = [Draw(part, index, 0) for part, index in (keys or pictures.keys())]
-    return DataLoader(
+    keys = pictures.keys() if keys is None else keys
+    draws = [Draw(part, index, 0) for part, index in keys]
+    return Batches(
         pictures,
         batch_size=batch_size,
-        worker_init_fn=_open_in_worker,
         sampler=draws,
         num_workers=workers,
+        worker_init_fn=_start_worker,
+        collate_fn=_without_count,
     )
 
 
-def _open_in_worker(_: int) -> None:
-    """Give a worker process files of its own: forked ones share the position they read at."""
+def _least_side(transform: Any) -> int | None:
+    """Return the side below which the smallest random crop of a picture would lose detail."""
+    crop = transform.transforms[0]
+    if not isinstance(crop, RandomResizedCropAndInterpolation):
+        return None  # measuring decodes every pixel
+    side: int = max(crop.size)
+    return math.ceil(side / math.sqrt(crop.scale[0] * min(crop.ratio)))
+
+
+def _without_count(items: list[tuple[Tensor, int, int]]) -> Any:
+    return default_collate([(picture, label) for picture, label, _ in items])
+
+
+def _start_worker(_: int) -> None:
+    """Give a worker process files of its own; Ctrl-C is for the process that feeds on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     info = get_worker_info()
     assert info is not None
-    pictures = info.dataset
-    assert isinstance(pictures, Pictures)
-    pictures.open()
+    assert isinstance(info.dataset, Pictures)
+    for part in info.dataset.parts:
+        part.forget_files()

@@ -1,29 +1,41 @@
 """Distilling a bank: the plug-ins learn to carry a backbone from any rate to any other.
 
-A step draws pairs source ≠ target. Teacher: the frozen backbone at rate `source`. Student: the
+A step draws rates source ≠ target. Teacher: the frozen backbone at rate `source`. Student: the
 same backbone at rate `target` with Δ(source→target). The KL divergence from teacher to
-student is the loss; no labels.
+student is the loss; no labels. No gradient is computed but the plug-ins': the backbone is
+frozen, and nothing flows below the first of its blocks.
 
 Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 3.3.
 """
 
+import copy
 import json
 import math
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import Bank, BankBackbone, BankInfo
 from adapters.bank import tensor_shapes
 from adapters.compose import compose_steps
-from tocom import Backbone, Delta, forward, load_backbone
+from tocom import Backbone, ConfigError, Delta, load_backbone
+from tocom.vit import Outputs, embed, outputs
 from training import loop
 from training.config import DistillConfig
-from training.data import Pictures, derive, evaluation_batches, train_transform
+from training.data import (
+    Pictures,
+    derive,
+    evaluation_batches,
+    mixing,
+    train_transform,
+)
 
 
 class Plugins(nn.Module):
@@ -60,7 +72,15 @@ class Distillation:
             backbone: the frozen model.
             config: the recipe.
             unseen: batches [B, 3, H, W] of pictures that are not trained on.
+
+        Raises:
+            ConfigError: if there is nothing to learn from.
         """
+        if not backbone.model.num_classes and not config.features:
+            raise ConfigError(
+                f"{backbone.name} has no head, so there are no logits to learn from; "
+                "give its features a weight: features=1.0"
+            )
         info = BankInfo(
             name=config.name,
             backbone=BankBackbone.of(backbone),
@@ -70,42 +90,83 @@ class Distillation:
             scale=config.scale,
         )
         torch.manual_seed(derive(config.loop.seed, "init", 0))
-        self.module: nn.Module = Plugins(info)
-        self.model = backbone.model
+        self.plugins = Plugins(info)
+        self.module: nn.Module = self.plugins
+        self.teacher = backbone.model
+        self.student = _student(backbone.model, config.drop_path)
+        self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
+        self.losses_each = config.sources * config.students
         self.unseen = unseen
         self.watched = sorted({max(1, config.max_rate * part // 4) for part in range(1, 5)})
 
-    def loss(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return the KL divergence of a step: each random pair of rates on its share of images."""
-        self.model.to(images.device)
-        shares = images.chunk(self.config.pairs)
-        losses, pairs = [], []
-        for i, share in enumerate(shares):
-            draw = step * self.config.pairs + i
-            source, target = draw_pair(self.config.max_rate, self.config.loop.seed, draw)
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        """Yield the loss of each (source, target), weighted by its share of pictures.
+
+        Teacher and students share what they have in common: the embedding; and all students of
+        a source its teacher. In the first block their weights part.
+        """
+        if len(images) < self.config.sources:
+            raise ConfigError(
+                f"a micro-batch of {len(images)} pictures cannot be shared out to "
+                f"{self.config.sources} sources; give a larger batch or fewer sources"
+            )
+        if self.mixing:
+            images, _ = self.mixing(images, torch.zeros_like(labels))  # classes play no part
+        shares = images.tensor_split(self.config.sources)
+        for share, (source, targets) in zip(shares, self._rates(micro), strict=True):
             with torch.no_grad():
-                teacher = forward(self.model, share, source)
-            delta = self.module(source, target, self.config.dropout)
-            student = forward(self.model, share, target, delta)
-            losses.append(kd_loss(student, teacher) * len(share) / len(images))
-            pairs.append((source, target))
-        return torch.stack(losses).sum(), {"pairs": pairs}
+                tokens = embed(self.teacher, share)
+            with torch.inference_mode():
+                teacher = outputs(self.teacher, tokens, source)
+            # What inference mode made cannot take part in a backward.
+            teacher = Outputs(*(tensor.clone() for tensor in teacher))
+            weight = len(share) / len(images) / self.config.students
+            for target in targets:
+                delta = self.module(source, target, self.config.dropout)
+                student = outputs(self.student, tokens, target, delta)
+                yield weight * self._loss(student, teacher)
+
+    def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        terms = []
+        if self.teacher.num_classes:
+            terms.append(kd_loss(student.logits, teacher.logits))
+        if self.config.features:
+            error = F.mse_loss(student.features.float(), teacher.features.float())
+            terms.append(self.config.features * error)
+        return torch.stack(terms).sum()
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        """Return the pairs of rates, one for each loss."""
+        rates = [rates for micro in micros for rates in self._rates(micro)]
+        return {"pairs": [(source, target) for source, targets in rates for target in targets]}
+
+    def _rates(self, micro: int) -> list[tuple[int, list[int]]]:
+        first = micro * self.config.sources
+        return [draw_rates(self.config, first + i) for i in range(self.config.sources)]
 
     @torch.no_grad()
     def watch(self) -> dict[str, float]:
-        """Return KL to rate 0 with and without the bank at each quarter of the ladder."""
-        device = next(self.module.parameters()).device
+        """Return the loss against rate 0 with and without the bank, on unseen pictures.
+
+        At each quarter of the ladder: the KL divergence, or the error of a model without a head.
+        """
+        device = next(self.plugins.parameters()).device
+        head = self.teacher.num_classes > 0
         notes: dict[str, float] = {}
         pictures = sum(len(images) for images in self.unseen)
         for images in self.unseen:
-            images = images.to(device)
-            stock = forward(self.model, images)
+            tokens = embed(self.teacher, images.to(device))
+            stock = outputs(self.teacher, tokens)
             for rate in self.watched:
-                for what, delta in (("plain", None), ("bank", self.module(0, rate))):
-                    kl = kd_loss(forward(self.model, images, rate, delta), stock)
-                    key = f"unseen_kl_{rate}_{what}"
-                    notes[key] = notes.get(key, 0.0) + kl.item() * len(images) / pictures
+                for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
+                    student = outputs(self.teacher, tokens, rate, delta)
+                    if head:
+                        loss = kd_loss(student.logits, stock.logits)
+                    else:
+                        loss = F.mse_loss(student.features, stock.features)
+                    key = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
+                    notes[key] = notes.get(key, 0.0) + loss.item() * len(images) / pictures
         return notes
 
 
@@ -123,12 +184,20 @@ def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-def draw_pair(max_rate: int, seed: int, draw: int) -> tuple[int, int]:
-    """Return the (source, target) of a draw, uniform over the pairs with source ≠ target."""
-    generator = torch.Generator().manual_seed(derive(seed, "pair", draw))
-    source = int(torch.randint(max_rate + 1, (), generator=generator))
-    offset = int(torch.randint(1, max_rate + 1, (), generator=generator))
-    return source, (source + offset) % (max_rate + 1)
+def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
+    """Return the source and the distinct targets of a draw, as the recipe weighs the pairs."""
+    generator = torch.Generator().manual_seed(derive(config.loop.seed, "pair", draw))
+    rates = torch.arange(config.max_rate + 1)
+    weights = (rates[:, None] - rates).abs()
+    if config.pairs == "uniform":
+        weights = weights.clamp(max=1)
+    of_source = weights.sum(dim=1).float()
+    if torch.rand((), generator=generator) < config.from_zero:
+        source = 0
+    else:
+        source = int(torch.multinomial(of_source, 1, generator=generator))
+    targets = torch.multinomial(weights[source].float(), config.students, generator=generator)
+    return source, targets.tolist()
 
 
 def distill(config: DistillConfig, folder: Path) -> Path:
@@ -141,25 +210,50 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     if (finished := folder / "bank").exists():
         return finished
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
-    pictures = Pictures(config.pictures, train_transform(backbone, config.augment))
+    pictures = Pictures(
+        config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
+    )
     seen, unseen = _hold_out(pictures.keys(), config.unseen)
     keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
     watched = evaluation_batches(backbone, config.pictures, unseen) if unseen else ()
+    accelerator = loop.start(config.loop, folder)
+    backbone.model.to(accelerator.device)
     job = Distillation(backbone, config, [images for images, _ in watched])
-    loop.run(job, config.loop, config, pictures, keys, folder)
-    plugins = job.module
-    assert isinstance(plugins, Plugins)
+    loop.run(accelerator, job, config.loop, config, pictures, keys, folder, config.augment)
+    if accelerator.is_main_process:
+        _bank(job.plugins, config, len(seen), folder).save(finished)
+    accelerator.wait_for_everyone()
+    return finished
+
+
+def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) -> Bank:
+    """Return what was learned, in fp16, with notes on how."""
     training = {
         "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone"}),
         "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
-        "distinct_pictures": len(seen),
+        "distinct_pictures": distinct,
         "samples_seen": config.loop.steps * config.loop.batch_size,
         "last": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
     info = plugins.info.model_copy(update={"training": training})
+    if not Path(config.backbone.name).exists():  # a path says nothing elsewhere
+        training["backbone"] = config.backbone.name
     tensors = {name: tensor.detach().cpu().half() for name, tensor in plugins.tensors().items()}
-    return Bank(info, tensors).save(finished)
+    return Bank(info, tensors)
+
+
+def _student(model: VisionTransformer, drop_path: float) -> VisionTransformer:
+    """Return the same model with stochastic depth; its weights are those of `model`."""
+    if drop_path == 0:
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    student = copy.deepcopy(model, shared)
+    rates = calculate_drop_path_rates(drop_path, len(student.blocks))
+    for block, rate in zip(student.blocks, rates, strict=True):
+        block.drop_path1 = DropPath(rate).train()
+        block.drop_path2 = DropPath(rate).train()
+    return student
 
 
 def _hold_out(

@@ -2,147 +2,153 @@
 
 For a model tuned at `source` and run at `target`: top-1 accuracy; agreement with, and KL
 divergence from, the same model at its source rate. KL is the sharp measure: it moves long
-before a label flips. What comes out: `evaluation.json`, `evaluation.md`, `evaluation.svg`
-and `.png`.
+before a label flips. With and without the bank are compared picture by picture. What comes
+out: `evaluation.json`, `.md`, `.svg` and `.png`; for several sources with a bank, `matrix.md`,
+`.svg` and `.png`.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters import Bank, compose, open_bank
-from tocom import AnyDelta, Backbone, DataError, cost, fold, forward, load_backbone
+from adapters.durable import replace_file
+from tocom import Backbone
 from training.config import EvaluateConfig
-from training.data import evaluation_batches, open_pictures
-from training.plot import plot_evaluation
+from training.measuring import (
+    MEASURES,
+    FoldedDeltas,
+    Measurement,
+    claim,
+    compare,
+    load_model,
+    standard_error,
+)
+from training.plot import plot_evaluation, plot_matrix
+
+_TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL (nats)"}
+_FORMS = {"top1": ".1f", "agreement": ".1f", "kl": ".4f"}
 
 
 def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     """Measure what the recipe asks for and return the path of `evaluation.json`.
 
+    A folder that holds a part of it is gone on with; one that holds all is returned at once.
+
     Raises:
-        BackboneError, BankError, DataError, RateError: before any compute is spent.
+        BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
-    backbone = load_backbone(config.backbone.name, config.backbone.architecture)
+    backbone = load_model(config.backbone)
     bank = open_bank(config.bank) if config.bank else None
     if bank:
         bank.check_fits(backbone)
     highest = bank.info.max_rate if bank else config.max_rate
+    sources = config.sources or (backbone.source,)
     targets = config.targets or tuple(range(highest + 1))
-    classes = class_indices(config.pictures.path, backbone)
-    batches = evaluation_batches(backbone, [config.pictures], batch_size=config.batch_size)
-    rows = measure(backbone, bank, config.sources, targets, batches, classes)
+    pairs = [(source, target) for source in sources for target in targets]
+    scales = _multipliers(backbone, bank, pairs) if bank else {}
+    searched = {f"{m}→{n}": s for (m, n), s in scales.items() if bank and s != bank.info.scale}
+    path = folder / "evaluation.json"
+    if claim(folder, path.name, config, backbone, bank, searched):
+        return path
+    measurement = Measurement(
+        backbone, config.pictures, config.batch_size, config.workers, config.labelled
+    )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,
+        "weights_digest": backbone.digest,
         "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
-        "pictures": {"name": Path(config.pictures.path).name, "count": rows[0]["pictures"]},
-        "rows": rows,
+        "pictures": measurement.described,
+        "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "evaluation.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
     plot_evaluation(result, folder)
+    if bank and len(sources) > 1:
+        (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
+        plot_matrix(result, folder)
+    # Last: who finds it finds all the others.
+    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
-@torch.inference_mode()
 def measure(
-    backbone: Backbone,
+    measurement: Measurement,
     bank: Bank | None,
-    sources: Sequence[int],
-    targets: Sequence[int],
-    batches: Any,
-    classes: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    scales: Mapping[tuple[int, int], float],
+    path: Path,
 ) -> list[dict[str, Any]]:
     """Return a row for each (source, target).
 
     Args:
-        backbone: the model.
+        measurement: model and pictures.
         bank: measured as well, if there is one.
-        sources, targets: rates.
-        batches: (images [B, 3, H, W], folder numbers [B]).
-        classes: the model's class of each folder number.
+        pairs: of rates (source, target).
+        scales: multiplier of the bank's delta for each pair that has one.
+        path: where the sums so far are kept.
 
     Returns:
         Rows of source, target, gmacs, tokens, pictures and, under `plain` and `bank`, `top1` and
-        `agreement` in percent and `kl` in nats.
+        `agreement` in percent and `kl` in nats, `top1` only with labels. Those with a bank have
+        its multiplier and, under `bank`, what the pictures say one by one: see `_paired`.
     """
-    device = next(backbone.model.parameters()).device
-    deltas: dict[tuple[int, int], AnyDelta] = {
-        (source, target): fold(backbone.model, compose(bank, source, target))
-        for source in sources
-        for target in targets
-        if bank and source != target
-    }
-    sums: dict[tuple[int, int, str], Tensor] = {}
-    pictures = 0
-    lookup = torch.tensor(classes)
-    for images, folders in tqdm(batches, unit="batch", dynamic_ncols=True):
-        images, labels = images.to(device), lookup[folders].to(device)
-        pictures += len(images)
-        plain = {
-            rate: forward(backbone.model, images, rate) for rate in sorted({*sources, *targets})
-        }
-        for source in sources:
-            for target in targets:
-                logits = {"plain": plain[target]}
-                if (delta := deltas.get((source, target))) is not None:
-                    logits["bank"] = forward(backbone.model, images, target, delta)
-                for what, answer in logits.items():
-                    key = (source, target, what)
-                    sums[key] = sums.get(key, 0) + _compare(answer, plain[source], labels)
+    rates = sorted({rate for pair in pairs for rate in pair})
+    deltas = FoldedDeltas(measurement.backbone, bank) if bank else None
+
+    def figures(tokens: Tensor, classes: Tensor | None) -> Tensor:
+        """Return [pairs, 5, measures]; see `_sums`."""
+        stock = {rate: measurement.logits(tokens, rate) for rate in rates}
+        cells = []
+        for source, target in pairs:
+            plain = repaired = compare(stock[target], stock[source], classes)
+            if deltas and (scale := scales.get((source, target))) is not None:
+                answer = measurement.logits(tokens, target, deltas(source, target, scale))
+                repaired = compare(answer, stock[source], classes)
+            cells.append(_sums(plain, repaired))
+        return torch.stack(cells)
+
+    sums = measurement.total(path, [*rates, *(target for _, target in scales)], figures)
+    measures = MEASURES if measurement.labelled else MEASURES[1:]
     rows = []
-    for source in sources:
-        for target in targets:
-            spent = cost(backbone.model, target)
-            row: dict[str, Any] = {
-                "source": source,
-                "target": target,
-                "gmacs": round(spent.macs / 1e9, 4),
-                "tokens": spent.plan.tokens[-1],
-                "pictures": pictures,
-            }
-            for what in ("plain", "bank"):
-                if (key := (source, target, what)) in sums:
-                    top1, agreement, kl = (sums[key] / pictures).tolist()
-                    row[what] = {
-                        "top1": round(100 * top1, 2),
-                        "agreement": round(100 * agreement, 2),
-                        "kl": round(kl, 5),
-                    }
-            rows.append(row)
+    for (source, target), cell in zip(pairs, sums, strict=True):
+        spent, count = measurement.cost(target), measurement.count
+        row: dict[str, Any] = {
+            "source": source,
+            "target": target,
+            "gmacs": round(spent.macs / 1e9, 4),
+            "tokens": spent.plan.tokens[-1],
+            "pictures": count,
+            "plain": _means(cell[0], count, measures),
+        }
+        if (source, target) in scales:
+            row["multiplier"] = scales[source, target]
+            row["bank"] = _means(cell[1], count, measures) | _paired(cell, count, measures)
+        rows.append(row)
     return rows
 
 
-def class_indices(path: str, backbone: Backbone) -> list[int]:
-    """Return the model's class of each folder of a set of pictures.
+def sign_test(won: int, lost: int) -> float:
+    """Return the two-sided p-value of a sign test: how likely so uneven a split is by chance.
 
-    Folders are named by class number or by class name; where neither fits, as many folders as
-    classes are taken in their order.
-
-    Raises:
-        DataError: if the folders cannot be the model's classes.
+    Exact, of Binomial(won + lost, 1/2); ties do not count.
     """
-    reader = open_pictures(path).reader
-    numbers: dict[str, int] = getattr(reader, "class_name_to_idx", None) or reader.class_to_idx
-    names = sorted(numbers, key=lambda name: numbers[name])
-    known = {name: i for i, name in enumerate(backbone.class_names)}
-    if all(name in known for name in names):
-        return [known[name] for name in names]
-    if all(name.isdigit() and int(name) < len(known) for name in names):
-        return [int(name) for name in names]
-    if len(names) == len(known):
-        return list(range(len(names)))
-    raise DataError(
-        f"{path} has {len(names)} folders ({names[0]!r}, ...) that are neither numbers nor names "
-        f"of the {len(known)} classes of {backbone.name}"
+    tosses = won + lost
+    # Logarithms, since the binomial coefficients of many pictures are no floats.
+    chances = (
+        math.exp(
+            math.lgamma(tosses + 1)
+            - math.lgamma(heads + 1)
+            - math.lgamma(tosses - heads + 1)
+            - tosses * math.log(2)
+        )
+        for heads in range(min(won, lost) + 1)
     )
+    return min(1.0, 2 * math.fsum(chances))
 
 
 def table(result: dict[str, Any], targets: Sequence[int] = ()) -> str:
@@ -153,28 +159,98 @@ def table(result: dict[str, Any], targets: Sequence[int] = ()) -> str:
         for row in result["rows"]
         if not targets or (row["source"] == first and row["target"] in targets)
     ]
+    measures = [measure for measure in MEASURES if measure in rows[0]["plain"]]
     pictures = result["pictures"]
     lines = [
         f"{result['model']}, {pictures['count']} pictures of {pictures['name']}; plain merging / "
         "with the bank. Agreement and KL are to the model at its source rate.",
         "",
-        "| source | rate | GMACs | tokens left | top-1 % | agreement % | KL (nats) |",
-        "|---|---|---|---|---|---|---|",
+        "| source | rate | GMACs | tokens left | "
+        + " | ".join(_TITLES[name] for name in measures)
+        + " |",
+        "|---|---|---|---" + "|---" * len(measures) + "|",
     ]
     for row in rows:
-        plain, bank = row["plain"], row.get("bank")
-        figures = [
-            f"{plain[key]:{form}}" + (f" / {bank[key]:{form}}" if bank else "")
-            for key, form in (("top1", ".1f"), ("agreement", ".1f"), ("kl", ".4f"))
-        ]
+        figures = [_cell(row, measure) for measure in measures]
         cells = [row["source"], row["target"], f"{row['gmacs']:.3f}", row["tokens"], *figures]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _compare(logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    """Return the sums [3] of hits, of agreements and of KL(reference ‖ logits)."""
-    answer, expected = logits.float().log_softmax(dim=-1), reference.float().log_softmax(dim=-1)
-    kl = (expected.exp() * (expected - answer)).sum(dim=-1)
-    top, agreed = logits.argmax(dim=-1), reference.argmax(dim=-1)
-    return torch.stack([(top == labels).sum(), (top == agreed).sum(), kl.sum()]).cpu().double()
+def matrix_table(result: dict[str, Any]) -> str:
+    """Return a Markdown table source x target for each measure: plain / with the bank."""
+    rows = {(row["source"], row["target"]): row for row in result["rows"]}
+    sources, targets = (list(dict.fromkeys(rates)) for rates in zip(*rows, strict=True))
+    pictures = result["pictures"]
+    lines = [
+        f"{result['model']}, {pictures['count']} pictures of {pictures['name']}; plain merging / "
+        "with the bank, for each source (row) and rate (column)."
+    ]
+    for measure in MEASURES:
+        if measure not in result["rows"][0]["plain"]:
+            continue
+        lines += ["", f"| {_TITLES[measure]} | " + " | ".join(map(str, targets)) + " |"]
+        lines.append("|---" * (1 + len(targets)) + "|")
+        for source in sources:
+            cells = [_cell(rows[source, target], measure) for target in targets]
+            lines.append(f"| {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _multipliers(
+    backbone: Backbone, bank: Bank, pairs: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """Return the multiplier with which the model would be served, for each pair with a delta.
+
+    Raises:
+        RateError: if the bank does not have a rate.
+    """
+    scales = {}
+    for source, target in pairs:
+        compose(bank, source, target)  # refuses rates that the bank does not have
+        if source != target:
+            scale, found = None, backbone.calibration
+            if found is not None and found.fits(bank.info.digest, source):
+                scale = found.scale(target)
+            scales[source, target] = bank.info.scale if scale is None else scale
+    return scales
+
+
+def _cell(row: dict[str, Any], measure: str) -> str:
+    figures = [row[what][measure] for what in ("plain", "bank") if what in row]
+    return " / ".join(f"{figure:{_FORMS[measure]}}" for figure in figures)
+
+
+def _sums(plain: Tensor, bank: Tensor) -> Tensor:
+    """Return [5, measures] of plain, bank [B, measures]: sums of both and of what differs.
+
+    Rows: plain, bank, pictures where bank is more, where it is less, squares of bank - plain.
+    """
+    change = bank - plain
+    return torch.stack([plain, bank, change > 0, change < 0, change**2]).sum(dim=1)
+
+
+def _means(sums: Tensor, count: int, measures: Sequence[str]) -> dict[str, float]:
+    top1, agreement, kl = (sums / count).tolist()
+    means = {"top1": round(100 * top1, 2), "agreement": round(100 * agreement, 2)}
+    return {name: (means | {"kl": round(kl, 7)})[name] for name in measures}
+
+
+def _paired(sums: Tensor, count: int, measures: Sequence[str]) -> dict[str, float | None]:
+    """Compare bank with plain picture by picture.
+
+    Returns:
+        Of top-1 and of agreement the pictures won and lost and the p-value of their sign test; of
+        KL the mean change and its standard error.
+    """
+    paired: dict[str, float | None] = {}
+    for i, name in enumerate(MEASURES[:2]):
+        if name in measures:
+            won, lost = int(sums[2, i]), int(sums[3, i])
+            paired |= {f"{name}_won": won, f"{name}_lost": lost}
+            paired[f"{name}_p"] = float(f"{sign_test(won, lost):.4g}")
+    change, squares = (sums[1, 2] - sums[0, 2]).item(), sums[4, 2].item()
+    error = standard_error(change, squares, count)
+    paired["kl_change"] = round(change / count, 7)
+    paired["kl_change_se"] = None if error is None else round(error, 7)
+    return paired

@@ -7,6 +7,7 @@ at which rate it was tuned.
 Reference: ToCom, Table 3 (recipes for CIFAR-100 and FGVC).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,29 @@ from training.data import (
     Pictures,
     derive,
     evaluation_batches,
-    open_pictures,
+    mixing,
     train_transform,
 )
+from training.pictures import class_names, open_pictures
+
+
+class AtRate(nn.Module):
+    """A model that runs at one rate: what the processes of a distributed run can wrap."""
+
+    def __init__(self, model: VisionTransformer, rate: int) -> None:
+        """Hold the model and the rate."""
+        super().__init__()
+        self.model, self.rate = model, rate
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, classes] of images [B, 3, H, W]."""
+        return forward(self.model, images, self.rate)
 
 
 class Finetuning:
     """The job of `tocom-train finetune --method full`; see `loop.Job`."""
+
+    losses_each = 1
 
     def __init__(self, backbone: Backbone, config: FinetuneConfig, classes: int) -> None:
         """Give the backbone a new head and make all of it trainable."""
@@ -40,15 +57,21 @@ class Finetuning:
         rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        self.module: nn.Module = model.requires_grad_(True)
-        self.config = config
+        self.module: nn.Module = AtRate(model.requires_grad_(True), config.source)
+        self.mixing = mixing(config.augment, classes, config.label_smoothing)
+        self.label_smoothing = config.label_smoothing
 
-    def loss(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return the cross-entropy at the source rate."""
-        logits = forward(self.module, images, self.config.source)
-        correct = (logits.argmax(dim=-1) == labels).float().mean().item()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        return loss, {"accuracy": correct}
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        """Yield the cross-entropy at the source rate."""
+        smoothing = self.label_smoothing
+        if self.mixing:  # smooths the labels itself
+            images, labels = self.mixing(images, labels)
+            smoothing = 0.0
+        yield F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def watch(self) -> dict[str, float]:
         """Nothing: the test pictures are read once, at the end."""
@@ -66,22 +89,42 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
     if (finished / "config.json").exists():
         return finished
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
-    class_names = _class_names(config.pictures.path)
-    if (other := _class_names(config.test.path)) != class_names:
+    classes = class_names(open_pictures(config.pictures))
+    other = class_names(open_pictures(config.test))
+    # Classes of a list are numbers, of which a small one may lack the last.
+    if other != (classes[: len(other)] if config.test.list else classes):
         raise DataError(
-            f"{config.pictures.path} has {len(class_names)} classes and {config.test.path} "
-            f"{len(other)}; they must be the same folders"
+            f"{config.pictures.path} has {len(classes)} classes and {config.test.path} "
+            f"{len(other)}; they must be the same"
         )
-    pictures = Pictures([config.pictures], train_transform(backbone, config.augment))
+    pictures = Pictures(
+        [config.pictures], train_transform(backbone, config.augment), config.loop.on_unreadable
+    )
     tuned_from = backbone.digest  # before its weights change
-    job = Finetuning(backbone, config, len(class_names))
-    loop.run(job, config.loop, config, pictures, pictures.keys(), folder)
-    model = job.module
-    assert isinstance(model, VisionTransformer)
+    accelerator = loop.start(config.loop, folder)
+    job = Finetuning(backbone, config, len(classes))
+    loop.run(
+        accelerator, job, config.loop, config, pictures, pictures.keys(), folder,
+        config.augment,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        _save(backbone, config, classes, tuned_from, len(pictures.keys()), finished)
+    accelerator.wait_for_everyone()
+    return finished
+
+
+def _save(
+    backbone: Backbone,
+    config: FinetuneConfig,
+    class_names: list[str],
+    tuned_from: str,
+    pictures: int,
+    folder: Path,
+) -> None:
     accuracy = _accuracy(backbone, config)
     save_for_hf(
-        model.half(),
-        str(finished),
+        backbone.model.half(),
+        str(folder),
         model_config={
             "label_names": class_names,
             "source_rate": config.source,
@@ -89,13 +132,12 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
             "training": {
                 "recipe": config.model_dump(mode="json", exclude={"pictures", "test", "backbone"}),
                 "backbone": backbone.architecture,
-                "pictures": len(pictures.keys()),
+                "pictures": pictures,
                 "test_accuracy": round(accuracy, 4),
             },
         },
         safe_serialization=True,
     )
-    return finished
 
 
 @torch.inference_mode()
@@ -107,9 +149,3 @@ def _accuracy(backbone: Backbone, config: FinetuneConfig) -> float:
         correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
         total += len(labels)
     return correct / total
-
-
-def _class_names(path: str) -> list[str]:
-    reader = open_pictures(path).reader
-    classes: dict[str, int] = getattr(reader, "class_name_to_idx", None) or reader.class_to_idx
-    return sorted(classes, key=lambda name: classes[name])

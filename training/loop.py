@@ -1,34 +1,32 @@
-"""The one training loop: steps, schedule, checkpoints, metrics, resume.
+"""The one training loop: steps, schedule, devices, checkpoints, metrics, resume.
 
-A run folder holds `config.json` (the resolved recipe), `metrics.jsonl` (a line a step),
-`checkpoints/step-NNNNNN` (the last two) and what the job makes at its end. A resumed run
-gives the same numbers as an uninterrupted one: all randomness of a step is seeded by
-(seed, step), so only parameters and optimiser have to be kept.
+A step is a batch of pictures, cut into micro-batches: one for each process and each
+accumulation. All randomness is a function of (seed, step, micro-batch). So a resumed run
+gives the same numbers as an uninterrupted one, and N processes the same as one process
+that accumulates N times; only parameters and optimiser have to be kept.
 """
 
-import json
+import importlib.util
 import math
-import re
-import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tocom import ConfigError, TocomError
-from training.config import LoopConfig, Recipe
-from training.data import Pictures, StepSampler, derive, train_batches
-
-_KEPT_CHECKPOINTS = 2
-
-
-class TrainingError(TocomError):
-    """A run that cannot go on; the last good checkpoint is kept."""
+from tocom import ConfigError
+from training.config import AugmentConfig, LoopConfig, Recipe
+from training.data import Pictures, Shares, StepSampler, derive, train_batches
+from training.run_folder import RunFolder, TrainingError
 
 
 class Job(Protocol):
@@ -36,9 +34,21 @@ class Job(Protocol):
 
     #: holds the parameters to train; nothing else in it requires gradients
     module: nn.Module
+    #: how many losses a micro-batch has
+    losses_each: int
 
-    def loss(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return the loss of a step and what to note of it."""
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        """Yield the losses of a micro-batch; each is followed by its backward.
+
+        Args:
+            images: [B, 3, H, W].
+            labels: [B].
+            micro: number of the micro-batch, counted from the start of the run.
+        """
+        ...
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        """Say what is worth noting of a step's micro-batches; depends on the numbers alone."""
         ...
 
     def watch(self) -> dict[str, float]:
@@ -46,31 +56,57 @@ class Job(Protocol):
         ...
 
 
+def start(config: LoopConfig, folder: Path) -> Accelerator:
+    """Return the devices to train on.
+
+    Raises:
+        ConfigError: if what the recipe asks for is not installed or not possible here.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("loop.tensorboard needs TensorBoard: pip install tensorboard")
+    # Accelerate keeps the precision for the whole process, and a process may train twice.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision=config.precision,
+            log_with="tensorboard" if config.tensorboard else None,
+            project_dir=str(folder),
+        )
+    except ValueError as error:
+        raise ConfigError(f"loop.precision={config.precision}: {error}") from error
+
+
 def run(
+    accelerator: Accelerator,
     job: Job,
     config: LoopConfig,
     recipe: Recipe,
     pictures: Pictures,
     keys: list[tuple[int, int]],
     folder: Path,
+    augment: AugmentConfig,
 ) -> None:
     """Train `job` to the last step, resuming from the newest checkpoint in `folder`.
 
     Args:
+        accelerator: from `start`.
         job: what is trained.
         config: the loop's part of the recipe.
         recipe: all of it, to be written to (and compared with) the run folder.
         pictures: what to train on.
         keys: which pictures an epoch has; see `StepSampler`.
         folder: the run folder.
+        augment: how often in a row each picture is drawn, and whether batches are mixed.
 
     Raises:
-        ConfigError: if `folder` holds a run of another recipe.
-        TrainingError: if the loss is not finite.
+        ConfigError: if `folder` holds a run of another recipe, or the batch cannot be shared
+            out to the processes, or to pairs of pictures to mix.
+        DataError: if a picture cannot be read and the recipe says to stop.
+        TrainingError: if the loss is not finite or the disk is full.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    _claim(folder, recipe)
-    accelerator = Accelerator(mixed_precision=config.precision)
+    run_folder = RunFolder(folder, accelerator, config)
+    run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(_decay_groups(trained, config.weight_decay), config.learning_rate)
     job.module, optimizer = accelerator.prepare(job.module, optimizer)
@@ -81,54 +117,92 @@ def run(
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    start = _resume(accelerator, folder)
-    sampler = StepSampler(keys, config.batch_size, config.steps, start, config.seed)
-    progress = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-    step = start
-    try:
-        for images, labels in train_batches(pictures, sampler, config.workers):
+    step = run_folder.resume()
+    shares = Shares(accelerator.num_processes, accelerator.process_index, config.accumulation)
+    sampler = StepSampler(
+        keys, config.batch_size, config.steps, step, config.seed, augment.repeats, shares
+    )
+    if sampler.size % 2 and (augment.mixup or augment.cutmix):
+        raise ConfigError(
+            f"pictures are mixed in pairs, and a micro-batch has {sampler.size} of them; give a "
+            "loop.batch_size that makes it even"
+        )
+    batches = iter(train_batches(pictures, sampler, config.workers))
+    with _interruptible() as interrupted, run_folder.progress(step):
+        while step < config.steps:
             began = time.perf_counter()
             scheduler.step_update(step)
-            torch.manual_seed(derive(config.seed, "step", step))
             job.module.train()
-            with accelerator.autocast():
-                loss, notes = job.loss(
-                    images.to(accelerator.device), labels.to(accelerator.device), step
-                )
-            value = loss.item()
-            if not math.isfinite(value):
-                rate = optimizer.param_groups[0]["lr"]
+            loss, unreadable = _backward(accelerator, job, config, batches, shares, step)
+            line = job.notes(_micros(step, shares))
+            rate = optimizer.param_groups[0]["lr"]
+            if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss of step {step} is {value} ({notes}, learning rate {rate:.2e}); "
+                    f"the loss of step {step} is {loss} ({line}, learning rate {rate:.2e}); "
                     f"the last checkpoint is kept in {folder}"
                 )
-            accelerator.backward(loss)
             if config.clip_norm is not None:
                 accelerator.clip_grad_norm_(trained, config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            line = {
-                "step": step,
-                "loss": value,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - began, 3),
-            } | notes
-            if step % config.watch_every == 0 or step == config.steps:
+            seconds = round(time.perf_counter() - began, 3)
+            line = {"step": step, "loss": loss, "learning_rate": rate, "seconds": seconds} | line
+            if unreadable:
+                line["unreadable"] = unreadable
+            if accelerator.is_main_process and _due(step, config.watch_every, config):
                 job.module.eval()
                 line |= job.watch()
-            _note(folder, line)
-            progress.set_postfix(loss=f"{value:.4f}", refresh=False)
-            progress.update()
-            if step % config.save_every == 0 or step == config.steps:
-                _save(accelerator, folder, step)
-    except KeyboardInterrupt:
-        _save(accelerator, folder, step)
-        progress.write(f"Stopped after step {step}. The same command resumes from there.")
-        raise
-    finally:
-        progress.close()
+            run_folder.note(line)
+            if interrupted.is_set():
+                accelerator.set_trigger()
+            stop = accelerator.check_trigger()  # in any process
+            if stop or _due(step, config.save_every, config):
+                run_folder.save(step)
+            if stop:
+                run_folder.say(f"Stopped after step {step}. The same command resumes from there.")
+                raise KeyboardInterrupt
     job.module = accelerator.unwrap_model(job.module).eval()
+
+
+def _backward(
+    accelerator: Accelerator,
+    job: Job,
+    config: LoopConfig,
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    shares: Shares,
+    step: int,
+) -> tuple[float, int]:
+    """Compute a step's gradients; return its loss and number of unreadable pictures."""
+    totals = torch.zeros(2, device=accelerator.device)
+    for accumulated in range(shares.accumulation):
+        images, labels, unreadable = next(batches)
+        totals[1] += unreadable.sum()
+        micro = _micros(step, shares)[accumulated * shares.processes + shares.process]
+        seed = derive(config.seed, "step", micro)
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # timm's mixup draws from there
+        losses = job.losses(images.to(accelerator.device), labels.to(accelerator.device), micro)
+        for i in range(job.losses_each):
+            last = accumulated == shares.accumulation - 1 and i == job.losses_each - 1
+            # Gradients travel between processes once a step.
+            with nullcontext() if last else accelerator.no_sync(job.module):
+                with accelerator.autocast():
+                    loss = next(losses)
+                accelerator.backward(loss / shares.accumulation)
+            totals[0] += loss.detach() / shares.accumulation
+    loss_sum, unreadable_sum = accelerator.reduce(totals, reduction="sum").tolist()
+    return loss_sum / shares.processes, int(unreadable_sum)
+
+
+def _micros(step: int, shares: Shares) -> range:
+    """Return the numbers of a step's micro-batches, of all processes."""
+    count = shares.processes * shares.accumulation
+    return range(step * count, (step + 1) * count)
+
+
+def _due(step: int, every: int, config: LoopConfig) -> bool:
+    return step % every == 0 or step == config.steps
 
 
 def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -139,47 +213,21 @@ def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[d
     ]
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = json.dumps(recipe.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-    path = folder / "config.json"
-    if path.exists() and path.read_text(encoding="utf-8") != resolved:
-        raise ConfigError(f"{folder} holds a run of another recipe; choose another run folder")
-    path.write_text(resolved, encoding="utf-8")
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Let Ctrl-C and SIGTERM end the run between two steps; a second one ends it at once."""
+    asked = threading.Event()
+    before: dict[signal.Signals, Any] = {}
 
+    def ask(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
 
-def _checkpoints(folder: Path) -> list[Path]:
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{6}", path.name))
-
-
-def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Write a checkpoint beside the others and name it when it is whole."""
-    final = folder / "checkpoints" / f"step-{step:06d}"
-    if final.exists():
-        return
-    beside = final.with_name(f".{final.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    accelerator.save_state(str(beside))
-    beside.rename(final)
-    for old in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def _resume(accelerator: Accelerator, folder: Path) -> int:
-    """Load the newest checkpoint and return its step; forget metrics written after it."""
-    checkpoints = _checkpoints(folder)
-    step = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-    if checkpoints:
-        accelerator.load_state(str(checkpoints[-1]))
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-    return step
-
-
-def _note(folder: Path, line: dict[str, Any]) -> None:
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Plots of evaluations: quality against compute, with and without the bank."""
+"""Plots of evaluations: quality against compute, and what a bank gives for each pair of rates."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,31 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
 
-_MEASURES = (
-    ("kl", "KL to the source rate (nats)"),
-    ("agreement", "agreement with the source rate (%)"),
-    ("top1", "top-1 (%)"),
-)
+_MEASURES = {
+    "kl": "KL to the source rate (nats)",
+    "agreement": "agreement with the source rate (%)",
+    "top1": "top-1 (%)",
+}
+#: measure -> title, colours (blue is better), form of a cell
+_CHANGES = {
+    "kl": ("KL (%)", "RdBu_r", "{:+.0f}"),
+    "agreement": ("agreement (points)", "RdBu", "{:+.1f}"),
+    "top1": ("top-1 (points)", "RdBu", "{:+.1f}"),
+}
+_ANNOTATED = 9  # rates a side; with more, figures would cover their cells
 
 
 def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
     """Write `evaluation.svg` and `.png`: each measure against GMACs, a colour a source."""
     sources = sorted({row["source"] for row in result["rows"]})
-    figure, axes = plt.subplots(1, len(_MEASURES), figsize=(12, 3.6), layout="constrained")
-    for axis, (measure, label) in zip(axes, _MEASURES, strict=True):
+    measures = _measured(result)
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(4 * len(measures), 3.6), layout="constrained"
+    )
+    for axis, measure in zip(axes, measures, strict=True):
         for i, source in enumerate(sources):
             # At the source rate itself there is nothing to compare.
             rows = [r for r in result["rows"] if r["source"] == source != r["target"]]
@@ -35,11 +47,68 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
                     gmacs, [row.get("bank", row["plain"])[measure] for row in rows], "o-", ms=4,
                     color=f"C{i}", label=f"{name}, with bank",
                 )  # fmt: skip
-        axis.set(xlabel="GMACs an image", ylabel=label)
+        axis.set(xlabel="GMACs an image", ylabel=_MEASURES[measure])
         axis.invert_xaxis()  # cheaper to the right, as the rate grows
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
+    _save(figure, result, folder / "evaluation")
+
+
+def plot_matrix(result: dict[str, Any], folder: Path) -> None:
+    """Write `matrix.svg` and `.png`: what the bank changes from plain, source by target."""
+    measures = _measured(result)
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(4.4 * len(measures), 4), layout="constrained"
+    )
+    for axis, measure in zip(axes, measures, strict=True):
+        title, colours, form = _CHANGES[measure]
+        sources, targets, cells = changes(result, measure)
+        bound = np.nanmax(np.abs(cells), initial=1e-9)
+        image = axis.imshow(cells, cmap=colours, vmin=-bound, vmax=bound, aspect="auto")
+        axis.set_facecolor("lightgrey")  # of cells that have no change: source = target
+        axis.set_xticks(range(len(targets)), targets)
+        axis.set_yticks(range(len(sources)), sources)
+        axis.set(xlabel="rate", ylabel="source", title=f"{title}, bank against plain")
+        if max(cells.shape) <= _ANNOTATED:
+            for (i, j), change in np.ndenumerate(cells):
+                if not np.isnan(change):
+                    dark = abs(change) > 0.6 * bound
+                    axis.text(
+                        j, i, form.format(change), ha="center", va="center", fontsize=8,
+                        color="white" if dark else "black",
+                    )  # fmt: skip
+        figure.colorbar(image, ax=axis)
+    _save(figure, result, folder / "matrix")
+
+
+def changes(
+    result: dict[str, Any], measure: str
+) -> tuple[list[int], list[int], "np.ndarray[Any, np.dtype[np.float64]]"]:
+    """Return the sources, the targets and what the bank changes, NaN where nothing.
+
+    KL changes relative to plain, in percent; the others in percentage points.
+    """
+    sources = sorted({row["source"] for row in result["rows"]})
+    targets = sorted({row["target"] for row in result["rows"]})
+    cells = np.full((len(sources), len(targets)), np.nan)
+    for row in result["rows"]:
+        if "bank" not in row:
+            continue
+        plain, bank = row["plain"][measure], row["bank"][measure]
+        place = sources.index(row["source"]), targets.index(row["target"])
+        if measure != "kl":
+            cells[place] = bank - plain
+        elif plain > 0:
+            cells[place] = 100 * (bank / plain - 1)
+    return sources, targets, cells
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    return [measure for measure in _MEASURES if measure in result["rows"][0]["plain"]]
+
+
+def _save(figure: Figure, result: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{result['model']} on {result['pictures']['name']}", fontsize=11)
     for suffix in ("svg", "png"):
-        figure.savefig(folder / f"evaluation.{suffix}", dpi=130)
+        figure.savefig(path.with_suffix(f".{suffix}"), dpi=130)
     plt.close(figure)

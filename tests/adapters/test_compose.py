@@ -66,6 +66,21 @@ def test_staying_changes_nothing(rate):
     assert compose(BANK, rate, rate) == Delta({})
 
 
+@pytest.mark.parametrize(("source", "target"), [(0, 3), (2, 1)])
+def test_another_scale_multiplies_in_place_of_the_banks_own(source, target):
+    own = compose(BANK, source, target)
+    assert_same(compose(BANK, source, target, None), own)
+    assert_same(compose(BANK, source, target, BANK.info.scale), own)
+    other = compose(BANK, source, target, 3 * BANK.info.scale)
+    for layer in LAYERS:
+        assert (weight(other, layer) - 3 * weight(own, layer)).abs().max() < 1e-5
+
+
+def assert_same(one: Delta, other: Delta) -> None:
+    for layer in LAYERS:
+        assert torch.equal(weight(one, layer), weight(other, layer))
+
+
 def test_pairs_have_the_width_of_their_steps():
     delta = compose(BANK, 3, 1)
     assert len(delta.pairs) == 2 * 6

@@ -166,3 +166,68 @@ def test_a_truncated_bank(tiny, bank_folder, tmp_path):
     with pytest.raises(BankError, match="truncated or corrupted"):
         load_model(tiny.model_copy(update={"bank": str(tmp_path / "b")}))
     assert Bank.load(Path(tiny.bank)).info.max_rate == MAX_RATE
+
+
+@pytest.fixture
+def calibrated(model_folder, bank_folder, tmp_path):
+    """Settings of a copy of the model with a calibration in its folder."""
+
+    def settings(**changes) -> ModelSettings:
+        folder = shutil.copytree(model_folder, tmp_path / "calibrated", dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["calibration"] = {
+            "bank_digest": Bank.load(bank_folder).info.digest,
+            "source": 0,
+            "multiplier": {"3": 0.25},
+            "measure": "kl",
+            "pictures": {"name": "p.tar", "count": 9},
+        } | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        return ModelSettings(name="calibrated", backbone=str(folder), bank=str(bank_folder))
+
+    return settings
+
+
+@pytest.mark.parametrize("multiplier", [0.25, {"3": 0.25}])
+def test_a_calibrated_model_uses_its_multiplier(calibrated, images, multiplier):
+    served = load_model(calibrated(multiplier=multiplier))
+    for rate in (3, 4):
+        searched = isinstance(multiplier, float) or rate == 3
+        delta = compose(served.bank, 0, rate, 0.25 if searched else None)
+        expected = forward(served.backbone.model, images, rate, delta)
+        torch.testing.assert_close(served.at(rate, True)(images), expected, atol=1e-4, rtol=1e-4)
+        own = forward(served.backbone.model, images, rate, compose(served.bank, 0, rate))
+        assert torch.allclose(expected, own, atol=1e-4) is not searched
+
+
+@pytest.mark.parametrize("changes", [{"bank_digest": "0123"}, {"source": 2}])
+def test_a_calibration_for_something_else_is_ignored_and_noted(calibrated, images, caplog, changes):
+    with caplog.at_level("WARNING"):
+        served = load_model(calibrated(**changes))
+    assert "'calibrated': its calibration is ignored" in caplog.text
+    assert served.calibration is None
+    expected = forward(served.backbone.model, images, 3, compose(served.bank, 0, 3))
+    torch.testing.assert_close(served.at(3, True)(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_source_in_the_settings_is_not_the_calibrated_one(calibrated):
+    settings = calibrated()
+    assert load_model(settings).calibration
+    assert load_model(settings.model_copy(update={"source": 1})).calibration is None
+
+
+def test_without_a_bank_there_is_nothing_to_calibrate(calibrated, caplog):
+    served = load_model(calibrated().model_copy(update={"bank": None}))
+    assert served.calibration is None
+    assert not caplog.text
+
+
+def test_an_evaluation_that_cannot_be_shown_is_no_reason_not_to_serve(
+    model_folder, tmp_path, caplog
+):
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"evaluation": {"rows": 3}}))
+    with caplog.at_level("WARNING"):
+        assert load_model(ModelSettings(name="m", backbone=str(folder))).evaluation is None
+    assert "'m': its evaluation is not shown: model: Field required" in caplog.text

@@ -1,3 +1,5 @@
+import json
+import shutil
 import threading
 from concurrent.futures import Future
 
@@ -5,7 +7,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from server import create_app
+from adapters import Bank
+from server import ModelSettings, create_app
 from server.images import decode
 from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem
 from tests.server.test_images import encoded, huge_png
@@ -248,8 +251,43 @@ def test_one_model(client, served):
     assert tiny["class_names"] == CLASSES
     assert tiny["input_size"] == [3, 64, 64]
     assert tiny["weights_digest"] == served.backbone.digest
-    assert tiny["evaluation"] == served.bank.info.evaluation
-    assert client.get("/v1/models/bare").json()["evaluation"] is None
+    # The bank's own evaluation is of the bank, whatever model it was made with.
+    assert served.bank.info.evaluation
+    assert tiny["evaluation"] is None
+    assert tiny["multiplier"] is None
+
+
+def test_one_model_with_what_was_attached_to_it(settings, bank_folder, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    bank = {"name": "tiny", "digest": Bank.load(bank_folder).info.digest}
+    pictures = {"name": "p.tar", "count": 9}
+    config["calibration"] = {
+        "bank_digest": bank["digest"], "source": 0, "multiplier": {"3": 0.2}, "measure": "kl",
+        "pictures": pictures,
+    }  # fmt: skip
+    figures = {"agreement": 90.0, "kl": 0.1}
+    row = {"source": 0, "target": 3, "gmacs": 1.0, "tokens": 8, "pictures": 9, "plain": figures}
+    paired = {
+        "agreement_won": 2, "agreement_lost": 1, "agreement_p": 1.0, "kl_change": -0.01,
+        "kl_change_se": 0.02,
+    }  # fmt: skip
+    config["evaluation"] = {
+        "model": "tiny", "weights_digest": "0123", "bank": bank, "pictures": pictures,
+        "rows": [row, row | {"multiplier": 0.2, "bank": figures | paired}],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelSettings(name="attached", backbone=str(folder), bank=str(bank_folder))
+    with TestClient(create_app(settings.model_copy(update={"models": (model,)}))) as client:
+        said = client.get("/v1/models/attached").json()
+    assert said["multiplier"] == {"3": 0.2}
+    assert said["evaluation"]["bank"] == bank
+    assert said["evaluation"]["pictures"] == pictures
+    plain, repaired = said["evaluation"]["rows"]
+    assert plain["plain"] == figures | {"top1": None}
+    assert plain["bank"] is None
+    assert repaired["multiplier"] == 0.2
+    assert repaired["bank"].items() >= (figures | paired).items()
 
 
 def test_an_unknown_model_is_not_described(client):

@@ -3,19 +3,45 @@ from pathlib import Path
 import pytest
 
 from tocom import ConfigError
-from training.config import DistillConfig, EvaluateConfig, FinetuneConfig, presets, read_recipe
+from training.config import (
+    CalibrateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    presets,
+    read_recipe,
+)
 
 KINDS = {
-    "deit-tiny-small-data": (DistillConfig, ["pictures=[{path='a.tar'}]"]),
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
+    "multiplier": (
+        CalibrateConfig,
+        ["backbone.name=bundled:x", "bank=bundled:y", "pictures.path=a.tar"],
+    ),
 }
+DISTILL = (DistillConfig, ["pictures=[{path='a.tar'}]"])
 
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_loads(preset: str) -> None:
-    kind, overrides = KINDS[preset]
+    kind, overrides = KINDS.get(preset, DISTILL)
     assert isinstance(read_recipe(kind, preset, overrides), kind)
+
+
+@pytest.mark.parametrize("model", ["deit-b", "deit-s", "deit-ti", "deit-b-384", "mae-vit-b"])
+def test_imagenet_presets_are_the_papers_recipe(model: str) -> None:
+    recipe = read_recipe(DistillConfig, f"imagenet-{model}", DISTILL[1])
+    assert (recipe.max_rate, recipe.rank, recipe.targets, recipe.scale) == (16, 2, ("q", "v"), 0.1)
+    assert (recipe.dropout, recipe.drop_path, recipe.pairs) == (0.1, 0.1, "uniform")
+    assert (recipe.sources, recipe.students, recipe.from_zero) == (1, 1, 0)
+    loop, augment = recipe.loop, recipe.augment
+    assert loop.steps == 10 * 1281167 // loop.batch_size
+    assert (loop.batch_size, loop.learning_rate, loop.weight_decay) == (1024, 2e-3, 0.05)
+    assert loop.warmup_steps == 0
+    assert (augment.mixup, augment.cutmix, augment.erasing) == (0.8, 1.0, 0.25)
+    assert augment.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert augment.repeats == 3
 
 
 def test_overrides_reach_into_tables_and_read_toml() -> None:

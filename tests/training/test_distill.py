@@ -1,17 +1,21 @@
+import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from adapters import Bank
 from tests import oracle_case
-from tocom import ConfigError, forward
+from tocom import ConfigError, forward, forward_features, load_backbone
 from tocom.delta import Delta, LowRank
-from training import loop
 from training.config import DistillConfig
-from training.distill import distill, draw_pair, kd_loss
+from training.distill import Distillation, distill, draw_rates, kd_loss
+from training.run_folder import RunFolder, TrainingError
 
 
 def recipe(pictures: Path, model_folder: Path, **changes: Any) -> DistillConfig:
@@ -21,7 +25,7 @@ def recipe(pictures: Path, model_folder: Path, **changes: Any) -> DistillConfig:
         "pictures": [{"path": str(pictures)}],
         "unseen": 4,
         "max_rate": 6,
-        "pairs": 2,
+        "sources": 2,
         "loop": {
             "steps": 6, "batch_size": 6, "learning_rate": 5e-3, "save_every": 2,
             "watch_every": 3, "workers": 0,
@@ -82,14 +86,108 @@ def test_loss_is_zero_only_for_equal_logits() -> None:
     assert kd_loss(torch.zeros(4, 7), logits).item() > 0.01
 
 
-def test_pairs_are_uniform_and_never_equal() -> None:
+def drawn(config: DistillConfig, draws: int) -> dict[tuple[int, int], int]:
     counts: dict[tuple[int, int], int] = {}
-    for draw in range(4000):
-        pair = draw_pair(4, seed=0, draw=draw)
-        counts[pair] = counts.get(pair, 0) + 1
-    assert set(counts) == {(s, t) for s in range(5) for t in range(5) if s != t}
+    for draw in range(draws):
+        source, targets = draw_rates(config, draw)
+        assert len(set(targets)) == len(targets) == config.students
+        for target in targets:
+            counts[source, target] = counts.get((source, target), 0) + 1
+    assert set(counts) == {
+        (s, t) for s in range(config.max_rate + 1) for t in range(config.max_rate + 1) if s != t
+    }
+    return counts
+
+
+def test_rates_are_uniform_by_default(pictures: Path, model_folder: Path) -> None:
+    counts = drawn(recipe(pictures, model_folder, max_rate=4, students=2), draws=2000)
     assert min(counts.values()) > 130
     assert max(counts.values()) < 280  # 200 each are expected, standard deviation 14
+
+
+def test_rates_far_apart_and_from_zero_can_be_drawn_more_often(
+    pictures: Path, model_folder: Path
+) -> None:
+    config = recipe(pictures, model_folder, max_rate=4, pairs="distance", from_zero=0.5)
+    counts = drawn(config, draws=4000)
+    # Distances sum to 40 over all pairs, to 10 from source 0: half of the draws by rule, and a
+    # quarter of the others.
+    from_zero = sum(count for (source, _), count in counts.items() if source == 0)
+    assert from_zero == pytest.approx(2500, abs=150)
+    assert counts[0, 4] == pytest.approx(4 * counts[0, 1], rel=0.25)
+    assert counts[4, 1] == pytest.approx(4000 / 2 * 3 / 40, abs=50)
+
+
+def test_more_students_than_targets_are_refused(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValidationError, match=r"students \(5\).*max_rate, which is 4"):
+        recipe(pictures, model_folder, max_rate=4, students=5)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "proj", "fc1", "fc2")])
+def test_shared_step_has_the_gradients_of_the_straightforward_one(
+    pictures: Path, model_folder: Path, targets: tuple[str, ...]
+) -> None:
+    config = recipe(
+        pictures, model_folder, sources=2, students=3, dropout=0, targets=targets, features=0.5
+    )
+    backbone = load_backbone(config.backbone.name)
+    job = Distillation(backbone, config, [])
+    for parameter in job.plugins.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # where B is zero, A has no gradient
+    images = torch.randn(5, 3, 32, 32)
+    losses = list(job.losses(images, torch.zeros(5), micro=3))
+    assert len(losses) == job.losses_each == 6
+    torch.stack(losses).sum().backward()
+
+    plugins = copy.deepcopy(job.plugins)
+    plugins.zero_grad()
+    pairs = job.notes(range(3, 4))["pairs"]
+    total, seen = torch.zeros(()), []
+    for pair, loss in zip(pairs, losses, strict=True):
+        share = images[:3] if len(seen) < 3 else images[3:]
+        seen.append(pair)
+        with torch.no_grad():
+            teacher = forward(backbone.model, share, pair[0])
+            read = forward_features(backbone.model, share, pair[0])[:, 0]
+        student = forward(backbone.model, share, pair[1], plugins(*pair))
+        reads = forward_features(backbone.model, share, pair[1], plugins(*pair))[:, 0]
+        expected = kd_loss(student, teacher) + 0.5 * (reads - read).square().mean()
+        expected = expected * len(share) / 5 / 3
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+        total = total + expected
+    total.backward()
+    for fast, slow in zip(job.plugins.parameters(), plugins.parameters(), strict=True):
+        assert fast.grad is not None
+        assert slow.grad is not None
+        torch.testing.assert_close(fast.grad, slow.grad, atol=1e-5 * slow.grad.abs().max(), rtol=0)
+
+
+def test_only_plugins_have_gradients_and_the_backbone_stays_as_it_is(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    config = recipe(pictures, model_folder, drop_path=0.2)
+    before = load_backbone(config.backbone.name).digest
+    backbone = load_backbone(config.backbone.name)
+    job = Distillation(backbone, config, [])
+    for loss in job.losses(torch.randn(4, 3, 32, 32), torch.zeros(4), micro=0):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+    assert all(parameter.grad is not None for parameter in job.plugins.parameters())
+    assert not any(module.training for module in job.teacher.modules())
+    distill(config, tmp_path / "run")
+    assert backbone.digest == before
+
+
+def test_stochastic_depth_is_the_students_alone_and_shares_the_weights(
+    pictures: Path, model_folder: Path
+) -> None:
+    config = recipe(pictures, model_folder, drop_path=0.9)
+    job = Distillation(load_backbone(config.backbone.name), config, [])
+    images = torch.randn(64, 3, 32, 32)
+    assert torch.equal(forward(job.teacher, images), forward(job.teacher, images))
+    assert not torch.equal(forward(job.student, images), forward(job.student, images))
+    for ours, theirs in zip(job.student.parameters(), job.teacher.parameters(), strict=True):
+        assert ours is theirs
 
 
 def test_training_repairs_what_merging_breaks(
@@ -111,14 +209,14 @@ def test_interrupted_run_resumes_to_the_same_numbers(
     config = recipe(pictures, model_folder)
     whole = distill(config, tmp_path / "whole")
 
-    note = loop._note
+    note = RunFolder.note
 
-    def die(folder: Path, line: dict[str, Any]) -> None:
-        note(folder, line)
+    def die(self: RunFolder, line: dict[str, Any]) -> None:
+        note(self, line)
         if line["step"] == crash + 1:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(loop, "_note", die)
+    monkeypatch.setattr(RunFolder, "note", die)
     with pytest.raises(SystemExit, match="killed"):
         distill(config, tmp_path / "broken")
     monkeypatch.undo()
@@ -128,21 +226,24 @@ def test_interrupted_run_resumes_to_the_same_numbers(
     assert Bank.load(resumed).info.digest == Bank.load(whole).info.digest
 
 
-def test_ctrl_c_saves_at_once_and_resumes(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_after_the_step_and_resume(
     pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], number: int,
 ) -> None:  # fmt: skip
     config = recipe(pictures, model_folder, loop={"save_every": 100})
-    note = loop._note
+    note = RunFolder.note
 
-    def interrupt(folder: Path, line: dict[str, Any]) -> None:
-        note(folder, line)
+    def interrupt(self: RunFolder, line: dict[str, Any]) -> None:
+        note(self, line)
         if line["step"] == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop, "_note", interrupt)
+    monkeypatch.setattr(RunFolder, "note", interrupt)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         distill(config, tmp_path / "run")
+    assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert "Stopped after step 3" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
@@ -170,5 +271,5 @@ def test_loss_that_is_not_finite_stops_the_run(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     config = recipe(pictures, model_folder, loop={"learning_rate": 1e30, "steps": 6})
-    with pytest.raises(loop.TrainingError, match=r"the loss of step \d is (nan|inf).*pairs"):
+    with pytest.raises(TrainingError, match=r"the loss of step \d is (nan|inf).*pairs"):
         distill(config, tmp_path / "run")

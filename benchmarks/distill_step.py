@@ -1,0 +1,148 @@
+"""The step of distillation against the straightforward one, side by side in one run.
+
+    python benchmarks/distill_step.py --backbone timm/deit_tiny_patch16_224.fb_in1k
+
+Straightforward: for each (source, target) a full forward of the teacher, then a full forward
+and backward of the student, everything of the last block included, as Algorithm 1 of the
+paper reads. Ours is the trainer's own: students share their source's teacher and the
+embedding, and of the last block only what the head reads is computed. Both are given the same
+images and rates and no dropout; the largest difference of their gradients is printed, relative
+to the largest gradient. Both take turns; medians are of images that a student has seen a second.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adapters import BankBackbone, BankInfo
+from tocom import Backbone, forward, load_backbone
+from tocom.vit import embed, outputs
+from training.config import BackboneConfig, DistillConfig, LoopConfig, PicturesConfig
+from training.distill import Plugins, draw_rates, kd_loss
+
+Rates = tuple[int, list[int]]
+
+
+def straightforward(model: torch.nn.Module, plugins: Plugins, images: Tensor, rates: Rates) -> None:
+    """Leave the gradients of one draw of rates."""
+    source, targets = rates
+    for target in targets:
+        with torch.no_grad():
+            teacher = forward(model, images, source)
+        student = forward(model, images, target, plugins(source, target))
+        (kd_loss(student, teacher) / len(targets)).backward()
+
+
+def shared(model: torch.nn.Module, plugins: Plugins, images: Tensor, rates: Rates) -> None:
+    """Leave the same gradients by the trainer's step."""
+    source, targets = rates
+    with torch.no_grad():
+        tokens = embed(model, images)
+    with torch.inference_mode():
+        teacher = outputs(model, tokens, source).logits
+    teacher = teacher.clone()
+    for target in targets:
+        student = outputs(model, tokens, target, plugins(source, target)).logits
+        (kd_loss(student, teacher) / len(targets)).backward()
+
+
+STEPS = {"straightforward": straightforward, "ours": shared}
+
+
+def gradients(plugins: Plugins) -> Tensor:
+    """Return all gradients in one vector and forget them."""
+    grads = [parameter.grad.flatten() for parameter in plugins.parameters()]
+    plugins.zero_grad()
+    return torch.cat(grads)
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds that a step takes."""
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def new_plugins(backbone: Backbone, device: torch.device) -> Plugins:
+    """Return plug-ins that change something: B at zero would hide half of the gradients."""
+    info = BankInfo(
+        name="benchmark", backbone=BankBackbone.of(backbone), max_rate=16, rank=2,
+        targets=("q", "v"), scale=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plugins = Plugins(info).to(device)
+    for parameter in plugins.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return plugins
+
+
+def recipe(backbone: str, students: int) -> DistillConfig:
+    """Return what rates are drawn by: all pairs alike."""
+    return DistillConfig(
+        name="benchmark", backbone=BackboneConfig(name=backbone), students=students,
+        pictures=(PicturesConfig(path="none"),),
+        loop=LoopConfig(steps=1, batch_size=1, learning_rate=1e-3),
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="timm/deit_tiny_patch16_224.fb_in1k")
+    parser.add_argument("--architecture")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--students", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+
+    device = torch.device(arguments.device)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.precision]
+    backbone = load_backbone(arguments.backbone, arguments.architecture)
+    model = backbone.model.to(device)
+    plugins = new_plugins(backbone, device)
+    height, width = model.patch_embed.img_size
+    images = torch.randn(arguments.batch, 3, height, width, device=device)
+
+    print(f"{backbone.name}, {device}, {torch.get_num_threads()} threads, {arguments.precision},")
+    print(f"batch {arguments.batch}, {arguments.rounds} rounds, source and targets random in 0..16")
+    print()
+    print("| students a teacher | straightforward, images/s | ours, images/s | ratio | gradients |")
+    print("|---|---|---|---|---|")
+    for students in arguments.students:
+        seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+        ratios, worst = [], 0.0
+        for turn in range(-1, arguments.rounds):
+            rates = draw_rates(recipe(arguments.backbone, students), turn + 1)
+            found = {}
+            for name, step in STEPS.items():
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    spent = timed(partial(step, model, plugins, images, rates), device)
+                found[name] = gradients(plugins)
+                if turn >= 0:  # the first round warms up
+                    seconds[name].append(spent)
+            difference = (found["ours"] - found["straightforward"]).abs().max()
+            worst = max(worst, (difference / found["straightforward"].abs().max()).item())
+            if turn >= 0:
+                ratios.append(seconds["straightforward"][-1] / seconds["ours"][-1])
+        speeds = [
+            students * arguments.batch / statistics.median(spent) for spent in seconds.values()
+        ]
+        low, high = min(ratios), max(ratios)
+        print(
+            f"| {students} | {speeds[0]:.1f} | {speeds[1]:.1f} | {statistics.median(ratios):.2f} "
+            f"({low:.2f} to {high:.2f}) | {worst:.1e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

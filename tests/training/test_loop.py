@@ -1,0 +1,210 @@
+"""Runs of several processes, killed runs, full disks: what a loop must survive."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import Bank
+from tocom import ConfigError, load_backbone
+from training import loop
+from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig, read_recipe
+from training.data import Pictures, evaluation_transform
+from training.distill import distill
+from training.run_folder import RunFolder, TrainingError
+
+RECIPE = """
+name = "tiny"
+max_rate = 6
+sources = 2
+students = 2
+pictures = [{{ path = "{pictures}" }}]
+[backbone]
+name = "{backbone}"
+[augment]
+mixup = 0.8
+cutmix = 1.0
+repeats = 3
+[loop]
+steps = 6
+batch_size = 8
+learning_rate = 5e-3
+save_every = 1
+workers = 0
+"""
+
+
+@pytest.fixture
+def recipe(pictures: Path, model_folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(pictures=pictures, backbone=model_folder))
+    return path
+
+
+def config(recipe: Path, *overrides: str) -> DistillConfig:
+    return read_recipe(DistillConfig, str(recipe), overrides)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_path: Path) -> None:
+    one = distill(config(recipe, "loop.accumulation=2"), tmp_path / "one")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "training.cli", "distill", str(recipe), "--folder", str(tmp_path / "two"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert alone["pairs"] == together["pairs"]
+        assert alone["loss"] == pytest.approx(together["loss"], abs=1e-7)
+    first, second = Bank.load(one), Bank.load(tmp_path / "two" / "bank")
+    for name, tensor in first.tensors.items():
+        torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-3, atol=1e-5)
+
+
+class Brightness:
+    """The smallest job: one linear layer that tells the class by the mean colour."""
+
+    losses_each = 1
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module: torch.nn.Module = torch.nn.Linear(3, 3)
+
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        yield torch.nn.functional.cross_entropy(self.module(images.mean(dim=(2, 3))), labels)
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        return {"micros": len(micros)}
+
+    def watch(self) -> dict[str, float]:
+        return {}
+
+
+def test_accumulation_is_the_whole_batch(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    weights = []
+    for accumulation in (1, 4):
+        # Clipping lets the size of gradients count, which AdamW alone does not see.
+        loop_config = LoopConfig(
+            steps=3, batch_size=8, accumulation=accumulation, learning_rate=0.1, clip_norm=0.05,
+            workers=0,
+        )  # fmt: skip
+        parts = [PicturesConfig(path=str(pictures))]
+        read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
+        folder, job = tmp_path / str(accumulation), Brightness()
+        accelerator = loop.start(loop_config, folder)
+        loop.run(
+            accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig()
+        )
+        weights.append(job.module.weight)
+        assert metrics(folder)[0]["micros"] == accumulation
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="8.*3"):
+        distill(config(recipe, "loop.accumulation=3"), tmp_path / "run")
+
+
+def test_mixing_an_odd_micro_batch_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mixed in pairs, and a micro-batch has 7"):
+        distill(config(recipe, "loop.batch_size=7"), tmp_path / "run")
+
+
+def test_more_sources_than_pictures_are_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 pictures cannot be shared out to 3 sources"):
+        distill(config(recipe, "loop.batch_size=2", "sources=3"), tmp_path / "run")
+
+
+def test_killed_run_resumes_to_the_same_bank(recipe: Path, tmp_path: Path) -> None:
+    whole = distill(config(recipe, "loop.steps=40"), tmp_path / "whole")
+    command = [
+        sys.executable, "-m", "training.cli", "distill", str(recipe), "loop.steps=40",
+        "--folder", str(tmp_path / "killed"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    journal = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "bank").exists()
+    resumed = distill(config(recipe, "loop.steps=40"), tmp_path / "killed")
+    assert Bank.load(resumed).info.digest == Bank.load(whole).info.digest
+
+
+def test_full_disk_stops_with_the_last_whole_checkpoint_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk_after(3, monkeypatch)
+    with pytest.raises(TrainingError, match="No space left.*last whole checkpoint: step-000003"):
+        distill(config(recipe), tmp_path / "run")
+    monkeypatch.undo()
+    whole = distill(config(recipe), tmp_path / "whole")
+    resumed = distill(config(recipe), tmp_path / "run")
+    assert Bank.load(resumed).info.digest == Bank.load(whole).info.digest
+
+
+def test_full_disk_is_survived_when_the_recipe_says_so(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    fill_disk_after(3, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        distill(config(recipe, "loop.on_full_disk=skip"), tmp_path / "run")
+    assert "step-000004 cannot be written" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]
+
+
+def fill_disk_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = RunFolder.save
+
+    def full(self: RunFolder, at: int) -> None:
+        if at > step:
+            monkeypatch.setattr(
+                self.accelerator, "save_state", lambda path: Path("/dev/full").write_text("x" * 99)
+            )
+        save(self, at)
+
+    monkeypatch.setattr(RunFolder, "save", full)
+
+
+def test_tensorboard_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    distill(config(recipe, "loop.tensorboard=true"), tmp_path / "run")
+    log = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    log.Reload()
+    losses = [event.value for event in log.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+
+
+def test_bf16_trains(recipe: Path, tmp_path: Path) -> None:
+    bank = Bank.load(distill(config(recipe, "loop.precision=bf16"), tmp_path / "run"))
+    assert all(tensor.isfinite().all() for tensor in bank.tensors.values())

@@ -1,0 +1,281 @@
+"""What evaluation and calibration share: a pass over pictures, a model at many rates.
+
+A batch is embedded once for all its forwards. The sums of a pass are kept in the run folder
+after every batch: a killed pass goes on where it stopped, to the same figures. What is summed
+is not known here.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adapters import Bank, compose
+from adapters.durable import replace_file
+from tocom import (
+    AnyDelta,
+    Backbone,
+    ConfigError,
+    DataError,
+    FoldedWeights,
+    cost,
+    fold,
+    load_backbone,
+)
+from tocom.vit import embed, outputs
+from training.config import BackboneConfig, PicturesConfig, Recipe
+from training.data import evaluation_batches
+from training.pictures import class_names, open_pictures
+
+MEASURES = ("top1", "agreement", "kl")
+_KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
+
+
+class Measurement:
+    """A model and the pictures that it is shown."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pictures: PicturesConfig,
+        batch_size: int,
+        workers: int,
+        labelled: bool,
+        limit: int | None = None,
+    ) -> None:
+        """Open the pictures.
+
+        Args:
+            backbone: the model.
+            pictures: what it is shown.
+            batch_size: pictures in one forward.
+            workers: processes that decode pictures.
+            labelled: whether the pictures' classes are the model's.
+            limit: so many pictures, spread evenly over all; None: all.
+
+        Raises:
+            DataError: if they cannot be read, or have other classes than the model.
+        """
+        self.backbone, self.pictures = backbone, pictures
+        self.batch_size, self.workers = batch_size, workers
+        available = len(open_pictures(pictures))
+        self.count = min(available, limit or available)
+        self.keys = [(0, i * available // self.count) for i in range(self.count)]
+        self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
+        self.cost = functools.cache(functools.partial(cost, backbone.model))
+        self._bar: Any = None
+
+    @torch.inference_mode()
+    def total(
+        self,
+        path: Path,
+        rates: Sequence[int],
+        figures: Callable[[Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """Return the sum over all pictures of what `figures` makes of their batches.
+
+        Args:
+            path: where the sums so far are kept, and read if they are there.
+            rates: those of all forwards that `figures` runs, for the progress bar.
+            figures: from embedded tokens [B, N, D] and the model's classes [B], None without
+                labels, to sums over the batch.
+
+        Raises:
+            ConfigError: if the sums so far are of other pictures.
+        """
+        done, sums = self._resume(path)
+        macs = sum(self.cost(rate).macs for rate in rates)
+        batches = evaluation_batches(
+            self.backbone, [self.pictures], self.keys[done:], self.batch_size, self.workers
+        )
+        with tqdm(
+            total=self.count * macs, initial=done * macs, unit="MAC", unit_scale=True,
+            dynamic_ncols=True,
+        ) as self._bar:  # fmt: skip
+            for images, folders in batches if done < self.count else ():
+                tokens = embed(self.backbone.model, images.to(self._device))
+                classes = None if self.classes is None else self.classes[folders].to(self._device)
+                sums = sums + figures(tokens, classes).cpu()
+                done += len(images)
+                state = {"done": done, "of": self.count, "sums": sums.tolist()}
+                replace_file(path, json.dumps(state) + "\n")
+        return sums
+
+    def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
+        """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
+        answer = outputs(self.backbone.model, tokens, rate, delta).logits
+        self._bar.update(len(tokens) * self.cost(rate).macs)
+        return answer
+
+    @property
+    def labelled(self) -> bool:
+        """Whether top-1 is measured."""
+        return self.classes is not None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What results say of the pictures."""
+        return {"name": Path(self.pictures.path).name, "count": self.count}
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.backbone.model.parameters()).device
+        return device
+
+    def _resume(self, path: Path) -> tuple[int, Tensor]:
+        for leftover in path.parent.glob(f".{path.name}.*"):  # of a write that was killed
+            leftover.unlink()
+        if not path.exists():
+            return 0, torch.zeros((), dtype=torch.float64)
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["of"] != self.count:
+            raise ConfigError(
+                f"{path.parent} was begun with {state['of']} pictures of {self.pictures.path}; "
+                f"there are {self.count} now; choose another run folder"
+            )
+        return state["done"], torch.tensor(state["sums"], dtype=torch.float64)
+
+
+class FoldedDeltas:
+    """A bank's deltas, folded into the weights of a model: made once, as far as memory allows."""
+
+    def __init__(self, backbone: Backbone, bank: Bank) -> None:
+        """Remember the arguments; nothing is folded yet."""
+        self.backbone, self.bank = backbone, bank
+        self._kept: dict[tuple[int, int, float], FoldedWeights] = {}
+        self._bytes = 0
+
+    def __call__(self, source: int, target: int, scale: float) -> FoldedWeights:
+        """Return the weights with Δ(source→target) at a multiplier."""
+        key = (source, target, scale)
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        folded = fold(self.backbone.model, compose(self.bank, source, target, scale))
+        self._bytes += sum(weight.nbytes for weight in folded.weights.values())
+        if self._bytes <= _KEPT_BYTES:
+            self._kept[key] = folded
+        return folded
+
+
+def load_model(config: BackboneConfig) -> Backbone:
+    """Load a model for measuring, onto a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_backbone(config.name, config.architecture, device)
+
+
+def claim(
+    folder: Path,
+    result: str,
+    recipe: Recipe,
+    backbone: Backbone,
+    bank: Bank | None,
+    multipliers: Mapping[str, float] | None = None,
+) -> bool:
+    """Write down in a run folder what is measured there.
+
+    Args:
+        folder: the run folder.
+        result: name of the file that is there when all is measured.
+        recipe, backbone, bank: what is measured.
+        multipliers: those that the model's calibration puts in place of the bank's own.
+
+    Returns:
+        Whether the folder holds its result already.
+
+    Raises:
+        ConfigError: naming what differs, if something else was measured there.
+    """
+    said = {
+        "recipe": recipe.model_dump(mode="json"),
+        "weights_digest": backbone.digest,
+        "bank_digest": bank.info.digest if bank else None,
+        "multipliers": multipliers or {},
+    }
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    finished, path = (folder / result).exists(), folder / "config.json"
+    if path.exists():
+        _check_same(folder, json.loads(path.read_text(encoding="utf-8")), json.loads(text))
+        return finished
+    if finished:
+        raise ConfigError(
+            f"{folder} holds {result} and no config.json that says what was measured; "
+            "choose another run folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)
+    return False
+
+
+def compare(answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+    """Return each picture's top-1 (0 or 1), agreement (0 or 1) and KL divergence in nats.
+
+    Args:
+        answer, reference: logits [B, C].
+        classes: [B]; without them, top-1 is 0.
+
+    Returns:
+        [B, 3] in the order of `MEASURES`; KL is KL(reference ‖ answer).
+    """
+    log_answer, log_reference = answer.float().log_softmax(-1), reference.float().log_softmax(-1)
+    kl = (log_reference.exp() * (log_reference - log_answer)).sum(-1)
+    top, agreed = answer.argmax(-1), reference.argmax(-1)
+    hit = torch.zeros_like(kl) if classes is None else top == classes
+    return torch.stack([hit.double(), (top == agreed).double(), kl.double()], dim=-1)
+
+
+def standard_error(total: float, squares: float, count: int) -> float | None:
+    """Return the standard error of a mean from the sums of values and of their squares.
+
+    None for a single value.
+    """
+    if count < 2:
+        return None
+    return math.sqrt(max(0.0, squares - total**2 / count) / (count - 1) / count)
+
+
+def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
+    """Return the model's class of each folder of a set of pictures.
+
+    Folders are named by class number or by class name; where neither fits, as many folders as
+    classes are taken in their order.
+
+    Raises:
+        DataError: if the folders cannot be the model's classes.
+    """
+    names = class_names(open_pictures(pictures))
+    known = {name: i for i, name in enumerate(backbone.class_names)}
+    if all(name in known for name in names):
+        return [known[name] for name in names]
+    if all(name.isdigit() and int(name) < len(known) for name in names):
+        return [int(name) for name in names]
+    if len(names) == len(known):
+        return list(range(len(names)))
+    raise DataError(
+        f"{pictures.path} has {len(names)} folders ({names[0]!r}, ...) that are neither numbers "
+        f"nor names of the {len(known)} classes of {backbone.name}; labelled=false does without"
+    )
+
+
+def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    before, recipe = then.get("recipe", then), now["recipe"]
+    if keys := [key for key in {**recipe, **before} if before.get(key) != recipe.get(key)]:
+        raise ConfigError(
+            f"{folder} holds a run of another recipe (other: {', '.join(keys)}); "
+            "choose another run folder"
+        )
+    for key, what in (
+        ("weights_digest", "backbone"),
+        ("bank_digest", "bank"),
+        ("multipliers", "calibration of the model"),
+    ):
+        if then[key] != now[key]:
+            raise ConfigError(
+                f"{folder} was measured with another {what} ({key} {then[key]}, now {now[key]}); "
+                "choose another run folder"
+            )

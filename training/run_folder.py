@@ -1,0 +1,136 @@
+"""The folder of a training run.
+
+It holds `config.json` (the resolved recipe), `metrics.jsonl` (a line a step),
+`checkpoints/step-NNNNNN` (the last two) and what the job makes at its end. Only the first
+of several processes writes.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from tocom import ConfigError, TocomError
+from training.config import LoopConfig, Recipe
+
+_KEPT_CHECKPOINTS = 2
+_log = logging.getLogger(__name__)
+
+
+class TrainingError(TocomError):
+    """A run that cannot go on; the last good checkpoint is kept."""
+
+
+class RunFolder:
+    """What a run leaves on disk, and its progress bar."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: LoopConfig) -> None:
+        """Remember the arguments; nothing is written yet."""
+        self.folder, self.accelerator, self.config = folder, accelerator, config
+        self.bar: Any = None
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write the recipe down.
+
+        Raises:
+            ConfigError: if the folder holds a run of another recipe.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            values = recipe.model_dump(mode="json")
+            resolved = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            path = self.folder / "config.json"
+            if path.exists() and path.read_text(encoding="utf-8") != resolved:
+                raise ConfigError(
+                    f"{self.folder} holds a run of another recipe; choose another run folder"
+                )
+            path.write_text(resolved, encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest checkpoint and return its step; forget metrics written after it."""
+        checkpoints = self._checkpoints()
+        step = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+        if checkpoints:
+            self.accelerator.load_state(str(checkpoints[-1]))
+        path = self.folder / "metrics.jsonl"
+        if path.exists() and self.accelerator.is_main_process:
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.accelerator.wait_for_everyone()
+        return step
+
+    @contextmanager
+    def progress(self, step: int) -> Iterator[None]:
+        """Show a progress bar from `step` on; open TensorBoard's log if it was asked for."""
+        shown = self.accelerator.is_main_process
+        if self.config.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        try:
+            with tqdm(
+                total=self.config.steps, initial=step, unit="step", dynamic_ncols=True,
+                disable=not shown,
+            ) as self.bar:  # fmt: skip
+                yield
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Write a step's line and move the progress bar."""
+        if self.accelerator.is_main_process:
+            path = self.folder / "metrics.jsonl"
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self._unwritten(path, error)
+        if self.config.tensorboard:
+            figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            self.accelerator.log(figures, step=line["step"])
+        self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint beside the others, name it when it is whole, drop the oldest."""
+        final = self.folder / "checkpoints" / f"step-{step:06d}"
+        if not self.accelerator.is_main_process or final.exists():
+            return
+        beside = final.with_name(f".{final.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            self.accelerator.save_state(str(beside))
+            beside.rename(final)
+        # torch reports a failed write as RuntimeError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            self._unwritten(final, error)
+            return
+        for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def _checkpoints(self) -> list[Path]:
+        found = (self.folder / "checkpoints").glob("step-*")
+        return sorted(path for path in found if re.fullmatch(r"step-\d{6}", path.name))
+
+    def _unwritten(self, path: Path, error: Exception) -> None:
+        """Stop or go on, as the recipe says, when something could not be written."""
+        last = next((path.name for path in reversed(self._checkpoints())), "none")
+        fault = f"{path} cannot be written ({error}); the last whole checkpoint: {last}"
+        if self.config.on_full_disk == "stop":
+            raise TrainingError(f"{fault}. Make room and give the same command again") from error
+        _log.warning("%s; going on", fault)
