@@ -32,7 +32,7 @@ from training.measuring import (
     standard_error,
 )
 
-_REFINEMENTS = 3  # passes over the pictures; KL is all but a parabola in s, so they come close
+_REFINEMENTS = 3  # passes over the pictures; over many, KL is nearly a parabola in s
 _CLOSE = 0.01  # relative; closer multipliers differ in nothing that can be measured
 
 #: A target rate, or ALL of them: the mean.
