@@ -20,7 +20,7 @@ _HUB_BACKBONE = re.compile(r"(?:hf-hub:(?=[^/]+/)|(?=timm/))([\w.-]+/[\w.-]+)(?:
 
 
 class _Figures(BaseModel):
-    top1: float
+    top1: float | None = None  # pictures without labels have none
     agreement: float
     kl: float
 
@@ -199,13 +199,17 @@ def _figures(result: _Result) -> str:
     ]
     for row in result.rows:
         if row.source == source:
-            pairs = [
-                f"{getattr(row.plain, key):{form}} "
-                f"| {format(getattr(row.bank, key), form) if row.bank else '-'}"
+            cells = [
+                _figure(figures and getattr(figures, key), form)
                 for key, form in (("top1", ".1f"), ("agreement", ".1f"), ("kl", ".4f"))
+                for figures in (row.plain, row.bank)
             ]
-            lines.append(f"| {row.target} | {row.gmacs:.3f} | {' | '.join(pairs)} |")
+            lines.append(f"| {row.target} | {row.gmacs:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -8,13 +8,18 @@ paper reads. Ours is the trainer's own: students share their source's teacher an
 embedding, and of the last block only what the head reads is computed. Both are given the same
 images and rates and no dropout; the largest difference of their gradients is printed, relative
 to the largest gradient. Both take turns; medians are of images that a student has seen a second.
+Memory is what a step takes at its peak beyond what was held before it: on a CPU resident memory,
+which Linux tells.
 """
 
 import argparse
+import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -70,6 +75,27 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def peak_memory(step: Callable[[], None], device: torch.device) -> float:
+    """Return the bytes that a step takes at its peak beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    # What earlier steps freed goes back first, or this one would seem to need nothing.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
 def new_plugins(backbone: Backbone, device: torch.device) -> Plugins:
     """Return plug-ins that change something: B at zero would hide half of the gradients."""
     info = BankInfo(
@@ -115,20 +141,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{backbone.name}, {device}, {torch.get_num_threads()} threads, {arguments.precision},")
     print(f"batch {arguments.batch}, {arguments.rounds} rounds, source and targets random in 0..16")
     print()
-    print("| students a teacher | straightforward, images/s | ours, images/s | ratio | gradients |")
-    print("|---|---|---|---|---|")
+    print(
+        "| students a teacher | straightforward, images/s | ours, images/s | ratio "
+        "| straightforward, MiB | ours, MiB | gradients |"
+    )
+    print("|---" * 7 + "|")
     for students in arguments.students:
         seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+        memory = dict.fromkeys(STEPS, 0.0)
         ratios, worst = [], 0.0
         for turn in range(-1, arguments.rounds):
             rates = draw_rates(recipe(arguments.backbone, students), turn + 1)
             found = {}
             for name, step in STEPS.items():
+                one = partial(step, model, plugins, images, rates)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    spent = timed(partial(step, model, plugins, images, rates), device)
+                    if turn >= 0:
+                        seconds[name].append(timed(one, device))
+                    else:  # the first round warms up and is not timed
+                        memory[name] = peak_memory(one, device) / 2**20
                 found[name] = gradients(plugins)
-                if turn >= 0:  # the first round warms up
-                    seconds[name].append(spent)
             difference = (found["ours"] - found["straightforward"]).abs().max()
             worst = max(worst, (difference / found["straightforward"].abs().max()).item())
             if turn >= 0:
@@ -139,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         low, high = min(ratios), max(ratios)
         print(
             f"| {students} | {speeds[0]:.1f} | {speeds[1]:.1f} | {statistics.median(ratios):.2f} "
-            f"({low:.2f} to {high:.2f}) | {worst:.1e} |",
+            f"({low:.2f} to {high:.2f}) | {memory['straightforward']:.0f} | {memory['ours']:.0f} "
+            f"| {worst:.1e} |",
             flush=True,
         )
 

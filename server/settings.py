@@ -36,8 +36,8 @@ class ModelSettings(BaseModel):
     )
     bank: str | None = Field(
         default=None,
-        description="bundled:NAME, a bank folder or a reference into the store; without one "
-        "nothing is repaired",
+        description="bundled:NAME, a bank folder, hf://ORG/NAME or a reference into the store; "
+        "without one nothing is repaired",
     )
     source: int | None = Field(
         default=None, ge=0, description="rate that the model was tuned at; default: what it says"

@@ -126,6 +126,9 @@ class DistillConfig(Recipe):
     max_rate: int = Field(16, gt=0)
     rank: int = Field(2, gt=0)
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
+    basis: Literal["own", "shared"] = Field(
+        "own", description="whether each step has an A of its own or all steps share one"
+    )
     scale: float = Field(0.1, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1, description="on the low-rank hidden values")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")

@@ -41,21 +41,29 @@ from training.data import (
 class Plugins(nn.Module):
     """A bank's tensors as parameters. A starts random, B at zero: the first delta is none."""
 
-    def __init__(self, info: BankInfo) -> None:
-        """Make the parameters that `info` describes."""
+    def __init__(self, info: BankInfo, basis: str = "own") -> None:
+        """Make the parameters that `info` describes.
+
+        Args:
+            info: of the bank.
+            basis: `own`: each step has an A [rank, in] of its own; `shared`: all have the same.
+        """
         super().__init__()
         self.info = info
         self.steps = nn.ParameterDict()
         for name, shape in tensor_shapes(info).items():
             tensor = torch.zeros(shape)
             if name.endswith(".A"):
+                if basis == "shared":
+                    tensor = tensor[:1]
                 # nn.Linear's own start, which the reference keeps: fan-in is the width.
                 nn.init.uniform_(tensor, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
             self.steps[_key(name)] = nn.Parameter(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parameters under the bank's names."""
-        return {name: self.steps[_key(name)] for name in tensor_shapes(self.info)}
+        """Return the parameters under the bank's names; a shared A once for each step."""
+        shapes = tensor_shapes(self.info)
+        return {name: self.steps[_key(name)].expand(shape) for name, shape in shapes.items()}
 
     def forward(self, source: int, target: int, dropout: float = 0.0) -> Delta:
         """Return Δ(source→target)."""
@@ -90,7 +98,7 @@ class Distillation:
             scale=config.scale,
         )
         torch.manual_seed(derive(config.loop.seed, "init", 0))
-        self.plugins = Plugins(info)
+        self.plugins = Plugins(info, config.basis)
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
@@ -239,7 +247,10 @@ def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) 
     info = plugins.info.model_copy(update={"training": training})
     if not Path(config.backbone.name).exists():  # a path says nothing elsewhere
         training["backbone"] = config.backbone.name
-    tensors = {name: tensor.detach().cpu().half() for name, tensor in plugins.tensors().items()}
+    tensors = {
+        name: tensor.detach().cpu().half().contiguous()
+        for name, tensor in plugins.tensors().items()
+    }
     return Bank(info, tensors)
 
 

@@ -351,6 +351,17 @@ def test_a_card_shows_what_was_measured():
     ]
 
 
+def test_a_card_shows_what_was_measured_without_labels():
+    unlabelled = result(0)
+    for row in unlabelled["rows"]:
+        for figures in ("plain", "bank"):
+            row[figures] = {k: v for k, v in row.get(figures, {}).items() if k != "top1"}
+        if not row["bank"]:
+            del row["bank"]
+    text = model_card(noted(BANK, evaluation={"results": [unlabelled]}), "org/bank").text
+    assert "| 2 | 1.250 | - | - | 100.0 | 99.0 | 0.0000 | 0.0123 |" in text
+
+
 @pytest.mark.parametrize("notes", [{"top1": 81}, {"results": [{"rows": []}]}])
 def test_a_card_shows_notes_of_another_form_as_they_are(notes):
     text = model_card(noted(BANK, evaluation=notes), "org/bank").text

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from adapters import Bank
 from tests import oracle_case
 from tocom import ConfigError, forward, forward_features, load_backbone
 from tocom.delta import Delta, LowRank
+from tocom.vit import embed, outputs
 from training.config import DistillConfig
 from training.distill import Distillation, distill, draw_rates, kd_loss
 from training.run_folder import RunFolder, TrainingError
@@ -40,8 +42,21 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+def all_of_it(model: Any, images: torch.Tensor, rate: int, delta: Any = None) -> torch.Tensor:
+    return forward(model, images, rate, delta)
+
+
+def what_the_head_reads(
+    model: Any, images: torch.Tensor, rate: int, delta: Any = None
+) -> torch.Tensor:
+    return outputs(model, embed(model, images), rate, delta).logits
+
+
+@pytest.mark.parametrize("logits", [all_of_it, what_the_head_reads])
 @pytest.mark.parametrize("name", ["tocom", "tocom_rank4"])
-def test_loss_and_gradients_agree_with_the_reference(name: str) -> None:
+def test_loss_and_gradients_agree_with_the_reference(
+    name: str, logits: Callable[..., torch.Tensor]
+) -> None:
     case, tensors = oracle_case.read(name)
     model = oracle_case.build(case, tensors)
     images, rank = tensors["images"], case["rank"]
@@ -62,8 +77,8 @@ def test_loss_and_gradients_agree_with_the_reference(name: str) -> None:
                 layer = key.split("_tocom")[0]
                 pairs[layer] = LowRank(down[rows], factor * up[:, rows])
         with torch.no_grad():
-            teacher = forward(model, images, source)
-        student = forward(model, images, target, Delta(pairs))
+            teacher = logits(model, images, source)
+        student = logits(model, images, target, Delta(pairs))
         # The reference divides by the number of classes as well.
         loss = kd_loss(student, teacher) / teacher.shape[-1]
         loss.backward()
@@ -176,6 +191,15 @@ def test_only_plugins_have_gradients_and_the_backbone_stays_as_it_is(
     assert not any(module.training for module in job.teacher.modules())
     distill(config, tmp_path / "run")
     assert backbone.digest == before
+
+
+def test_steps_can_share_their_basis(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
+    own = Bank.load(distill(recipe(pictures, model_folder), tmp_path / "own"))
+    shared = Bank.load(distill(recipe(pictures, model_folder, basis="shared"), tmp_path / "shared"))
+    for name, tensor in shared.tensors.items():
+        assert tensor.shape == own.tensors[name].shape
+        first = tensor[:1].expand_as(tensor)
+        assert torch.equal(tensor, first) == name.endswith(".A")
 
 
 def test_stochastic_depth_is_the_students_alone_and_shares_the_weights(
