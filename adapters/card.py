@@ -200,7 +200,7 @@ def _figures(result: _Result) -> str:
     for row in result.rows:
         if row.source == source:
             cells = [
-                _figure(figures and getattr(figures, key), form)
+                _figure(getattr(figures, key, None), form)
                 for key, form in (("top1", ".1f"), ("agreement", ".1f"), ("kl", ".4f"))
                 for figures in (row.plain, row.bank)
             ]

@@ -28,7 +28,8 @@ from adapters import BankBackbone, BankInfo
 from tocom import Backbone, forward, load_backbone
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, DistillConfig, LoopConfig, PicturesConfig
-from training.distill import Plugins, draw_rates, kd_loss
+from training.distill import Plugins, draw_rates
+from training.losses import kd_loss
 
 Rates = tuple[int, list[int]]
 

@@ -9,6 +9,8 @@ Does not do: gradient checkpointing, attention masks, timm's intermediate featur
 Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 3.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, overload
 
@@ -173,11 +175,24 @@ def _pools_patches(model: VisionTransformer) -> bool:
     return not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token"
 
 
+class State(NamedTuple):
+    """The tokens after a block.
+
+    Letters: B images, N tokens that entered the first block, M tokens that are left.
+    """
+
+    x: Tensor  # [B, M, D]
+    size: Tensor | None  # [B, M, 1] input tokens that each stands for; None: one each
+    source: Tensor | None  # [B, N] the token that holds each input token; None: not traced
+    margin: Tensor | None  # [B] of the closest merge decision so far; None: not traced
+
+
 class Outputs(NamedTuple):
     """What a head reads and what it says."""
 
     features: Tensor  # [B, D]
     logits: Tensor  # [B, classes]
+    states: tuple[State, ...] = ()  # after each block but the last, which the head reads
 
 
 def outputs(
@@ -185,16 +200,22 @@ def outputs(
     x: Tensor,
     rate: Rate = 0,
     delta: AnyDelta | None = None,
+    trace: bool = False,
     proportional: bool = True,
 ) -> Outputs:
     """Return features and logits of embedded tokens x [B, N, D] at `rate`.
 
     The logits of `forward` but for rounding, in less time: several calls share one `embed`, and
-    of the last block only what the head reads is computed. Arguments as in `forward`.
+    of the last block only what the head reads is computed. With `trace` also the tokens on the
+    way. Arguments as in `forward`.
     """
+    steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
     prefix_only = not _pools_patches(model)
-    x, size, _ = encode(model, x, rate, delta, proportional=proportional, prefix_only=prefix_only)
-    return Outputs(pool(model, x, size), head(model, x, size))
+    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only)
+    *before, last = deque(blocks, maxlen=None if trace else 1)
+    final = model.norm(last.x)
+    features, logits = pool(model, final, last.size), head(model, final, last.size)
+    return Outputs(features, logits, tuple(before))
 
 
 def encode(
@@ -212,20 +233,46 @@ def encode(
         model: a supported timm ViT.
         x: [B, N, D] what `embed` returned.
         rate, delta, trace, proportional: as in `forward`.
-        prefix_only: compute only the prefix tokens of the last block, which is all that the
-            head of a model without pooling reads; not to be traced.
+        prefix_only: as in `run_blocks`; not to be traced.
 
     Returns:
         Final tokens [B, M, D], or [B, prefix, D]; their sizes [B, M, 1], None where nothing
         has merged; and the trace, if asked for.
     """
-    batch, tokens, _ = x.shape
-    steps = plan(rate, len(model.blocks), tokens, model.num_prefix_tokens)
-    wanted = steps.prefix if prefix_only else None
+    steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
+    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only)
+    state = deque(blocks, maxlen=1).pop()  # the last; the others are not kept
+    final, size = model.norm(state.x), state.size
+    if state.source is None or state.margin is None:
+        return final, size, None
+    sizes = final.new_ones(*final.shape[:2], 1, dtype=torch.float32) if size is None else size
+    return final, size, Trace(plan=steps, size=sizes, source=state.source, margin=state.margin)
 
+
+def run_blocks(
+    model: VisionTransformer,
+    x: Tensor,
+    steps: Plan,
+    delta: AnyDelta | None = None,
+    trace: bool = False,
+    proportional: bool = True,
+    prefix_only: bool = False,
+) -> Iterator[State]:
+    """Run the blocks on embedded tokens x [B, N, D] and yield the tokens after each.
+
+    Args:
+        model: a supported timm ViT.
+        x: [B, N, D] what `embed` returned.
+        steps: how many tokens each block merges away.
+        delta, trace, proportional: as in `forward`.
+        prefix_only: compute only the prefix tokens of the last block, which is all that the
+            head of a model without pooling reads.
+    """
+    batch, tokens, _ = x.shape
+    wanted = steps.prefix if prefix_only else None
     size: Tensor | None = None
     source = torch.arange(tokens, device=x.device).expand(batch, tokens) if trace else None
-    margin = x.new_full((batch,), 2.0, dtype=torch.float32)
+    margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
     for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
         bias = size if proportional else None
         queries = wanted if i == len(model.blocks) - 1 else None
@@ -236,14 +283,10 @@ def encode(
             x, size = merge(x, size, merging)
             if source is not None:
                 source = follow(source, merging)
-            if merging.margin is not None:
+            if margin is not None and merging.margin is not None:
                 margin = torch.minimum(margin, merging.margin)
         x = x + block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
-    x = model.norm(x)
-    if source is None:
-        return x, size, None
-    final_size = x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if size is None else size
-    return x, size, Trace(plan=steps, size=final_size, source=source, margin=margin)
+        yield State(x, size, source, margin)
 
 
 def _mlp(block: Block, name: str, x: Tensor, delta: AnyDelta | None) -> Tensor:

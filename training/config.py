@@ -145,6 +145,9 @@ class DistillConfig(Recipe):
     features: float = Field(
         0.0, ge=0, description="weight of the squared error of what the head reads, beside the KL"
     )
+    tokens: float = Field(
+        0.0, ge=0, description="weight of the relative squared error of the tokens after each block"
+    )
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
 

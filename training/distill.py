@@ -3,7 +3,8 @@
 A step draws rates source ≠ target. Teacher: the frozen backbone at rate `source`. Student: the
 same backbone at rate `target` with Δ(source→target). The KL divergence from teacher to
 student is the loss; no labels. No gradient is computed but the plug-ins': the backbone is
-frozen, and nothing flows below the first of its blocks.
+frozen, and nothing flows below the first of its blocks. A recipe may add what the head reads
+(`features`) and the tokens after each block (`tokens`), which few pictures teach more by.
 
 Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 3.3.
 """
@@ -26,7 +27,7 @@ from adapters import Bank, BankBackbone, BankInfo
 from adapters.bank import tensor_shapes
 from adapters.compose import compose_steps
 from tocom import Backbone, ConfigError, Delta, load_backbone
-from tocom.vit import Outputs, embed, outputs
+from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
 from training.data import (
@@ -36,6 +37,7 @@ from training.data import (
     mixing,
     train_transform,
 )
+from training.losses import kd_loss, token_error
 
 
 class Plugins(nn.Module):
@@ -84,10 +86,10 @@ class Distillation:
         Raises:
             ConfigError: if there is nothing to learn from.
         """
-        if not backbone.model.num_classes and not config.features:
+        if not backbone.model.num_classes and not config.features and not config.tokens:
             raise ConfigError(
                 f"{backbone.name} has no head, so there are no logits to learn from; "
-                "give its features a weight: features=1.0"
+                "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
         info = BankInfo(
             name=config.name,
@@ -104,6 +106,7 @@ class Distillation:
         self.student = _student(backbone.model, config.drop_path)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
+        self.traced = config.tokens > 0
         self.losses_each = config.sources * config.students
         self.unseen = unseen
         self.watched = sorted({max(1, config.max_rate * part // 4) for part in range(1, 5)})
@@ -126,13 +129,12 @@ class Distillation:
             with torch.no_grad():
                 tokens = embed(self.teacher, share)
             with torch.inference_mode():
-                teacher = outputs(self.teacher, tokens, source)
-            # What inference mode made cannot take part in a backward.
-            teacher = Outputs(*(tensor.clone() for tensor in teacher))
+                teacher = outputs(self.teacher, tokens, source, trace=self.traced)
+            teacher = _usable(teacher)
             weight = len(share) / len(images) / self.config.students
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
-                student = outputs(self.student, tokens, target, delta)
+                student = outputs(self.student, tokens, target, delta, trace=self.traced)
                 yield weight * self._loss(student, teacher)
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
@@ -142,6 +144,8 @@ class Distillation:
         if self.config.features:
             error = F.mse_loss(student.features.float(), teacher.features.float())
             terms.append(self.config.features * error)
+        if self.traced:
+            terms.append(self.config.tokens * token_error(student.states, teacher.states))
         return torch.stack(terms).sum()
 
     def notes(self, micros: range) -> dict[str, Any]:
@@ -176,20 +180,6 @@ class Distillation:
                     key = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
                     notes[key] = notes.get(key, 0.0) + loss.item() * len(images) / pictures
         return notes
-
-
-def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher ‖ student) in nats a picture, of logits [B, classes], temperature 1.
-
-    The reference divides by the number of classes as well, which only scales the gradients
-    and leaves AdamW's steps as they are.
-    """
-    return F.kl_div(
-        student.float().log_softmax(dim=-1),
-        teacher.float().log_softmax(dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
 
 
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
@@ -252,6 +242,15 @@ def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) 
         for name, tensor in plugins.tensors().items()
     }
     return Bank(info, tensors)
+
+
+def _usable(teacher: Outputs) -> Outputs:
+    """Copy what inference mode made, which cannot take part in a backward."""
+    states = (
+        State(x.clone(), None, None if source is None else source.clone(), None)
+        for x, _, source, _ in teacher.states
+    )
+    return Outputs(teacher.features.clone(), teacher.logits.clone(), tuple(states))
 
 
 def _student(model: VisionTransformer, drop_path: float) -> VisionTransformer:

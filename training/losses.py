@@ -1,0 +1,54 @@
+"""What a student is to match: the teacher's logits, and its tokens on the way to them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tocom.vit import State
+
+
+def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(teacher ‖ student) in nats a picture, of logits [B, classes], temperature 1.
+
+    The reference divides by the number of classes as well, which only scales the gradients
+    and leaves AdamW's steps as they are.
+    """
+    return F.kl_div(
+        student.float().log_softmax(dim=-1),
+        teacher.float().log_softmax(dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def token_error(student: Sequence[State], teacher: Sequence[State]) -> Tensor:
+    """Return the mean over blocks of the squared error of the tokens, relative to their variance.
+
+    Both have merged tokens, not the same ones. The side with fewer says what is compared: each
+    of its tokens with the mean, over the input tokens that it stands for, of the other side's.
+
+    Args:
+        student, teacher: what `tocom.vit.outputs` traced, of the same pictures.
+    """
+    errors = []
+    for mine, theirs in zip(student, teacher, strict=True):
+        if mine.x.shape[1] <= theirs.x.shape[1]:
+            pair = mine.x, _regroup(theirs, mine)
+        else:
+            pair = _regroup(mine, theirs), theirs.x
+        error = F.mse_loss(pair[0].float(), pair[1].float())
+        errors.append(error / theirs.x.float().var())
+    return torch.stack(errors).mean()
+
+
+def _regroup(state: State, groups: State) -> Tensor:
+    """Return, for each token of `groups`, the mean of what `state` made of its input tokens."""
+    assert state.source is not None
+    assert groups.source is not None
+    width = state.x.shape[-1]
+    of_inputs = state.x.gather(1, state.source.unsqueeze(-1).expand(-1, -1, width))  # [B, N, D]
+    into = groups.source.unsqueeze(-1).expand_as(of_inputs)
+    means = of_inputs.new_zeros(groups.x.shape)
+    return means.scatter_reduce(1, into, of_inputs, "mean", include_self=False)
