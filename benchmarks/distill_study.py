@@ -33,20 +33,23 @@ ARMS: dict[str, list[str]] = {
     "q, v, rank 9": ['targets=["q", "v"]', "rank=9"],
     "uniform pairs": ["pairs=uniform", "from_zero=0"],
     "pairs by distance": ["from_zero=0"],
-    "logits only": ["features=0"],
-    "features x 4": ["features=4"],
+    "logits only": ["features=0", "tokens=0"],
+    "logits and features": ["tokens=0"],
+    "logits and tokens": ["features=0"],
+    "shared basis, rank 4": ["basis=shared", "rank=4"],
     "one student a teacher": ["students=1", "sources=8", "loop.batch_size=64"],
+    "four students a teacher": ["students=4", "sources=2", "loop.batch_size=16"],
     "no mixing": ["augment.mixup=0", "augment.cutmix=0"],
     "dropout 0.1": ["dropout=0.1"],
     "multiplier 0.05": ["scale=0.05"],
     "multiplier 0.2": ["scale=0.2"],
     "paper": [
-        'targets=["q", "v"]', "pairs=uniform", "from_zero=0", "features=0", "dropout=0.1",
-        "students=1", "sources=1", "loop.batch_size=64", "drop_path=0.1",
+        'targets=["q", "v"]', "pairs=uniform", "from_zero=0", "features=0", "tokens=0",
+        "dropout=0.1", "students=1", "sources=1", "loop.batch_size=64", "drop_path=0.1",
     ],
 }  # fmt: skip
-RATES = "sources=[0, 8, 16]", "targets=[0, 4, 8, 12, 16]"
-SHOWN = ((0, 4), (0, 8), (0, 12), (0, 16), (8, 16), (16, 0))
+RATES = "sources=[0, 16]", "targets=[0, 4, 8, 12, 16]"
+SHOWN = ((0, 4), (0, 8), (0, 12), (0, 16), (16, 8), (16, 0))
 
 
 def measured(arm: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
