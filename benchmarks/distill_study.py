@@ -21,7 +21,6 @@ from training.config import DistillConfig, EvaluateConfig, read_recipe
 from training.distill import distill
 from training.evaluate import evaluate
 
-ALL = 'targets=["q", "k", "v", "proj", "fc1", "fc2"]'
 ARMS: dict[str, list[str]] = {
     "preset": [],
     "rank 1": ["rank=1"],
