@@ -65,7 +65,7 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         Args:
             parts: the sets.
             transform: of a PIL image.
-            on_unreadable: `skip` takes the next picture of the same set instead.
+            on_unreadable: `skip` takes the next picture of the same set that is not held out.
 
         Raises:
             DataError: if a set cannot be read or holds no pictures.
@@ -74,6 +74,7 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         self.transform = transform
         self.least_side = _least_side(transform)
         self.on_unreadable = on_unreadable
+        self.held_out: frozenset[tuple[int, int]] = frozenset()
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         """Return the transformed picture [3, H, W], its class and how many were passed over.
@@ -89,13 +90,26 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         return self.transform(picture), label, skipped
 
     def keys(self) -> list[tuple[int, int]]:
-        """Return (part, index) of every picture."""
-        return [(p, i) for p, part in enumerate(self.parts) for i in range(len(part))]
+        """Return (part, index) of every picture that is not held out."""
+        every = ((p, i) for p, part in enumerate(self.parts) for i in range(len(part)))
+        return [key for key in every if key not in self.held_out]
+
+    def hold_out(self, count: int) -> list[tuple[int, int]]:
+        """Split off and return the keys of `count` pictures, spread evenly over all.
+
+        They do not stand in for unreadable ones either.
+        """
+        keys = self.keys()
+        held = sorted({keys[i * len(keys) // count] for i in range(count)})
+        self.held_out |= frozenset(held)
+        return held
 
     def _read(self, draw: Draw) -> tuple[Image.Image, int, int]:
         part = self.parts[draw.part]
-        for skipped in range(len(part)):
-            if read := self._try(part, (draw.index + skipped) % len(part)):
+        following = ((draw.index + i) % len(part) for i in range(len(part)))
+        allowed = (index for index in following if (draw.part, index) not in self.held_out)
+        for skipped, index in enumerate(allowed):
+            if read := self._try(part, index):
                 return *read, skipped
         raise DataError(f"none of the {len(part)} pictures of {part.path} can be read")
 

@@ -211,7 +211,8 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     pictures = Pictures(
         config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
     )
-    seen, unseen = _hold_out(pictures.keys(), config.unseen)
+    unseen = pictures.hold_out(config.unseen)
+    seen = pictures.keys()
     keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
     watched = evaluation_batches(backbone, config.pictures, unseen) if unseen else ()
     accelerator = loop.start(config.loop, folder)
@@ -264,14 +265,6 @@ def _student(model: VisionTransformer, drop_path: float) -> VisionTransformer:
         block.drop_path1 = DropPath(rate).train()
         block.drop_path2 = DropPath(rate).train()
     return student
-
-
-def _hold_out(
-    keys: list[tuple[int, int]], count: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Split off `count` pictures, spread evenly over all."""
-    held = {keys[i * len(keys) // count] for i in range(count)}
-    return [key for key in keys if key not in held], sorted(held)
 
 
 def _key(name: str) -> str:

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests import oracle_case
@@ -82,7 +82,6 @@ def tokens(draw):
 
 
 @given(tokens())
-@settings(deadline=None)
 def test_the_fast_path_equals_plain_loops(drawn):
     metric, x, size, r, prefix = drawn
     matched = match(metric, r, prefix, margin=True)
@@ -102,7 +101,6 @@ def test_the_fast_path_equals_plain_loops(drawn):
 
 
 @given(tokens())
-@settings(deadline=None)
 def test_properties_of_every_merge(drawn):
     metric, x, size, r, prefix = drawn
     batch, count, _ = x.shape
@@ -133,7 +131,6 @@ def test_properties_of_every_merge(drawn):
 
 
 @given(tokens())
-@settings(deadline=None)
 def test_an_image_is_matched_alone_as_in_a_batch(drawn):
     metric, _, _, r, prefix = drawn
     together = match(metric, r, prefix, margin=True)

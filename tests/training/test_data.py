@@ -259,6 +259,26 @@ def test_unreadable_pictures_are_passed_over_and_counted(
         assert [caplog.text.count(f"{i}.png of") for i in range(5)] == [0, 0, 2, 0, 2]
 
 
+def test_held_out_pictures_do_not_stand_in_for_unreadable_ones(
+    damaged: Path, backbone: Backbone
+) -> None:
+    sets = opened(damaged, backbone, on_unreadable="skip")
+    whole = opened(damaged, backbone)
+    sets.held_out = frozenset({(0, 3)})
+    assert sets.keys() == [(0, 0), (0, 1), (0, 2), (0, 4)]
+    # 2 cannot be read, 3 is held out, 4 cannot be read: 0.
+    image, _, skipped = sets[Draw(0, 2, 7)]
+    assert skipped == 2
+    assert torch.equal(image, whole[Draw(0, 0, 7)][0])
+
+
+def test_held_out_pictures_are_spread_evenly(damaged: Path, backbone: Backbone) -> None:
+    sets = opened(damaged, backbone)
+    assert sets.hold_out(2) == [(0, 0), (0, 2)]
+    assert sets.keys() == [(0, 1), (0, 3), (0, 4)]
+    assert sets.hold_out(0) == []
+
+
 def test_a_set_without_a_readable_picture_ends_the_search(
     damaged: Path, backbone: Backbone
 ) -> None:
