@@ -186,16 +186,23 @@ def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
     """Return the source and the distinct targets of a draw, as the recipe weighs the pairs."""
     generator = torch.Generator().manual_seed(derive(config.loop.seed, "pair", draw))
     rates = torch.arange(config.max_rate + 1)
-    weights = (rates[:, None] - rates).abs()
+    weights = (rates[:, None] - rates).abs().float()
     if config.pairs == "uniform":
         weights = weights.clamp(max=1)
-    of_source = weights.sum(dim=1).float()
-    if torch.rand((), generator=generator) < config.from_zero:
-        source = 0
-    else:
-        source = int(torch.multinomial(of_source, 1, generator=generator))
-    targets = torch.multinomial(weights[source].float(), config.students, generator=generator)
-    return source, targets.tolist()
+
+    def pick(weights: Tensor, count: int = 1) -> list[int]:
+        return torch.multinomial(weights, count, generator=generator).tolist() if count else []
+
+    chance = torch.rand((), generator=generator).item()
+    if chance < config.with_zero / 2:
+        return 0, pick(weights[0], config.students)
+    if chance < config.with_zero:
+        (source,) = pick(weights[:, 0])
+        others = weights[source].clone()
+        others[0] = 0
+        return source, [0, *pick(others, config.students - 1)]
+    (source,) = pick(weights.sum(dim=1))
+    return source, pick(weights[source], config.students)
 
 
 def distill(config: DistillConfig, folder: Path) -> Path:
