@@ -30,8 +30,9 @@ ARMS: dict[str, list[str]] = {
     "q, k, v, proj": ['targets=["q", "k", "v", "proj"]'],
     "fc1, fc2": ['targets=["fc1", "fc2"]'],
     "q, v, rank 9": ['targets=["q", "v"]', "rank=9"],
-    "all pairs alike": ["with_zero=0"],
-    "pairs by distance": ["pairs=distance", "with_zero=0"],
+    "all pairs alike": ["pairs=uniform", "from_zero=0"],
+    "pairs by distance": ["from_zero=0"],
+    "pairs to 0 as well": ["pairs=uniform", "from_zero=0.15", "to_zero=0.18"],
     "logits only": ["features=0", "tokens=0"],
     "logits and features": ["tokens=0"],
     "logits and tokens": ["features=0"],
@@ -43,7 +44,7 @@ ARMS: dict[str, list[str]] = {
     "multiplier 0.05": ["scale=0.05"],
     "multiplier 0.2": ["scale=0.2"],
     "paper": [
-        'targets=["q", "v"]', "with_zero=0", "features=0", "tokens=0",
+        'targets=["q", "v"]', "pairs=uniform", "from_zero=0", "features=0", "tokens=0",
         "dropout=0.1", "students=1", "sources=1", "loop.batch_size=64", "drop_path=0.1",
     ],
 }  # fmt: skip

@@ -139,8 +139,11 @@ class DistillConfig(Recipe):
     pairs: Literal["uniform", "distance"] = Field(
         "uniform", description="how likely a pair of rates is: alike, or as they are far apart"
     )
-    with_zero: float = Field(
-        0.0, ge=0, le=1, description="share of draws from rate 0 or, as often, to it, by rule"
+    from_zero: float = Field(
+        0.0, ge=0, le=1, description="share of draws whose source is rate 0 by rule, not by chance"
+    )
+    to_zero: float = Field(
+        0.0, ge=0, le=1, description="share of those one of whose targets is, out of the others"
     )
     features: float = Field(
         0.0, ge=0, description="weight of the squared error of what the head reads, beside the KL"

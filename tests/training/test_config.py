@@ -34,7 +34,7 @@ def test_imagenet_presets_are_the_papers_recipe(model: str) -> None:
     recipe = read_recipe(DistillConfig, f"imagenet-{model}", DISTILL[1])
     assert (recipe.max_rate, recipe.rank, recipe.targets, recipe.scale) == (16, 2, ("q", "v"), 0.1)
     assert (recipe.dropout, recipe.drop_path, recipe.pairs) == (0.1, 0.1, "uniform")
-    assert (recipe.sources, recipe.students, recipe.with_zero) == (1, 1, 0)
+    assert (recipe.sources, recipe.students, recipe.from_zero, recipe.to_zero) == (1, 1, 0, 0)
     loop, augment = recipe.loop, recipe.augment
     assert loop.steps == 10 * 1281167 // loop.batch_size
     assert (loop.batch_size, loop.learning_rate, loop.weight_decay) == (1024, 2e-3, 0.05)

@@ -118,10 +118,12 @@ def test_rates_are_uniform_by_default(pictures: Path, model_folder: Path) -> Non
 def test_rates_far_apart_and_those_with_zero_can_be_drawn_more_often(
     pictures: Path, model_folder: Path
 ) -> None:
-    config = recipe(pictures, model_folder, max_rate=4, pairs="distance", with_zero=0.5)
+    config = recipe(
+        pictures, model_folder, max_rate=4, pairs="distance", from_zero=0.25, to_zero=1 / 3
+    )
     counts = drawn(config, draws=4000)
     # Distances sum to 40 over all pairs, to 10 from rate 0 and to 10 to it: a quarter of the draws
-    # by rule each, and a quarter of the others.
+    # by rule each (a third of three quarters), and a quarter of the others.
     for end in (0, 1):
         with_zero = sum(count for pair, count in counts.items() if pair[end] == 0)
         assert with_zero == pytest.approx(1500, abs=120)
@@ -133,7 +135,7 @@ def test_rates_far_apart_and_those_with_zero_can_be_drawn_more_often(
 def test_students_beside_the_one_at_zero_have_other_targets(
     pictures: Path, model_folder: Path
 ) -> None:
-    config = recipe(pictures, model_folder, max_rate=4, with_zero=1, students=4)
+    config = recipe(pictures, model_folder, max_rate=4, from_zero=0.5, to_zero=1, students=4)
     drawn_to_zero = [rates for rates in (draw_rates(config, i) for i in range(50)) if rates[0]]
     assert 10 < len(drawn_to_zero) < 40
     for source, targets in drawn_to_zero:
