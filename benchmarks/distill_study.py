@@ -32,7 +32,7 @@ ARMS: dict[str, list[str]] = {
     "q, v, rank 9": ['targets=["q", "v"]', "rank=9"],
     "all pairs alike": ["pairs=uniform", "from_zero=0"],
     "pairs by distance": ["from_zero=0"],
-    "pairs to 0 as well": ["pairs=uniform", "from_zero=0.15", "to_zero=0.18"],
+    "pairs to 0 as well": ["pairs=uniform", "from_zero=0.15", "to_zero=0.15"],
     "logits only": ["features=0", "tokens=0"],
     "logits and features": ["tokens=0"],
     "logits and tokens": ["features=0"],

@@ -143,7 +143,7 @@ class DistillConfig(Recipe):
         0.0, ge=0, le=1, description="share of draws whose source is rate 0 by rule, not by chance"
     )
     to_zero: float = Field(
-        0.0, ge=0, le=1, description="share of those one of whose targets is, out of the others"
+        0.0, ge=0, le=1, description="share of draws one of whose targets is rate 0 by rule"
     )
     features: float = Field(
         0.0, ge=0, description="weight of the squared error of what the head reads, beside the KL"
@@ -155,11 +155,16 @@ class DistillConfig(Recipe):
     loop: LoopConfig
 
     @model_validator(mode="after")
-    def _distinct_targets(self) -> "DistillConfig":
+    def _can_be_drawn(self) -> "DistillConfig":
         if self.students > self.max_rate:
             raise ValueError(
                 f"students ({self.students}) have distinct targets: at most max_rate, which is "
                 f"{self.max_rate}"
+            )
+        if self.from_zero + self.to_zero > 1:
+            raise ValueError(
+                f"from_zero ({self.from_zero:g}) and to_zero ({self.to_zero:g}) are shares of all "
+                "draws: together at most 1"
             )
         return self
 

@@ -193,12 +193,10 @@ def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
     def pick(weights: Tensor, count: int = 1) -> list[int]:
         return torch.multinomial(weights, count, generator=generator).tolist() if count else []
 
-    def by_rule(share: float) -> bool:
-        return torch.rand((), generator=generator).item() < share
-
-    if by_rule(config.from_zero):
+    chance = torch.rand((), generator=generator).item()
+    if chance < config.from_zero:
         return 0, pick(weights[0], config.students)
-    if config.to_zero and by_rule(config.to_zero):
+    if chance < config.from_zero + config.to_zero:
         (source,) = pick(weights[:, 0])
         others = weights[source].clone()
         others[0] = 0

@@ -119,11 +119,11 @@ def test_rates_far_apart_and_those_with_zero_can_be_drawn_more_often(
     pictures: Path, model_folder: Path
 ) -> None:
     config = recipe(
-        pictures, model_folder, max_rate=4, pairs="distance", from_zero=0.25, to_zero=1 / 3
+        pictures, model_folder, max_rate=4, pairs="distance", from_zero=0.25, to_zero=0.25
     )
     counts = drawn(config, draws=4000)
     # Distances sum to 40 over all pairs, to 10 from rate 0 and to 10 to it: a quarter of the draws
-    # by rule each (a third of three quarters), and a quarter of the others.
+    # by rule each, and a quarter of the others.
     for end in (0, 1):
         with_zero = sum(count for pair, count in counts.items() if pair[end] == 0)
         assert with_zero == pytest.approx(1500, abs=120)
@@ -135,7 +135,7 @@ def test_rates_far_apart_and_those_with_zero_can_be_drawn_more_often(
 def test_students_beside_the_one_at_zero_have_other_targets(
     pictures: Path, model_folder: Path
 ) -> None:
-    config = recipe(pictures, model_folder, max_rate=4, from_zero=0.5, to_zero=1, students=4)
+    config = recipe(pictures, model_folder, max_rate=4, from_zero=0.5, to_zero=0.5, students=4)
     drawn_to_zero = [rates for rates in (draw_rates(config, i) for i in range(50)) if rates[0]]
     assert 10 < len(drawn_to_zero) < 40
     for source, targets in drawn_to_zero:
@@ -146,6 +146,11 @@ def test_students_beside_the_one_at_zero_have_other_targets(
 def test_more_students_than_targets_are_refused(pictures: Path, model_folder: Path) -> None:
     with pytest.raises(ValidationError, match=r"students \(5\).*max_rate, which is 4"):
         recipe(pictures, model_folder, max_rate=4, students=5)
+
+
+def test_shares_of_more_than_all_draws_are_refused(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValidationError, match=r"from_zero \(0\.7\) and to_zero \(0\.4\)"):
+        recipe(pictures, model_folder, from_zero=0.7, to_zero=0.4)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "proj", "fc1", "fc2")])
