@@ -151,8 +151,22 @@ class DistillConfig(Recipe):
     tokens: float = Field(
         0.0, ge=0, description="weight of the relative squared error of the tokens after each block"
     )
+    relative: bool = Field(
+        False,
+        description="divide each pair's loss by what plain merging costs that pair on the unseen "
+        "pictures: all pairs count alike, however far apart",
+    )
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _has_unseen(self) -> "DistillConfig":
+        if self.relative and not self.unseen:
+            raise ValueError(
+                "relative losses are measured on held-out pictures, of which there are none: "
+                "give unseen, such as unseen=96"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> "DistillConfig":

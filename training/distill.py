@@ -39,6 +39,9 @@ from training.data import (
 )
 from training.losses import kd_loss, token_error
 
+#: Pictures that tell what plain merging costs: the order of magnitude is what matters.
+PLAIN_PICTURES = 24
+
 
 class Plugins(nn.Module):
     """A bank's tensors as parameters. A starts random, B at zero: the first delta is none."""
@@ -109,6 +112,7 @@ class Distillation:
         self.traced = config.tokens > 0
         self.losses_each = config.sources * config.students
         self.unseen = unseen
+        self.plain = self._plain_losses() if config.relative else None  # [source, target]
         self.watched = sorted({max(1, config.max_rate * part // 4) for part in range(1, 5)})
 
     def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
@@ -135,7 +139,8 @@ class Distillation:
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
                 student = outputs(self.student, tokens, target, delta, trace=self.traced)
-                yield weight * self._loss(student, teacher)
+                loss = weight * self._loss(student, teacher)
+                yield loss if self.plain is None else loss / self.plain[source, target]
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         terms = []
@@ -147,6 +152,18 @@ class Distillation:
         if self.traced:
             terms.append(self.config.tokens * token_error(student.states, teacher.states))
         return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def _plain_losses(self) -> Tensor:
+        """Return the loss [source, target] without plug-ins, on the first unseen pictures."""
+        images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
+        tokens = embed(self.teacher, images)
+        rates = range(self.config.max_rate + 1)
+        plain = [outputs(self.teacher, tokens, rate, trace=self.traced) for rate in rates]
+        losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
+        found = torch.tensor(losses)
+        # Rates that merge (nearly) alike must not outweigh all others.
+        return found.clamp(min=found.max().item() / 1000)
 
     def notes(self, micros: range) -> dict[str, Any]:
         """Return the pairs of rates, one for each loss."""

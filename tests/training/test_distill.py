@@ -204,6 +204,29 @@ def states_of(
     return list(run_blocks(model, tokens, steps, delta, trace=True))[:-1]
 
 
+def test_relative_losses_are_shares_of_what_plain_merging_costs(
+    pictures: Path, model_folder: Path
+) -> None:
+    backbone = load_backbone(str(model_folder))
+    images = torch.rand(6, 3, 32, 32)
+    plain = Distillation(backbone, recipe(pictures, model_folder, sources=1), [images])
+    config = recipe(pictures, model_folder, sources=1, relative=True)
+    relative = Distillation(backbone, config, [images])
+    labels = torch.zeros(6, dtype=torch.long)
+    for micro in range(8):
+        (as_it_is,) = plain.losses(images, labels, micro)
+        # These are the pictures that it was measured on, and plug-ins do nothing yet.
+        (share,) = relative.losses(images, labels, micro)
+        assert as_it_is > 0
+        assert share.item() == pytest.approx(1, rel=1e-4)
+        share.backward()  # what was measured takes part in no graph
+
+
+def test_relative_losses_need_pictures_to_measure_on(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValidationError, match="give unseen, such as unseen=96"):
+        recipe(pictures, model_folder, relative=True, unseen=0)
+
+
 def test_only_plugins_have_gradients_and_the_backbone_stays_as_it_is(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
