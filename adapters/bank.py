@@ -148,25 +148,37 @@ class Bank:
         Raises:
             BankError: if anything about it is wrong; the message names the fault.
         """
-        info_file, tensors_file = Path(folder) / _INFO, Path(folder) / _TENSORS
+        folder = Path(folder)
         try:
-            raw = from_json(info_file.read_bytes(), allow_inf_nan=False)
-        except (FileNotFoundError, NotADirectoryError):
-            raise BankError(f"{folder} is no bank: it has no {_INFO}") from None
-        except (OSError, ValueError) as error:
-            raise BankError(f"{info_file} cannot be read: {error}") from error
-        info = _parse(raw, str(info_file))
-        if not info.digest:
-            raise BankError(f"{info_file} has no digest")
+            info, plugins = ((folder / name).read_bytes() for name in FILES)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = Path(error.filename).name
+            raise BankError(f"{folder} is no bank: it has no {missing}") from None
+        except OSError as error:
+            raise BankError(f"{folder} cannot be read: {error}") from error
+        return cls.from_bytes(info, plugins, folder)
+
+    @classmethod
+    def from_bytes(cls, info: bytes, plugins: bytes, folder: Path = Path()) -> "Bank":
+        """Read a bank from the contents of its two files.
+
+        Args:
+            info: of `bank.json`.
+            plugins: of `plugins.safetensors`.
+            folder: where they are from, for messages.
+
+        Raises:
+            BankError: if anything about it is wrong; the message names the fault.
+        """
+        parsed = _parse_file(info, folder / _INFO)
+        file = folder / _TENSORS
         try:
-            tensors = load(tensors_file.read_bytes())
-        except FileNotFoundError:
-            raise BankError(f"{folder} has no {_TENSORS}") from None
+            tensors = load(plugins)
         except KeyError as error:
-            raise BankError(f"{tensors_file} holds a tensor of the unknown type {error}") from error
-        except (OSError, SafetensorError) as error:
-            raise BankError(f"{tensors_file} is truncated or corrupted: {error}") from error
-        return cls(info, tensors)
+            raise BankError(f"{file} holds a tensor of the unknown type {error}") from error
+        except SafetensorError as error:
+            raise BankError(f"{file} is truncated or corrupted: {error}") from error
+        return cls(parsed, tensors)
 
     def save(self, folder: str | Path) -> Path:
         """Write the bank as the new folder `folder`, whole or not at all.
@@ -264,6 +276,16 @@ class Bank:
         Warns if the model neither has the weights that the bank was distilled on nor says that
         it was tuned from them: a bank of an unrelated model of the same shape repairs nothing.
         """
+        self.check_geometry(backbone)
+        if not self.distilled_on(backbone):
+            warnings.warn(
+                f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
+                "right for a model tuned from that backbone, useless for another",
+                stacklevel=2,
+            )
+
+    def check_geometry(self, backbone: Backbone) -> None:
+        """Raise BankError unless the bank's geometry is the model's."""
         own, other = self.info.backbone.geometry, Geometry.of(backbone.model)
         if own != other:
             differing = ", ".join(
@@ -275,17 +297,27 @@ class Bank:
                 f"bank {self.info.name!r} is for {self.info.backbone.architecture} and does not "
                 f"fit {backbone.name}: {differing}"
             )
-        if self.info.backbone.digest not in (backbone.tuned_from, backbone.digest):
-            warnings.warn(
-                f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
-                "right for a model tuned from that backbone, useless for another",
-                stacklevel=2,
-            )
+
+    def distilled_on(self, backbone: Backbone) -> bool:
+        """Tell whether a model has the weights it was distilled on, or was tuned from them."""
+        return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
 
     @property
     def parameters(self) -> int:
         """Number of values in the bank."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def read_info(folder: Path) -> BankInfo:
+    """Read the `bank.json` of a bank folder; nothing that it says of the tensors is checked.
+
+    Raises:
+        BankError: if it cannot be read or is no `bank.json`.
+    """
+    try:
+        return _parse_file((folder / _INFO).read_bytes(), folder / _INFO)
+    except OSError as error:
+        raise BankError(f"{folder / _INFO} cannot be read: {error}") from error
 
 
 def target_names(info: BankInfo) -> list[str]:
@@ -309,6 +341,17 @@ def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _parse_file(content: bytes, file: Path) -> BankInfo:
+    try:
+        raw = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise BankError(f"{file} cannot be read: {error}") from error
+    info = _parse(raw, str(file))
+    if not info.digest:
+        raise BankError(f"{file} has no digest")
+    return info
 
 
 def _parse(raw: Any, where: str) -> BankInfo:

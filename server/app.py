@@ -3,21 +3,27 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-import torch
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
+from adapters import Store
+from server import bank_routes, batches, classify, embed, metrics, oip, page, routes, tracing
+from server.access import Access, require_api_key
+from server.banks import Banks
 from server.engine import Engine
+from server.logs import RequestLog
+from server.metrics import Metrics
 from server.middleware import BodyLimit, RequestId
-from server.models import ServedModel, load_model
+from server.models import load_models
+from server.oip_statistics import Statistics
 from server.problems import add_handlers
-from server.routes import Serving, router
+from server.registry import Registry
+from server.serving import Serving
 from server.settings import Settings
-from tocom import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +39,18 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         TocomError: if a model or bank cannot be loaded; nothing has been started then.
     """
+    models = Registry(load_models(settings))
+    counted = Metrics(models, settings.slo_ms / 1000)
     engine = Engine(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_wait=settings.max_wait_ms / 1000,
         decode_threads=settings.decode_threads,
         threads=settings.threads,
+        observer=counted,
     )
-    serving = Serving(settings, _load_models(settings), engine)
+    provider = tracing.provider(settings)
+    serving = Serving(settings, models, engine, counted, started=engine.clock())
     # FastAPI's own documentation page would load its scripts from the network.
     app = FastAPIOffline(
         title="ToCom Serve",
@@ -48,25 +58,26 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         redoc_url=None,
         lifespan=_lifespan(serving),
+        telemetry=tracing.telemetry(provider),
     )
     app.state.serving = serving
-    app.include_router(router)
+    app.state.access = Access(settings)
+    app.state.banks = Banks(models, Store(settings.store), counted.swapped)
+    app.state.statistics = Statistics()
+    # A description that asks for keys where none are needed would be wrong.
+    keys = [Depends(require_api_key)] if settings.api_keys else []
+    for router in (classify.router, batches.router, embed.router, oip.inference):
+        app.include_router(router, dependencies=keys)
+    for router in (routes.router, oip.router, bank_routes.router, metrics.router, page.router):
+        app.include_router(router)
     add_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    # A stream of images has no end; each of them has.
+    limits = {batches.PATH: math.inf, bank_routes.PATH: settings.max_bank_bytes}
+    app.add_middleware(BodyLimit, settings.max_body_bytes, by_path=limits)
+    app.add_middleware(tracing.Stages, provider=provider)
+    app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app
-
-
-def _load_models(settings: Settings) -> Mapping[str, ServedModel]:
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
-    return {each.name: load_model(each, device) for each in settings.models}
 
 
 def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -74,7 +85,7 @@ def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManag
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         serving.engine.start()
         try:
-            await asyncio.to_thread(_warm_up, serving)
+            await asyncio.to_thread(warm_up, serving)
             yield
         finally:
             await asyncio.to_thread(serving.engine.stop)
@@ -82,11 +93,19 @@ def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManag
     return lifespan
 
 
-def _warm_up(serving: Serving) -> None:
-    """Run every model once at its dearest and its cheapest: what is slow at first is slow now."""
-    for model in serving.models.values():
-        for rate in (0, model.max_rate):
+def warm_up(serving: Serving) -> None:
+    """Run every model at every rate and size of batch: what is slow at first is slow now.
+
+    It is also how the engine gets to know how long batches take.
+    """
+    sizes = [1]
+    while 2 * sizes[-1] <= serving.settings.max_batch:
+        sizes.append(2 * sizes[-1])
+    for model in serving.models.all():
+        for rate in range(model.max_rate + 1):
+            if serving.stopping.is_set():
+                return
             work = model.at(rate, compensate=True)
-            blank = partial(torch.zeros, model.input_size)
-            serving.engine.submit(work, blank, deadline=math.inf).result()
+            serving.engine.call(partial(work.warm_up, sizes)).result()
         logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
+    serving.warm.set()

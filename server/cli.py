@@ -1,56 +1,46 @@
-"""`tocom-serve`: serve models over HTTP until Ctrl-C."""
+"""`tocom-serve`: serve models over HTTP, or check them, or use one without a server."""
 
 import argparse
-import logging
+import json
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
-import uvicorn
-
-from server.app import create_app
-from server.routes import Serving
+from server import local, process
+from server.serving import Serving
 from server.settings import Settings, load_settings
 from tocom import BackboneError, ConfigError, TocomError, bundled_folder
 
+#: Options that are settings.
+_SETTINGS = ("config", "host", "models", "port")
 _KEYS = ("bank", "architecture", "source")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the server; return 0 after Ctrl-C or SIGTERM, 2 if it cannot be started as asked."""
+    """Run the command.
+
+    Returns:
+        0; 1 if a photograph could not be classified; 2 if the command could not be done; 130 if
+        Ctrl-C ended it, but for a server, which is ended in no other way.
+    """
     parsed = _parser().parse_args(arguments)
-    # SIGTERM ends the server as Ctrl-C does, also while it is still loading.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        given = {key: value for key, value in vars(parsed).items() if value is not None}
-        if "models" in given:
-            given["models"] = [_parse_model(text) for text in given["models"]]
-        settings = load_settings(**given)
-        # First, so that a port in use is told before models are loaded for it.
-        with closing(_bind(settings.host, settings.port)) as listener:
-            _serve(settings, listener)
+        return int(parsed.run(_settings(parsed), parsed))
     except TocomError as error:
         print(f"tocom-serve: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        pass
-    return 0
+        return 0 if parsed.run is _serve else 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tocom-serve",
-        description="Serve vision transformers at any token-merging rate. Every setting can also "
-        "be given as a TOCOM_... environment variable or in a TOML file.",
-    )
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: a free one)")
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
-    parser.add_argument(
+    # What is not given is absent: a command must not overwrite what was given before it.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    common.add_argument(
         "--model",
         dest="models",
         action="append",
@@ -59,7 +49,35 @@ def _parser() -> argparse.ArgumentParser:
         f"{', '.join(_KEYS)}; "
         "e.g. imagenet=timm/deit_tiny_patch16_224.fb_in1k,bank=bundled:deit_tiny_bank",
     )
+    parser = argparse.ArgumentParser(
+        prog="tocom-serve",
+        parents=[common],
+        argument_default=argparse.SUPPRESS,
+        description="Serve vision transformers at any token-merging rate. Every setting can also "
+        "be given as a TOCOM_... environment variable or in a TOML file.",
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: a free one)")
+    parser.set_defaults(run=_serve)
+    commands = parser.add_subparsers(title="without a server", metavar="COMMAND")
+
+    command = commands.add_parser("check", parents=[common], help="load and run all models, once")
+    command.set_defaults(run=_check)
+
+    command = commands.add_parser("classify", parents=[common], help="tell what photographs show")
+    command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    command.add_argument("--rate", default="0", help="tokens merged per block (default: 0)")
+    command.add_argument("--top-k", type=int, metavar="K", help="predictions for each")
+    command.add_argument("--json", action="store_true", help="a line of JSON for each")
+    command.set_defaults(run=_classify)
     return parser
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    given = {name: value for name, value in vars(parsed).items() if name in _SETTINGS}
+    if "models" in given:
+        given["models"] = [_parse_model(text) for text in given["models"]]
+    return load_settings(**given)
 
 
 def _parse_model(text: str) -> dict[str, str]:
@@ -79,61 +97,73 @@ def _parse_model(text: str) -> dict[str, str]:
     return model
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    with ExitStack() as on_error:
+def _check(settings: Settings, _: argparse.Namespace) -> int:
+    rows = [("model", "backbone", "rates", "bank", "memory")]
+    for checked in local.check(settings):
+        model = checked.model
+        memory = f"{checked.weights / 1e6:.1f} MB"
+        if checked.folded:
+            memory += f", {checked.folded / 1e6:.1f} MB more once every rate was asked for"
+        bank = f"{model.bank.info.name}@{model.bank.info.digest[:12]}" if model.bank else "none"
+        rows.append((model.name, model.backbone.name, f"0..{model.max_rate}", bank, memory))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def _classify(settings: Settings, asked: argparse.Namespace) -> int:
+    classifier = local.Classifier(settings, asked.rate, asked.top_k)
+    failed = 0
+    for photo in asked.photos:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = on_error.enter_context(socket.socket(family, kind, protocol))
-            # A port that a former server has just left may be taken at once.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
-        on_error.pop_all()
-        return listener
+            predictions = classifier.classify(photo)
+        except TocomError as error:
+            print(f"tocom-serve: {photo}: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        if asked.json:
+            found = {
+                "photo": str(photo),
+                "model": classifier.model.name,
+                "rate": classifier.work.rate,
+                "compensate": classifier.work.compensate,
+                "predictions": [prediction.model_dump() for prediction in predictions],
+            }
+            print(json.dumps(found), flush=True)
+        else:
+            print(photo)
+            for prediction in predictions:
+                print(f"  {prediction.score:6.1%}  {prediction.label}", flush=True)
+    return failed
 
 
-def _serve(settings: Settings, listener: socket.socket) -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    # Ours alone: the libraries' own notes are of no use to who only serves.
-    logging.getLogger("server").setLevel(settings.log_level.upper())
-    print("Loading models ...", flush=True)
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        log_level=settings.log_level,
-        # Requests end at their own deadline, before they would be cut off.
-        timeout_graceful_shutdown=settings.timeout_ms // 1000 + 2,
-    )
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    _Server(config, _greeting(app.state.serving, address)).run(sockets=[listener])
+def _serve(settings: Settings, _: argparse.Namespace) -> int:
+    # SIGTERM ends the server as Ctrl-C does, also while it is still loading.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # First, so that a port in use is told before models are loaded for it.
+    with closing(process.bind(settings.host, settings.port)) as listener:
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        print("Loading models ...", flush=True)
+        process.serve(settings, listener, lambda serving: _greet(serving, address))
+    return 0
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn that tells its user what to do next once it serves."""
-
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
-        super().__init__(config)
-        self._greeting = greeting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self._greeting, flush=True)
-
-
-def _greeting(serving: Serving, address: str) -> str:
-    lines = [f"Serving on {address} (Ctrl-C ends it)"]
-    for model in serving.models.values():
+def _greet(serving: Serving, address: str) -> None:
+    models = serving.models.all()
+    print(f"Serving on {address} (Ctrl-C ends it)")
+    for model in models:
         bank = f"bank {model.bank.info.name}" if model.bank else "no bank"
-        lines.append(f"  model   {model.name}: rates 0 to {model.max_rate}, {bank}")
-    rate = min(8, serving.model(None).max_rate)
-    photo = shlex.quote(str(_sample()))
-    lines.append(f"  docs    {address}/docs")
-    lines.append(f"  try it  curl -F file=@{photo} '{address}/v1/classify?rate={rate}'")
-    return "\n".join(lines)
+        print(f"  model   {model.name}: rates 0 to {model.max_rate}, {bank}")
+    rate = min(8, models[0].max_rate)
+    print(f"  page    {address}/")
+    print(f"  docs    {address}/docs")
+    print(
+        f"  try it  curl -F file=@{shlex.quote(str(_sample()))} '{address}/v1/classify?rate={rate}'"
+    )
+    sys.stdout.flush()
 
 
 def _sample() -> Path:

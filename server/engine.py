@@ -1,9 +1,8 @@
-"""The batching engine: images in, logits out, one worker thread which owns the forward.
+"""The batching engine: images in, outputs out, one worker thread which owns the forward.
 
 Preparing (decoding) starts on arrival in a small pool, beside the forward. What is prepared
-waits in one queue per kind of work (model, rate, compensate). The worker always takes the queue
-whose head is most urgent, by deadline, then by age, and fills a batch from it. It never
-waits while anything is ready. Whatever is late or given up is dropped before inference.
+waits in the scheduler's queues, from which the worker takes batch after batch. It never waits
+while anything is ready. Whatever is late or given up is dropped before inference.
 
 Knows nothing of HTTP, files or banks.
 """
@@ -11,35 +10,26 @@ Knows nothing of HTTP, files or banks.
 import logging
 import threading
 import time
-from bisect import insort
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from server.errors import DeadlineError, QueueFullError, UnavailableError
+from server.scheduler import Batch, Runnable, Scheduler, Work
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: Seconds between two signs of life of an idle worker.
 BEAT = 0.5
-
-
-class Work(Protocol):
-    """What requests of one batch share; equal works run together."""
-
-    def __hash__(self) -> int:
-        """Hash what the work depends on."""
-        ...
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Run images [B, 3, H, W] to logits [B, C]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,18 +37,61 @@ class Answer:
     """What the engine says about one image.
 
     Attributes:
-        logits: [C] fp32 on the CPU.
+        output: what the work returned for it.
+        work: what ran; at the rate that was chosen, where none was asked for.
+        reason: of that rate: `asked`, or one of the controller's.
         decode: seconds that preparing the image took.
         queue: seconds that it waited, for the pool and for its batch.
         inference: seconds that its batch ran.
         batch_size: images in that batch.
     """
 
-    logits: Tensor
+    output: Any
+    work: Runnable
+    reason: str
     decode: float
     queue: float
     inference: float
     batch_size: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do at a moment.
+
+    Attributes:
+        taken: images that were taken and are not yet answered.
+        queued: of these, those that are prepared and wait, by their work.
+    """
+
+    taken: int
+    queued: Mapping[Work, int]
+
+
+class Observer(Protocol):
+    """Is told what happens, from the engine's threads: it must be quick and never raise."""
+
+    def decoded(self, work: Work, seconds: float) -> None:
+        """Take note of an image that was prepared."""
+        ...
+
+    def ran(
+        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+    ) -> None:
+        """Take note of a batch, and of the seconds that each of its images had waited."""
+        ...
+
+    def failed(self, work: Work, stage: str) -> None:
+        """Take note of an image whose `decode` or `inference` raised."""
+        ...
+
+    def missed(self, work: Work, stage: str) -> None:
+        """Take note of an image that is late: before `decode`, in `queue`, after `inference`."""
+        ...
+
+    def cancelled(self, work: Work) -> None:
+        """Take note of an image that was given up."""
+        ...
 
 
 class _Job(Future[Answer]):
@@ -72,11 +105,14 @@ class _Job(Future[Answer]):
     image: Tensor
     decode: float
 
-    def __init__(self, work: Work, deadline: float, number: int, arrived: float) -> None:
+    def __init__(
+        self, work: Work, deadline: float, due: float, number: int, arrived: float
+    ) -> None:
         super().__init__()
         self.work = work
-        self.urgency = (deadline, number)
         self.deadline = deadline
+        self.due = due
+        self.number = number
         self.arrived = arrived
 
 
@@ -90,6 +126,7 @@ class Engine:
         max_wait: float = 0.0,
         decode_threads: int = 2,
         threads: int | None = None,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Describe an engine; nothing runs yet.
@@ -101,9 +138,9 @@ class Engine:
                 work-conserving: under load batches fill while their predecessor runs.
             decode_threads: threads that prepare images.
             threads: torch threads of the forward; None: torch's own choice.
+            observer: is told what happens.
             clock: tells seconds; deadlines are in its time.
         """
-        self.max_batch = max_batch
         self.max_queue = max_queue
         self.max_wait = max_wait
         self.clock = clock
@@ -112,7 +149,9 @@ class Engine:
         self._pool = ThreadPoolExecutor(decode_threads, "decode", _set_torch_threads, (1,))
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
-        self._queues: dict[Work, list[_Job]] = {}
+        self._scheduler = Scheduler(max_batch)
+        self._observer = observer
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._numbers = count()
         self._taken = 0
         self._pace = 0.0
@@ -144,158 +183,212 @@ class Engine:
         """Seconds since the worker's last sign of life; grows while a batch runs."""
         return self.clock() - self._beat
 
-    def check_room(self) -> None:
+    def load(self) -> Load:
+        """Return what there is to do at this moment."""
+        with self._wake:
+            return Load(self._taken, self._scheduler.queued())
+
+    def check_room(self, images: int = 1) -> None:
         """Raise what `submit` would raise now, so that a body need not be read in vain.
 
         Raises:
-            QueueFullError: if as many images as may wait are waiting.
+            QueueFullError: if fewer than `images` places are free.
             UnavailableError: if the engine is stopping.
         """
         if self._closed:
             raise UnavailableError("the server is shutting down")
-        if self._taken >= self.max_queue:
+        if self._taken + images > self.max_queue:
             raise QueueFullError(
-                f"all {self.max_queue} places in the queue are taken",
+                f"{self._taken} of {self.max_queue} places in the queue are taken; "
+                f"{images} would be needed",
                 retry_after=self._taken * self._pace,
             )
 
-    def submit(self, work: Work, prepare: Callable[[], Tensor], deadline: float) -> Future[Answer]:
+    def submit(
+        self,
+        work: Work,
+        prepare: Callable[[], Tensor],
+        deadline: float,
+        due: float | None = None,
+    ) -> Future[Answer]:
         """Take one image.
 
         Args:
             work: what to do with it; batched with equal ones.
             prepare: makes the image [3, H, W]; runs in the pool. What it raises, the future raises.
             deadline: when the answer is of no more use, in the time of `clock`.
+            due: when it should be there; default: at the deadline. Decides what is urgent.
 
         Returns:
             The answer to come. Cancelling it gives the place free at once; a forward that
             runs already is not stopped. Raises DeadlineError if inference did not start in time.
 
         Raises:
-            QueueFullError, UnavailableError: see `check_room`.
+            QueueFullError: if no place is free, or what waits will take longer than there is.
+            UnavailableError: if the engine is stopping.
         """
         with self._wake:
             self.check_room()
+            now = self.clock()
+            wait = self._scheduler.wait(work, unprepared=self._taken - len(self._scheduler))
+            if now + wait > deadline:
+                raise QueueFullError(
+                    f"what waits will take {wait:.3g} s, and the answer is wanted in "
+                    f"{deadline - now:.3g} s",
+                    retry_after=now + wait - deadline,
+                )
             self._taken += 1
-            job = _Job(work, deadline, next(self._numbers), arrived=self.clock())
+            self._scheduler.arrived(work, now)
+            job = _Job(work, deadline, deadline if due is None else due, next(self._numbers), now)
             job.add_done_callback(self._leave)
             # Not kept in the job: what is to be prepared may be large and goes once it is.
             self._pool.submit(self._prepare, job, prepare)
         return job
 
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the worker, between two batches, as a forward would run there."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._drained or not self._worker.is_alive():
+                raise UnavailableError("the engine is not running")
+            self._calls.append((future, function))
+            self._wake.notify()
+        return future
+
     def _prepare(self, job: _Job, prepare: Callable[[], Tensor]) -> None:
-        if job.done() or self._expire(job):
+        if job.done() or self._expire(job, "decode"):
             return
         started = self.clock()
         try:
             job.image = prepare()
         except Exception as error:
-            _fail(job, error)
+            if _fail(job, error) and self._observer:
+                self._observer.failed(job.work, "decode")
             return
         job.decode = self.clock() - started
+        if self._observer:
+            self._observer.decoded(job.work, job.decode)
         with self._wake:
             # Whoever cancels from here on takes the job out of its queue again.
             if not job.done():
-                insort(self._queues.setdefault(job.work, []), job, key=_urgency)
+                self._scheduler.add(job)
                 self._wake.notify()
 
     def _leave(self, job: Future[Answer]) -> None:
         assert isinstance(job, _Job)
         with self._wake:
             self._taken -= 1
-            queue = self._queues.get(job.work, [])
-            if job in queue:
-                queue.remove(job)
-                if not queue:
-                    del self._queues[job.work]
+            self._scheduler.discard(job)
+        if job.cancelled() and self._observer:
+            if self.clock() < job.deadline:
+                self._observer.cancelled(job.work)
+            else:  # whoever waits for an answer gives it up when its time is over
+                self._observer.missed(job.work, "queue")
 
     def _loop(self) -> None:
         _set_torch_threads(self._threads)
-        while not (self._drained and not self._queues):
+        while not (self._drained and not self._scheduler and not self._calls):
             self._beat = self.clock()
-            jobs: list[_Job] = []
+            jobs: Sequence[_Job] = []
             try:
-                jobs = self._take()
-                batch = [
+                self._call_next()
+                if (batch := self._take()) is None:
+                    continue
+                jobs = batch.jobs
+                ready = [
                     job
                     for job in jobs
-                    if not self._expire(job) and job.set_running_or_notify_cancel()
+                    if not self._expire(job, "queue") and job.set_running_or_notify_cancel()
                 ]
-                if batch:
-                    self._run(batch)
+                if ready:
+                    self._run(batch.work, batch.reason, ready)
             except Exception as error:  # a bug of ours must not end the service of everyone
                 logger.exception("the engine's worker goes on after an error of its own")
                 for job in jobs:
                     with suppress(InvalidStateError):
                         job.set_exception(error)
 
-    def _take(self) -> list[_Job]:
-        """Return the jobs of the next batch; none after a while without work."""
+    def _call_next(self) -> None:
+        if not self._calls:
+            return
+        future, function = self._calls.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _take(self) -> Batch | None:
+        """Return the next batch; None after a while without one, or before a call."""
         with self._wake:
-            if not self._queues:
-                self._wake.wait_for(lambda: self._queues or self._drained, timeout=BEAT)
-                if self._queues and self.max_wait:
-                    self._wake.wait_for(self._batch_is_full, timeout=self.max_wait)
-            if not self._queues:
-                return []
-            work, queue = min(self._queues.items(), key=lambda item: item[1][0].urgency)
-            batch, rest = queue[: self.max_batch], queue[self.max_batch :]
-            if rest:
-                self._queues[work] = rest
-            else:
-                del self._queues[work]
-            return batch
+            if not self._scheduler:
+                self._wake.wait_for(
+                    lambda: self._scheduler or self._calls or self._drained, timeout=BEAT
+                )
+                if self._scheduler and self.max_wait:
+                    self._wake.wait_for(
+                        lambda: self._drained or self._scheduler.full, timeout=self.max_wait
+                    )
+            return self._scheduler.take(self.clock())
 
-    def _batch_is_full(self) -> bool:
-        return self._drained or any(len(q) >= self.max_batch for q in self._queues.values())
-
-    def _run(self, jobs: Sequence[_Job]) -> None:
+    def _run(self, work: Runnable, reason: str, jobs: Sequence[_Job]) -> None:
         """Answer jobs that have begun; if the batch fails, each by itself."""
         started = self.clock()
         try:
             images = torch.stack([job.image for job in jobs])
             with torch.inference_mode():
-                logits = jobs[0].work(images).float().cpu()
-            # Also tells a forward that returned too few.
-            answers = list(zip(jobs, logits, strict=True))
+                # Also tells a forward that returned too few.
+                answers = list(zip(jobs, work(images), strict=True))
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].set_exception(error)
+                if self._observer:
+                    self._observer.failed(work, "inference")
                 return
             logger.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
             for job in jobs:
-                self._run([job])
+                self._run(work, reason, [job])
             return
         spent = self.clock() - started
+        with self._wake:
+            work.controller.times.measured(work.rate, len(jobs), spent)
         pace = spent / len(jobs)
         self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
-        for job, row in answers:
+        queued = [started - job.arrived - job.decode for job in jobs]
+        for (job, output), waited in zip(answers, queued, strict=True):
             job.set_result(
                 Answer(
-                    logits=row,
+                    output=output,
+                    work=work,
+                    reason=reason,
                     decode=job.decode,
-                    queue=started - job.arrived - job.decode,
+                    queue=waited,
                     inference=spent,
                     batch_size=len(jobs),
                 )
             )
+        if self._observer:
+            self._observer.ran(work, reason, len(jobs), spent, queued)
+            for job in jobs:
+                if started + spent > job.deadline:
+                    self._observer.missed(work, "inference")
 
-    def _expire(self, job: _Job) -> bool:
+    def _expire(self, job: _Job, stage: str) -> bool:
         """Fail a job that has not begun and is past its deadline; whether it was."""
         if self.clock() < job.deadline:
             return False
-        _fail(job, DeadlineError("the deadline passed before inference began"))
+        error = DeadlineError("the deadline passed before inference began")
+        if _fail(job, error) and self._observer:
+            self._observer.missed(job.work, stage)
         return True
 
 
-def _urgency(job: _Job) -> tuple[float, int]:
-    return job.urgency
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    """Fail a job that has not begun, unless it was cancelled."""
-    if job.set_running_or_notify_cancel():
-        job.set_exception(error)
+def _fail(job: _Job, error: Exception) -> bool:
+    """Fail a job that has not begun, unless it was cancelled; whether it was failed."""
+    if not job.set_running_or_notify_cancel():
+        return False
+    job.set_exception(error)
+    return True
 
 
 def _set_torch_threads(threads: int) -> None:

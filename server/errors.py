@@ -4,6 +4,8 @@ They extend the one tree of `tocom.errors`; a message says what came and what is
 may be shown as it is. How an error becomes an answer is in `problems`.
 """
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from tocom import TocomError
@@ -15,14 +17,31 @@ class ServerError(TocomError):
     Attributes:
         status: HTTP status.
         title: short name of the kind of error; the same for all of its kind.
+        headers: of the answer.
     """
 
     status: ClassVar[int] = 400
     title: ClassVar[str] = "Bad request"
+    headers: Mapping[str, str] = {}
 
 
 class BadRequestError(ServerError):
     """A request that cannot be parsed."""
+
+
+class UnauthorizedError(ServerError):
+    """A request without a key, or with one that does not open this."""
+
+    status = 401
+    title = "Unauthorized"
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+class ForbiddenError(ServerError):
+    """What this server lets nobody do."""
+
+    status = 403
+    title = "Forbidden"
 
 
 class UnknownModelError(ServerError):
@@ -32,11 +51,25 @@ class UnknownModelError(ServerError):
     title = "Unknown model"
 
 
+class UnknownBankError(ServerError):
+    """A bank that cannot be had here."""
+
+    status = 404
+    title = "Unknown bank"
+
+
 class UploadTimeoutError(ServerError):
     """A body that did not arrive in time."""
 
     status = 408
     title = "Upload too slow"
+
+
+class ConflictError(ServerError):
+    """What cannot be done in the state that things are in."""
+
+    status = 409
+    title = "Conflict"
 
 
 class TooLargeError(ServerError):
@@ -67,6 +100,28 @@ class ImageError(ServerError):
     title = "Unusable image"
 
 
+class UnusableBankError(ServerError):
+    """A bank that is faulty or does not fit the model."""
+
+    status = 422
+    title = "Unusable bank"
+
+
+class QuotaError(ServerError):
+    """A caller that asks for more than its key allows.
+
+    Args:
+        retry_after: seconds after which it may ask again.
+    """
+
+    status = 429
+    title = "Quota exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.headers = {"Retry-After": str(max(1, math.ceil(retry_after)))}
+
+
 class UnavailableError(ServerError):
     """No request can be taken now; it is not the client's fault.
 
@@ -93,3 +148,10 @@ class DeadlineError(ServerError):
 
     status = 504
     title = "Deadline passed"
+
+
+class StoreFaultError(ServerError):
+    """A store of banks that cannot be written."""
+
+    status = 507
+    title = "Store unusable"

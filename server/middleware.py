@@ -5,6 +5,7 @@ Plain ASGI: starlette's BaseHTTPMiddleware would hide a client's going from the 
 
 import re
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,9 +44,19 @@ class RequestId:
 class BodyLimit:
     """Ends the reading of a body that is too large, before it is read where it says so itself."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, by_path: Mapping[str, float] | None = None
+    ) -> None:
+        """Limit the bodies of all requests.
+
+        Args:
+            app: what answers them.
+            max_bytes: that a body may have.
+            by_path: that it may have instead, where it is sent to one of these paths.
+        """
         self.app = app
         self.max_bytes = max_bytes
+        self.by_path = by_path or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application with a `receive` that raises TooLargeError."""
@@ -55,20 +66,20 @@ class BodyLimit:
         length = Headers(scope=scope).get("Content-Length", "")
         # Cut, as int() refuses thousands of digits; what is no number is counted as it comes.
         declared = int(length[:20]) if length.isdecimal() else 0
+        limit = self.by_path.get(scope["path"], self.max_bytes)
         read = 0
 
         async def receive_limited() -> Message:
             nonlocal read
-            self._check(declared)
+            _check(declared, limit)
             message = await receive()
             read += len(message.get("body", b""))
-            self._check(read)
+            _check(read, limit)
             return message
 
         await self.app(scope, receive_limited, send)
 
-    def _check(self, size: int) -> None:
-        if size > self.max_bytes:
-            raise TooLargeError(
-                f"the request body is larger than the {self.max_bytes:,} bytes that are allowed"
-            )
+
+def _check(size: int, limit: float) -> None:
+    if size > limit:
+        raise TooLargeError(f"the request body is larger than the {limit:,} bytes that are allowed")

@@ -5,20 +5,23 @@ threads. Where a handle ends, requests that run on it still end on it.
 """
 
 import logging
+import math
 import threading
-import warnings
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from adapters import Bank, compose, open_bank
+from adapters import Bank, Store, compose, open_bank
 from adapters.bank import first_fault
+from server.controller import Controller, ServiceTimes
 from server.schemas import Evaluation
-from server.settings import ModelSettings
+from server.settings import ModelSettings, Settings
 from tocom import (
     Backbone,
     ConfigError,
@@ -27,10 +30,10 @@ from tocom import (
     RateError,
     cost,
     fold,
-    forward,
     load_backbone,
 )
 from tocom.backbones import Calibration
+from tocom.vit import embed, encode, head, pool
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class ServedModel:
         max_rate: requests may ask for 0..max_rate.
         transform: from an RGB picture to the image [3, H, W] that the model wants.
         costs: at index r what an image costs at rate r.
+        controller: chooses rates for it where requests leave that to the server.
         evaluation: what was measured of it, if its folder says so.
     """
 
@@ -59,12 +63,13 @@ class ServedModel:
     max_rate: int
     transform: Any
     costs: tuple[Cost, ...]
+    controller: Controller
     evaluation: Evaluation | None = None
     _folded: dict[int, FoldedWeights] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def parse_rate(self, text: str) -> int:
-        """Read the rate that a request asks for.
+        """Read an exact rate that a request asks for.
 
         Raises:
             RateError: naming what is allowed, if it is not.
@@ -73,17 +78,40 @@ class ServedModel:
         if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= self.max_rate:
             return int(text)
         raise RateError(
-            f"the model {self.name!r} runs at the rates 0 to {self.max_rate}, whole numbers; "
-            f"got rate={text[:40]!r}"
+            f"the model {self.name!r} runs at the rates 0 to {self.max_rate}, whole numbers, or "
+            f"auto; got rate={text[:40]!r}"
         )
 
-    def at(self, rate: int, compensate: bool) -> "RateWork":
+    def at(self, rate: int, compensate: bool, trace: bool = False) -> "RateWork":
         """Return the work of a forward at `rate`, in 0..max_rate.
 
         Where no delta applies, for want of a bank or at the source rate, the work without
         compensation is returned, so that both share their batches.
         """
-        return RateWork(self, rate, compensate and self.bank is not None and rate != self.source)
+        compensate = compensate and self.bank is not None and rate != self.source
+        return RateWork(self, rate, compensate, trace)
+
+    def with_bank(self, bank: Bank | None) -> "ServedModel":
+        """Return a handle of the same model with another bank, or without one.
+
+        Weights and what is known of their speed are shared.
+
+        Raises:
+            BankError: if the bank is for another backbone.
+            ConfigError: if it does not reach the rate that the model was tuned at.
+        """
+        if bank is not None:
+            _check_fits(bank, self.backbone)
+        max_rate = _max_rate(self.name, self.backbone, bank, self.source)
+        return replace(
+            self,
+            bank=bank,
+            calibration=_calibration(self.name, self.backbone, bank, self.source),
+            max_rate=max_rate,
+            costs=_costs(self.backbone, max_rate),
+            _folded={},
+            _lock=threading.Lock(),
+        )
 
     def folded(self, rate: int) -> FoldedWeights:
         """Return the weights with Δ(source→rate) folded in: made once, then kept."""
@@ -107,6 +135,30 @@ class ServedModel:
         channels, height, width = self.backbone.data_config["input_size"]
         return channels, height, width
 
+    @property
+    def least_side(self) -> int:
+        """Pixels that both sides of a large picture keep when it is decoded at a reduced scale.
+
+        Twice what the transform brings the shorter side to: what is left for it to do is the same
+        antialiased reduction, and the answers are (docs/benchmarks.md has the figures).
+        """
+        crop: float = self.backbone.data_config["crop_pct"]
+        return math.ceil(2 * max(self.input_size[1:]) / crop)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.backbone.model.patch_embed.patch_size
+        return self.input_size[1] // height, self.input_size[2] // width
+
+
+class Output(NamedTuple):
+    """What a model says of one image; all on the CPU."""
+
+    logits: Tensor  # [C] fp32
+    features: Tensor  # [D] fp32, what the head reads
+    source: Tensor | None  # [N] final token that holds each input token; None: not traced
+
 
 @dataclass(frozen=True)
 class RateWork:
@@ -115,16 +167,109 @@ class RateWork:
     model: ServedModel
     rate: int
     compensate: bool
+    trace: bool = False
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Run images [B, 3, H, W], from any device, to logits [B, C] on the model's."""
+    @property
+    def low(self) -> int:
+        """The only rate allowed."""
+        return self.rate
+
+    @property
+    def high(self) -> int:
+        """The only rate allowed."""
+        return self.rate
+
+    @property
+    def controller(self) -> Controller:
+        """The model's."""
+        return self.model.controller
+
+    def at(self, rate: int) -> "RateWork":
+        """Return itself: there is no other rate."""
+        assert rate == self.rate
+        return self
+
+    def __call__(self, images: Tensor) -> list[Output]:
+        """Run images [B, 3, H, W], from any device, to an output each."""
         delta = self.model.folded(self.rate) if self.compensate else None
-        images = images.to(self.model.device)
-        return forward(self.model.backbone.model, images, self.rate, delta)
+        model = self.model.backbone.model
+        tokens = embed(model, images.to(self.model.device))
+        x, size, traced = encode(model, tokens, self.rate, delta, self.trace)
+        logits = head(model, x, size).float().cpu()
+        features = pool(model, x, size).float().cpu()
+        sources = [None] * len(images) if traced is None else list(traced.source.cpu())
+        return [Output(*row) for row in zip(logits, features, sources, strict=True)]
+
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Run batches of these sizes on blank images, and take note of how long they take.
+
+        To be called where batches run, so that it takes as long as they do.
+        """
+        with torch.inference_mode():
+            self(torch.zeros(1, *self.model.input_size))  # makes what is made at first
+            for size in sizes:
+                images = torch.zeros(size, *self.model.input_size)
+                began = time.perf_counter()
+                self(images)
+                self.controller.times.measured(self.rate, size, time.perf_counter() - began)
 
 
-def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
+@dataclass(frozen=True)
+class AutoWork:
+    """One model at a rate that its controller chooses for each batch, in `low`..`high`."""
+
+    model: ServedModel
+    low: int
+    high: int
+    compensate: bool
+    trace: bool = False
+
+    @property
+    def rate(self) -> None:
+        """Not chosen yet."""
+        return
+
+    @property
+    def controller(self) -> Controller:
+        """The model's."""
+        return self.model.controller
+
+    def at(self, rate: int) -> RateWork:
+        """Return the same work at one of these rates."""
+        return self.model.at(rate, self.compensate, self.trace)
+
+
+def load_models(settings: Settings) -> list[ServedModel]:
+    """Load all models of a server, where its settings say.
+
+    Raises:
+        TocomError: if one cannot be loaded, or there is no such device.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
+    store = Store(settings.store)
+    return [load_model(each, device, settings.max_batch, store) for each in settings.models]
+
+
+def load_model(
+    settings: ModelSettings,
+    device: str = "cpu",
+    max_batch: int = 16,
+    store: Store | None = None,
+) -> ServedModel:
     """Load a model and its bank.
+
+    Args:
+        settings: what to load.
+        device: where it runs.
+        max_batch: images in a forward, which its controller plans with.
+        store: where references to published banks are looked up.
 
     Raises:
         TocomError: if either cannot be loaded or they do not fit together.
@@ -135,20 +280,19 @@ def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
             f"model {settings.name!r}: {settings.backbone} has no classification head; "
             "tune it on a task first"
         )
-    bank = None if settings.bank is None else _load_bank(settings.bank, backbone)
-    model = backbone.model
-    size, wanted = tuple(model.patch_embed.img_size), tuple(backbone.data_config["input_size"][1:])
-    if size != wanted and not model.dynamic_img_size:
+    bank = None
+    if settings.bank is not None:
+        bank = open_bank(settings.bank, store)
+        _check_fits(bank, backbone)
+    own, wanted = tuple(backbone.model.patch_embed.img_size), _input_size(backbone)
+    if own != wanted and not backbone.model.dynamic_img_size:
         raise ConfigError(
-            f"model {settings.name!r}: its weights are for pictures of {size} pixels, its "
+            f"model {settings.name!r}: its weights are for pictures of {own} pixels, its "
             f"configuration says {wanted}"
         )
-    max_rate = bank.info.max_rate if bank else model.patch_embed.num_patches // len(model.blocks)
     source = backbone.source if settings.source is None else settings.source
-    if source > max_rate:
-        raise ConfigError(
-            f"model {settings.name!r}: its source rate must be in 0..{max_rate}, got {source}"
-        )
+    max_rate = _max_rate(settings.name, backbone, bank, source)
+    times = ServiceTimes(lambda rate: cost(backbone.model, rate, wanted).macs)
     return ServedModel(
         name=settings.name,
         backbone=backbone,
@@ -157,19 +301,40 @@ def load_model(settings: ModelSettings, device: str = "cpu") -> ServedModel:
         source=source,
         max_rate=max_rate,
         transform=create_transform(**backbone.data_config, is_training=False),
-        costs=tuple(cost(model, rate, wanted) for rate in range(max_rate + 1)),
+        costs=_costs(backbone, max_rate),
+        controller=Controller(times, max_batch),
         evaluation=_evaluation(settings.name, backbone),
     )
 
 
-def _load_bank(reference: str, backbone: Backbone) -> Bank:
-    bank = open_bank(reference)
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        bank.check_fits(backbone)
-    for note in notes:
-        logger.info("%s", note.message)
-    return bank
+def _input_size(backbone: Backbone) -> tuple[int, int]:
+    """Return height and width of the images that the model wants."""
+    _, height, width = backbone.data_config["input_size"]
+    return height, width
+
+
+def _costs(backbone: Backbone, max_rate: int) -> tuple[Cost, ...]:
+    size = _input_size(backbone)
+    return tuple(cost(backbone.model, rate, size) for rate in range(max_rate + 1))
+
+
+def _max_rate(name: str, backbone: Backbone, bank: Bank | None, source: int) -> int:
+    """Return the highest rate that can be asked for."""
+    model = backbone.model
+    max_rate = bank.info.max_rate if bank else model.patch_embed.num_patches // len(model.blocks)
+    if source > max_rate:
+        raise ConfigError(f"model {name!r}: its source rate must be in 0..{max_rate}, got {source}")
+    return max_rate
+
+
+def _check_fits(bank: Bank, backbone: Backbone) -> None:
+    bank.check_geometry(backbone)
+    # Not check_fits: warnings are the whole process's, and this may run while it serves.
+    if not bank.distilled_on(backbone):
+        logger.info(
+            "bank %s was distilled on other weights than %s has: right for a model tuned from "
+            "that backbone, useless for another", bank.info.name, backbone.name,
+        )  # fmt: skip
 
 
 def _calibration(

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import ServerError, UnavailableError
+from server.logs import note
 from server.middleware import REQUEST_ID
 from server.schemas import Problem
 from tocom import TocomError
@@ -24,6 +25,12 @@ from tocom import TocomError
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+#: Title of an error that names no other.
+INVALID = "Invalid parameter"
+
+#: What clients are told of an error of ours; the rest is in the log.
+OWN_FAULT = "the server failed on this request; its log has the request id"
 
 #: nginx's status for a client that went before its answer; only logs get to see it.
 CLIENT_CLOSED_REQUEST = 499
@@ -63,28 +70,42 @@ def problem(
         title: short name of the kind of error; default: the status's own.
         headers: further headers.
     """
-    request_id = request.state.request_id
-    body = Problem(
+    note(request, error=title or HTTPStatus(status).phrase)
+    return JSONResponse(
+        _problem(request, status, detail, title).model_dump(),
+        status_code=status,
+        media_type=MEDIA_TYPE,
+        headers={**(headers or {}), REQUEST_ID: request.state.request_id},
+    )
+
+
+def problem_of(request: Request, error: BaseException) -> Problem:
+    """Describe an error that is one part of an answer; an unforeseen one is logged."""
+    if not isinstance(error, TocomError):
+        logger.error("a part of request %s failed", request.state.request_id, exc_info=error)
+        return _problem(request, 500, OWN_FAULT, None)
+    status, title = (
+        (error.status, error.title) if isinstance(error, ServerError) else (422, INVALID)
+    )
+    return _problem(request, status, str(error), title)
+
+
+def _problem(request: Request, status: int, detail: str, title: str | None) -> Problem:
+    return Problem(
         type=f"urn:tocom:{title.lower().replace(' ', '-')}" if title else "about:blank",
         title=title or HTTPStatus(status).phrase,
         status=status,
         detail=detail,
         instance=request.url.path,
         error=detail,
-        request_id=request_id,
-    )
-    return JSONResponse(
-        body.model_dump(),
-        status_code=status,
-        media_type=MEDIA_TYPE,
-        headers={**(headers or {}), REQUEST_ID: request_id},
+        request_id=request.state.request_id,
     )
 
 
 async def _tocom_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, ServerError):
-        return problem(request, 422, str(error), "Invalid parameter")
-    headers = {}
+        return problem(request, 422, str(error), INVALID)
+    headers = dict(error.headers)
     if isinstance(error, UnavailableError):
         # Spread out, so that those refused together do not come back together.
         seconds = error.retry_after * random.uniform(1, 1.5)
@@ -106,7 +127,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     detail = "; ".join(_describe(fault) for fault in error.errors())
-    return problem(request, 422, detail, "Invalid parameter")
+    return problem(request, 422, detail, INVALID)
 
 
 def _describe(fault: Mapping[str, Any]) -> str:
@@ -123,4 +144,4 @@ async def _client_gone(request: Request, error: Exception) -> JSONResponse:  # n
 
 async def _own_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("request %s failed: %r", request.state.request_id, error)
-    return problem(request, 500, "the server failed on this request; its log has the request id")
+    return problem(request, 500, OWN_FAULT)

@@ -1,26 +1,6 @@
 """The shapes of questions and answers, as they go over the wire."""
 
-from pydantic import BaseModel, ConfigDict, Field
-
-
-class ClassifyQuery(BaseModel):
-    """Parameters of a classification; all are optional, none is ignored."""
-
-    # A misspelt rate must not be answered at another one.
-    model_config = ConfigDict(extra="forbid")
-
-    rate: str = Field(
-        default="0",
-        description="tokens merged per block, a whole number from 0 (the stock model) to the "
-        "model's `max_rate`; higher is cheaper",
-        examples=["8"],
-    )
-    model: str | None = Field(default=None, description="model to ask; default: the first")
-    top_k: int | None = Field(default=None, ge=1, description="number of predictions")
-    compensate: bool = Field(
-        default=True, description="make up for the difference of rates with the model's bank"
-    )
-    logits: bool = Field(default=False, description="also return the logits of all classes")
+from pydantic import BaseModel, Field
 
 
 class Prediction(BaseModel):
@@ -48,12 +28,25 @@ class Timings(BaseModel):
     total: float = Field(description="from the request's headers to its answer")
 
 
-class Classification(BaseModel):
-    """The answer to a classification."""
+class MergeMap(BaseModel):
+    """Which patches of the image became one token."""
+
+    grid: tuple[int, int] = Field(description="patches down and across")
+    tokens: list[int] = Field(
+        description="for each patch, row by row, the number of the final token that holds it"
+    )
+
+
+class Forward(BaseModel):
+    """What ran for an image, why and what it cost."""
 
     model: str
-    predictions: list[Prediction] = Field(description="most likely first")
+    asked_rate: str = Field(description="what the request asked for: a rate, or auto")
     rate: int = Field(description="rate that the model ran at")
+    reason: str = Field(
+        description="`asked`, or why auto chose it: `quality` is the lowest allowed; a higher one "
+        "was needed for the `deadline`, the `backlog` or the `load`, or shortly before (`cooling`)"
+    )
     source_rate: int = Field(description="rate that the model was tuned at")
     compensate: bool = Field(description="whether a delta was applied")
     tokens: Tokens
@@ -63,7 +56,47 @@ class Classification(BaseModel):
     batch_size: int = Field(description="images that ran together")
     bank_digest: str | None = Field(description="content of the model's bank; null without one")
     request_id: str
+
+
+class Classification(Forward):
+    """The answer to a classification."""
+
+    predictions: list[Prediction] = Field(description="most likely first")
+    merge_map: MergeMap | None = Field(default=None, description="only if asked for")
     logits: list[float] | None = Field(default=None, description="only if asked for")
+
+
+class Classifications(BaseModel):
+    """The answers to several images, in their order."""
+
+    results: list["Classification | Problem"]
+
+
+class Embedding(Forward):
+    """The answer to a request for the features of an image."""
+
+    embedding: list[float] = Field(description="pooled features: what the model's head reads")
+    normalized: bool = Field(description="whether its length was made 1")
+
+
+class Embeddings(BaseModel):
+    """The answers to several images, in their order."""
+
+    results: list["Embedding | Problem"]
+
+
+class BatchLine(BaseModel):
+    """What became of one image of a batch, and how far the batch is."""
+
+    index: int | None = Field(
+        description="place of the image in the request, from 0; null: the error ended the batch, "
+        "and images without a line of their own were not classified"
+    )
+    name: str | None = Field(description="what the request calls it")
+    done: int = Field(description="images that are answered, this one included")
+    total: int | None = Field(description="images in the request; null while it is still arriving")
+    result: Classification | None = None
+    error: "Problem | None" = Field(default=None, description="in place of a result")
 
 
 class RateCost(BaseModel):
@@ -154,6 +187,9 @@ class ModelDetail(ModelSummary):
     weights_digest: str = Field(description="SHA-256 of the backbone's weights")
     class_names: list[str]
     input_size: tuple[int, int, int] = Field(description="channels, height, width")
+    crop: float = Field(
+        description="share of the picture's shorter side that the model sees, in the middle"
+    )
     mean: list[float] = Field(description="of each channel, values in 0..1")
     std: list[float]
     multiplier: float | dict[int, float] | None = Field(
@@ -167,6 +203,27 @@ class ModelList(BaseModel):
     """All served models, the default one first."""
 
     models: list[ModelSummary]
+
+
+class ModelStatus(BaseModel):
+    """What a model has to do just now."""
+
+    name: str
+    queued: int = Field(description="images that wait for their batch")
+    auto_rate: int = Field(description="rate that auto chose last; 0 at first")
+    bank_digest: str | None
+
+
+class Status(BaseModel):
+    """What the server has to do just now."""
+
+    ready: bool
+    uptime_s: float
+    images_per_second: float = Field(description="answered, over the last seconds")
+    taken: int = Field(description="images taken and not yet answered")
+    queued: int = Field(description="of these, images that wait for their batch")
+    max_queue: int
+    models: list[ModelStatus]
 
 
 class Health(BaseModel):

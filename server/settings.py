@@ -5,10 +5,20 @@ the defaults, which serve the bundled model.
 """
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -51,11 +61,52 @@ BUNDLED_MODEL = ModelSettings(
 )
 
 
+def _check_key(key: SecretStr) -> SecretStr:
+    # It travels in a header, and one that can be guessed protects nothing.
+    if not re.fullmatch(r"[!-~]{16,}", key.get_secret_value()):
+        raise ValueError("a key must be 16 or more printable ASCII characters without spaces")
+    return key
+
+
+Key = Annotated[SecretStr, AfterValidator(_check_key)]
+
+#: Settings of which no message may show a part.
+SECRET = ("admin_key", "api_keys")
+
+
+class ApiKey(BaseModel):
+    """A key for inference and what it allows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="whose it is, for messages"
+    )
+    key: Key = Field(description="the secret: 16 or more printable characters")
+    rate_limit: float | None = Field(
+        default=None, gt=0, description="images a second on average; default: no limit"
+    )
+    burst: int | None = Field(
+        default=None, ge=1, description="images at once; default: those of one second"
+    )
+
+    @field_validator("burst")
+    @classmethod
+    def _of_a_limit(cls, burst: int | None, info: ValidationInfo) -> int | None:
+        if burst is not None and info.data.get("rate_limit") is None:
+            raise ValueError("a burst needs a rate_limit")
+        return burst
+
+
 class Settings(BaseSettings):
     """All settings of a server."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TOCOM_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix="TOCOM_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # some of it is secret
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
@@ -81,9 +132,23 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         default=64_000_000, ge=1, le=178_956_970, description="pixels that an image may have"
     )
-    max_batch: int = Field(default=32, ge=1, description="images in one forward")
+    reduce_jpegs: bool = Field(
+        default=True,
+        description="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, still twice as large as "
+        "the model wants them",
+    )
+    max_batch: int = Field(default=16, ge=1, description="images in one forward")
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"
+    )
+    max_images: int = Field(
+        default=64, ge=1, description="images in a request that is answered as a whole"
+    )
+    batch_window: int | None = Field(
+        default=None,
+        ge=1,
+        description="images of a /v1/classify/batch that are worked on at once; default: twice "
+        "max_batch",
     )
     max_wait_ms: float = Field(
         default=0.0,
@@ -94,13 +159,52 @@ class Settings(BaseSettings):
     timeout_ms: int = Field(
         default=30_000, ge=1, description="from a request's arrival to its answer; beyond: 504"
     )
+    slo_ms: int = Field(
+        default=500,
+        ge=1,
+        description="within which requests without a deadline of their own should be answered: "
+        "what rate=auto plans for",
+    )
+    auto: bool = Field(default=True, description="whether requests may ask for rate=auto")
+    auto_min_rate: int = Field(default=0, ge=0, description="lowest rate that auto may choose")
+    auto_max_rate: int | None = Field(
+        default=None, ge=0, description="highest rate that auto may choose; default: the model's"
+    )
+    drain_delay_ms: int = Field(
+        default=0,
+        ge=0,
+        description="how long a server that got SIGTERM goes on taking requests while /readyz "
+        "says no: time for load balancers to notice",
+    )
     stall_ms: int = Field(
         default=60_000, ge=1000, description="a batch that runs longer makes /healthz fail"
     )
     top_k: int = Field(default=5, ge=1, description="predictions in an answer if it asks for none")
     max_top_k: int = Field(default=1000, ge=1, description="predictions that may be asked for")
+    store: Path | None = Field(
+        default=None,
+        description="folder of published banks; default: ~/.local/share/tocom/store",
+    )
+    max_bank_bytes: int = Field(
+        default=256 * 2**20, ge=1, description="bytes that an uploaded bank may have"
+    )
+    admin_key: Key | None = Field(
+        default=None,
+        description="secret that banks are changed with; without one they cannot be, over HTTP",
+    )
+    api_keys: tuple[ApiKey, ...] = Field(
+        default=(), description="keys of which inference wants one; none: it is open to all"
+    )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="least severe message that is logged; info logs each request"
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="text: for people; json: an object a line, for programs"
+    )
+    otel: bool | None = Field(
+        default=None,
+        description="send traces by OTLP, as the OTEL_ variables say; default: if "
+        "OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set",
     )
 
     @field_validator("models")
@@ -111,6 +215,18 @@ class Settings(BaseSettings):
             if names.count(name) > 1:
                 raise ValueError(f"two models are called {name!r}")
         return models
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_differ(cls, keys: tuple[ApiKey, ...], info: ValidationInfo) -> tuple[ApiKey, ...]:
+        if len({key.name for key in keys}) < len(keys):
+            raise ValueError("two keys have the same name")
+        secrets = [key.key for key in keys]
+        if admin := info.data.get("admin_key"):
+            secrets.append(admin)
+        if len(set(secrets)) < len(secrets):
+            raise ValueError("two keys are the same; the admin key must also be one of its own")
+        return keys
 
     @classmethod
     def settings_customise_sources(
@@ -147,6 +263,9 @@ def load_settings(config: str | Path | None = None, **arguments: Any) -> Setting
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"setting {where}: {first['msg']}, got {first['input']!r}") from error
+        # A fault of no single setting has all of them as its input.
+        secret = not first["loc"] or first["loc"][0] in SECRET
+        got = "" if secret else f", got {first['input']!r}"
+        raise ConfigError(f"setting {where}: {first['msg']}{got}") from error
     except ValueError as error:
         raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error

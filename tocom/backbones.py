@@ -139,10 +139,16 @@ def bundled_folder(name: str) -> Path:
     Raises:
         BackboneError: naming what is bundled.
     """
+    folders = {folder.name: folder for folder in bundled_folders()}
+    if name not in folders:
+        raise BackboneError(f"nothing bundled is called {name!r}; there are: {', '.join(folders)}")
+    return folders[name]
+
+
+def bundled_folders() -> list[Path]:
+    """Return the folders of all that is bundled, by name."""
     root = Path(str(resources.files("tocom") / "bundled"))
-    if name not in (names := sorted(path.name for path in root.iterdir() if path.is_dir())):
-        raise BackboneError(f"nothing bundled is called {name!r}; there are: {', '.join(names)}")
-    return root / name
+    return sorted(path for path in root.iterdir() if path.is_dir())
 
 
 def check_supported(model: object, name: str = "the model") -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters import Bank, BankBackbone, BankInfo, Geometry
-from adapters.bank import target_names, tensor_shapes
+from adapters.bank import FILES, read_info, target_names, tensor_shapes
 from tests.adapters.banks import ALL_TARGETS, GEOMETRY, backbone_of, random_bank, same
 from tests.tocom_models import small_model
 from tocom import BankError
@@ -193,6 +193,26 @@ def test_json_that_is_no_bank_is_refused(folder, content):
     (folder / "bank.json").write_bytes(content)
     with pytest.raises(BankError, match="has bank format None"):
         Bank.load(folder)
+
+
+def test_a_bank_is_read_from_the_contents_of_its_files(folder):
+    info, plugins = ((folder / name).read_bytes() for name in FILES)
+    assert same(Bank.from_bytes(info, plugins), random_bank())
+    with pytest.raises(BankError, match=r"^bank\.json cannot be read"):
+        Bank.from_bytes(b"{", plugins)
+    with pytest.raises(BankError, match=r"^plugins\.safetensors is truncated"):
+        Bank.from_bytes(info, plugins[:-1])
+
+
+def test_a_description_is_read_without_its_tensors(folder):
+    (folder / "plugins.safetensors").unlink()
+    assert read_info(folder) == random_bank().info
+    edit_info(folder, digest="")
+    with pytest.raises(BankError, match=r"bank\.json has no digest"):
+        read_info(folder)
+    (folder / "bank.json").unlink()
+    with pytest.raises(BankError, match=r"bank\.json cannot be read"):
+        read_info(folder)
 
 
 def test_missing_files_are_named(folder, tmp_path):

@@ -3,12 +3,16 @@
 import asyncio
 import io
 import json
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from timm.models import save_for_hf
@@ -16,7 +20,9 @@ from timm.models import save_for_hf
 from adapters import Bank, BankBackbone, BankInfo
 from adapters.bank import tensor_shapes
 from server import ModelSettings, Settings, create_app, load_model
+from server.engine import Engine
 from server.models import ServedModel
+from tests.server.works import Clock, Double
 from tests.tocom_models import small_model
 from tocom import load_backbone
 
@@ -72,6 +78,33 @@ def client(settings: Settings) -> Iterator[TestClient]:
         yield client
 
 
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def work() -> Double:
+    return Double("work")
+
+
+@pytest.fixture
+def make(clock: Clock) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(**arguments: object) -> Engine:
+        engine = Engine(**{"decode_threads": 1, "threads": 1, "clock": clock, **arguments})
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        if not engine._worker.ident:
+            engine.start()
+        if not engine._closed:
+            engine.stop()
+
+
 @pytest.fixture(scope="session")
 def photo() -> bytes:
     return png(picture(0))
@@ -87,6 +120,21 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@contextmanager
+def listening(app) -> Iterator[str]:
+    """Serve an application over real HTTP; yields its host and port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
 
 
 def call(app, *messages, path="/v1/classify", headers=()):

@@ -20,22 +20,34 @@ def test_the_documentation_loads_nothing_from_the_network(client):
 
 def test_the_interface_is_described(client):
     description = client.get("/openapi.json").json()
-    assert set(description["paths"]) == {
+    assert set(description["paths"]) >= {
         "/v1/classify",
+        "/v1/classify/batch",
+        "/v1/embed",
         "/v1/models",
         "/v1/models/{name}",
+        "/v1/models/{name}/bank",
+        "/v1/banks",
+        "/v1/status",
+        "/v2/models/{name}/infer",
+        "/metrics",
         "/healthz",
         "/readyz",
     }
     classify = description["paths"]["/v1/classify"]["post"]
-    assert {parameter["name"] for parameter in classify["parameters"]} == {
+    asked = {each["name"]: each for each in classify["parameters"] if each["in"] == "query"}
+    assert set(asked) == {
         "rate",
+        "min_rate",
+        "max_rate",
+        "deadline_ms",
         "model",
         "top_k",
         "compensate",
         "logits",
+        "merge_map",
     }
-    assert all(parameter["description"] for parameter in classify["parameters"])
+    assert all(parameter["description"] for parameter in asked.values())
     assert set(classify["requestBody"]["content"]) >= {"multipart/form-data", "image/jpeg"}
     assert {"200", "404", "413", "415", "422", "503", "504"} <= set(classify["responses"])
     assert list(classify["responses"]["422"]["content"]) == ["application/problem+json"]
@@ -47,8 +59,10 @@ def test_the_engine_runs_warm_while_the_application_does(settings):
     assert not engine.running
     with TestClient(app):
         assert engine.running
-        # At its highest rate the model has run, so its weights have been folded.
-        assert list(app.state.serving.models["tiny"]._folded) == [5]
+        # At every rate the model has run, so its weights have been folded, its times taken.
+        tiny = app.state.serving.models.get("tiny")
+        assert list(tiny._folded) == [1, 2, 3, 4, 5]
+        assert tiny.controller.times.batch(4, 16) > tiny.controller.times.batch(4, 1) > 0
     assert not engine.running
 
 

@@ -6,92 +6,15 @@ waits; so nothing here depends on who is faster.
 
 import math
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from server.engine import Answer, Engine
 from server.errors import DeadlineError, QueueFullError, UnavailableError
-
-#: Seconds that a machine busy with other things may take; nothing here waits that long.
-PATIENCE = 60
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass(frozen=True)
-class Double:
-    """Twice the image; notes what ran and refuses batches with a negative image."""
-
-    name: str
-    ran: list[tuple[str, list[float]]] = field(compare=False, default_factory=list)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        values = images[:, 0, 0, 0].tolist()
-        self.ran.append((self.name, values))
-        if min(values) < 0:
-            raise RuntimeError(f"cannot run {min(values):g}")
-        return 2 * images.flatten(1)[:, :1]
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def work() -> Double:
-    return Double("work")
-
-
-@pytest.fixture
-def make(clock: Clock) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
-
-    def make(**arguments: object) -> Engine:
-        engine = Engine(**{"decode_threads": 1, "threads": 1, "clock": clock, **arguments})
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        if not engine._worker.ident:
-            engine.start()
-        if not engine._closed:
-            engine.stop()
-
-
-def image(value: float) -> Callable[[], Tensor]:
-    return lambda: torch.full((3, 1, 1), float(value))
-
-
-def submit(engine: Engine, work: Double, value: float, deadline: float = math.inf) -> Future:
-    return engine.submit(work, image(value), deadline)
-
-
-def settle(engine: Engine) -> None:
-    """Wait until all that was submitted has been prepared: one thread does it in order."""
-
-    def fail() -> Tensor:
-        raise LookupError
-
-    future = engine.submit(Double("none"), fail, math.inf)
-    assert isinstance(future.exception(timeout=PATIENCE), LookupError)
-
-
-def value(future: "Future[Answer]") -> float:
-    return float(future.result(timeout=PATIENCE).logits)
+from tests.server.works import PATIENCE, Double, Exact, image, settle, submit, value
 
 
 def test_answers_are_those_of_the_images(make, work):
@@ -171,7 +94,7 @@ def test_an_image_that_fits_no_batch_fails_alone(make, work):
 
 def test_a_forward_that_returns_too_little_is_an_error(make):
     engine = make()
-    future = engine.submit(lambda images: images[:0], image(1), math.inf)
+    future = engine.submit(Exact(lambda images: images[:0]), image(1), math.inf)
     engine.start()
     with pytest.raises(ValueError, match="shorter"):
         future.result(PATIENCE)
@@ -251,7 +174,7 @@ def test_a_running_forward_is_not_given_up(make):
         return images.flatten(1)
 
     engine.start()
-    future = engine.submit(run, image(1), math.inf)
+    future = engine.submit(Exact(run), image(1), math.inf)
     assert begun.wait(PATIENCE)
     assert not future.cancel()
     go.set()
@@ -261,7 +184,9 @@ def test_a_running_forward_is_not_given_up(make):
 def test_places_are_bounded_and_come_free(make, work):
     engine = make(max_queue=2)
     first, second = submit(engine, work, 1), submit(engine, work, 2)
-    with pytest.raises(QueueFullError, match="all 2 places in the queue are taken"):
+    with pytest.raises(
+        QueueFullError, match="2 of 2 places in the queue are taken; 1 would be needed"
+    ):
         submit(engine, work, 3)
     with pytest.raises(QueueFullError):
         engine.check_room()
@@ -280,11 +205,11 @@ def test_a_full_queue_says_when_to_come_back(make, clock):
         return images.flatten(1)
 
     engine.start()
-    answer = engine.submit(slow, image(1), math.inf).result(PATIENCE)
+    answer = engine.submit(Exact(slow), image(1), math.inf).result(PATIENCE)
     assert answer.inference == 3
     go = threading.Event()
     for _ in range(4):
-        engine.submit(slow, partial(go.wait, PATIENCE), math.inf)
+        engine.submit(Exact(slow), partial(go.wait, PATIENCE), math.inf)
     with pytest.raises(QueueFullError) as raised:
         engine.check_room()
     assert raised.value.retry_after == 12  # 4 images, 3 seconds each
@@ -302,7 +227,7 @@ def test_times_are_told(make, clock):
         clock.now += 4
         return images.flatten(1)
 
-    future = engine.submit(run, prepare, math.inf)
+    future = engine.submit(Exact(run), prepare, math.inf)
     settle(engine)
     clock.now += 2
     engine.start()
@@ -313,7 +238,7 @@ def test_times_are_told(make, clock):
 def test_the_worker_survives_its_own_errors(make, work, monkeypatch, caplog):
     engine = make()
     run = engine._run
-    monkeypatch.setattr(engine, "_run", lambda jobs: 1 / 0)
+    monkeypatch.setattr(engine, "_run", lambda *batch: 1 / 0)
     lost = submit(engine, work, 1)
     engine.start()
     with pytest.raises(ZeroDivisionError):
@@ -333,7 +258,7 @@ def test_silence_grows_while_a_batch_runs(make, clock):
         return images.flatten(1)
 
     engine.start()
-    engine.submit(run, image(1), math.inf).result(PATIENCE)
+    engine.submit(Exact(run), image(1), math.inf).result(PATIENCE)
     assert heard == [7]
 
 
@@ -380,7 +305,7 @@ def test_forwards_run_without_gradients_and_with_their_own_threads(make):
 
     engine = make(threads=3)
     engine.start()
-    engine.submit(run, prepare, math.inf).result(PATIENCE)
-    engine.submit(run, prepare, math.inf).result(PATIENCE)
+    engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
+    engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
     assert seen == [(True, 3)] * 2
     assert prepared == [1, 1]

@@ -75,7 +75,7 @@ def test_mixed_rates_from_eight_threads(app, address, served):
     ]
     expected = {case: alone(served, PICTURES[case[0]], *case[1:]) for case in cases}
     asked = random.Random(0).choices(cases, k=REQUESTS)
-    model = app.state.serving.models["tiny"].backbone.model
+    model = app.state.serving.models.get("tiny").backbone.model
     digest = weights_digest(model)
     sizes: set[int] = set()
 

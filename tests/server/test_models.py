@@ -13,10 +13,14 @@ from timm.models import save_for_hf
 
 from adapters import Bank, compose
 from server import ModelSettings, load_model
-from server.models import ServedModel
+from server.models import AutoWork, RateWork, ServedModel
 from tests.server.conftest import CLASSES, MAX_RATE
 from tests.tocom_models import small_model
 from tocom import BackboneError, BankError, ConfigError, RateError, cost, forward
+
+
+def logits(work: RateWork, images: torch.Tensor) -> torch.Tensor:
+    return torch.stack([output.logits for output in work(images)])
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def test_allowed_rates(served, rate):
 @given(st.text(max_size=50).filter(lambda text: text.lstrip("0") not in ("", *"12345")))
 def test_other_rates_are_refused_and_the_allowed_ones_named(served, text):
     with pytest.raises(
-        RateError, match="'tiny' runs at the rates 0 to 5, whole numbers; got rate="
+        RateError, match="'tiny' runs at the rates 0 to 5, whole numbers, or auto; got rate="
     ):
         served.parse_rate(text)
 
@@ -80,14 +84,56 @@ def test_the_folded_forward_is_the_low_rank_one(tuned_at, images, rate):
     served, source = tuned_at, tuned_at.source
     delta = compose(served.bank, source, rate)
     expected = forward(served.backbone.model, images, rate, delta)
-    torch.testing.assert_close(served.at(rate, True)(images), expected, atol=1e-4, rtol=1e-4)
+    compensated = logits(served.at(rate, True), images)
+    torch.testing.assert_close(compensated, expected, atol=1e-4, rtol=1e-4)
     plain = forward(served.backbone.model, images, rate)
-    assert torch.equal(served.at(rate, False)(images), plain)
-    assert torch.equal(served.at(rate, True)(images), plain) == (rate == source)
+    assert torch.equal(logits(served.at(rate, False), images), plain)
+    assert torch.equal(compensated, plain) == (rate == source)
 
 
 def test_at_its_source_rate_a_model_is_the_stock_model(served, images):
-    assert torch.equal(served.at(0, True)(images), served.backbone.model(images))
+    assert torch.equal(logits(served.at(0, True), images), served.backbone.model(images))
+
+
+@pytest.mark.parametrize("rate", [0, 4])
+def test_features_are_what_the_head_reads(served, images, rate):
+    outputs = served.at(rate, True)(images)
+    for output in outputs:
+        assert output.source is None
+        torch.testing.assert_close(served.backbone.model.head(output.features), output.logits)
+
+
+def test_a_traced_forward_says_which_token_holds_each(served, images):
+    work = served.at(4, compensate=True, trace=True)
+    assert work != served.at(4, compensate=True)
+    delta = compose(served.bank, 0, 4)
+    _, trace = forward(served.backbone.model, images, 4, delta, trace=True)
+    for output, source in zip(work(images), trace.source, strict=True):
+        assert torch.equal(output.source, source)
+    assert served.grid == (4, 4)
+
+
+def test_an_open_rate_becomes_an_exact_one(served):
+    work = AutoWork(served, low=1, high=4, compensate=True)
+    assert work.rate is None
+    assert work.at(3) == served.at(3, True)
+    assert AutoWork(served, 1, 4, True) == work != AutoWork(served, 1, 5, True)
+
+
+def test_another_bank_is_another_handle_of_the_same_weights(served, bank_folder, tmp_path):
+    bare = served.with_bank(None)
+    assert bare.backbone is served.backbone
+    assert bare.controller is served.controller
+    assert not bare.at(3, True).compensate
+    assert bare.with_bank(served.bank).at(3, True).compensate
+    assert served.bank is not None
+
+
+def test_a_warm_model_knows_how_long_it_takes(tiny):
+    model = load_model(tiny)
+    model.at(3, True).warm_up([1, 2])
+    assert list(model._folded) == [3]
+    assert model.controller.times.batch(3, 2) > 0
 
 
 def test_where_no_delta_applies_the_work_is_the_uncompensated_one(served, model_folder):
@@ -195,7 +241,7 @@ def test_a_calibrated_model_uses_its_multiplier(calibrated, images, multiplier):
         searched = isinstance(multiplier, float) or rate == 3
         delta = compose(served.bank, 0, rate, 0.25 if searched else None)
         expected = forward(served.backbone.model, images, rate, delta)
-        torch.testing.assert_close(served.at(rate, True)(images), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(served.at(rate, True), images), expected)
         own = forward(served.backbone.model, images, rate, compose(served.bank, 0, rate))
         assert torch.allclose(expected, own, atol=1e-4) is not searched
 
@@ -207,7 +253,7 @@ def test_a_calibration_for_something_else_is_ignored_and_noted(calibrated, image
     assert "'calibrated': its calibration is ignored" in caplog.text
     assert served.calibration is None
     expected = forward(served.backbone.model, images, 3, compose(served.bank, 0, 3))
-    torch.testing.assert_close(served.at(3, True)(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(served.at(3, True), images), expected)
 
 
 def test_a_source_in_the_settings_is_not_the_calibrated_one(calibrated):

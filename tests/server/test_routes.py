@@ -12,6 +12,7 @@ from server import ModelSettings, create_app
 from server.images import decode
 from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem
 from tests.server.test_images import encoded, huge_png
+from tests.server.works import Exact
 from tocom import forward
 
 FAR = 1_000_000
@@ -27,7 +28,7 @@ def test_the_answer_is_that_of_the_model_at_the_rate(client, served, photo, rate
     assert answer.status_code == 200, answer.text
     body = answer.json()
     images = served.transform(decode(photo, FAR))[None]
-    expected = served.at(rate, True)(images)[0]
+    expected = served.at(rate, True)(images)[0].logits
     torch.testing.assert_close(torch.tensor(body["logits"]), expected, atol=1e-4, rtol=0)
     scores, classes = expected.softmax(0).topk(5)
     assert [p["index"] for p in body["predictions"]] == classes.tolist()
@@ -85,12 +86,12 @@ def test_top_k(client, photo):
     assert sum(scores) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("rate", ["abc", "auto", "6", "-1", "2.5", "", "1e1"])
+@pytest.mark.parametrize("rate", ["abc", "Auto", "6", "-1", "2.5", "", "1e1"])
 def test_a_rate_that_is_not_allowed(client, photo, rate):
     answer = ask(client, photo, rate=rate)
     assert answer.status_code == 422
     assert problem(answer) == (
-        f"the model 'tiny' runs at the rates 0 to 5, whole numbers; got rate={rate!r}"
+        f"the model 'tiny' runs at the rates 0 to 5, whole numbers, or auto; got rate={rate!r}"
     )
 
 
@@ -155,11 +156,11 @@ def test_a_full_queue(settings, photo, tiny):
     app = create_app(small)
     with TestClient(app) as client:
         engine, go = app.state.serving.engine, threading.Event()
-        blockers = [engine.submit(abs, go.wait, float("inf")) for _ in range(2)]
+        blockers = [engine.submit(Exact(), go.wait, float("inf")) for _ in range(2)]
         answer = ask(client, photo)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
-        assert problem(answer) == "all 2 places in the queue are taken"
+        assert problem(answer) == "2 of 2 places in the queue are taken; 1 would be needed"
         go.set()
         assert all(blocker.exception(60) for blocker in blockers)
         assert ask(client, photo).status_code == 200
@@ -171,7 +172,7 @@ def silent(settings, monkeypatch):
     app = create_app(settings)
     engine, app.state.futures = app.state.serving.engine, []
 
-    def submit(work, prepare, deadline):
+    def submit(work, prepare, deadline, due):
         app.state.futures.append(Future())
         return app.state.futures[-1]
 
@@ -221,7 +222,7 @@ def test_a_failing_forward_fails_its_request_only(settings, photo, monkeypatch, 
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("server.models.forward", lambda *_: 1 / 0)
+            patch.setattr("server.models.encode", lambda *_: 1 / 0)
             answer = ask(client, photo)
         assert answer.status_code == 500
         assert problem(answer) == "the server failed on this request; its log has the request id"
@@ -312,7 +313,7 @@ def test_health_of_an_engine_that_hangs(settings):
             return images.flatten(1)
 
         engine = app.state.serving.engine
-        future = engine.submit(hang, lambda: torch.zeros(3, 1, 1), float("inf"))
+        future = engine.submit(Exact(hang), lambda: torch.zeros(3, 1, 1), float("inf"))
         assert begun.wait(60)
         while engine.silence < 0.002:
             assert not future.done()
@@ -328,12 +329,16 @@ def test_a_stopped_engine_is_not_ready_and_takes_nothing(settings, photo):
     client = TestClient(app)  # without its lifespan: the engine has never started
     answer = client.get("/readyz")
     assert answer.status_code == 503
-    assert problem(answer) == "the engine is not running"
+    assert problem(answer) == "the server is not warm yet"
 
 
-def test_the_way_to_the_documentation(client):
-    answer = client.get("/", follow_redirects=False)
-    assert (answer.status_code, answer.headers["location"]) == (307, "docs")
+def test_a_server_that_is_asked_to_end_is_not_ready_and_still_answers(settings, photo):
+    app = create_app(settings)
+    with TestClient(app) as client:
+        app.state.serving.stopping.set()
+        assert problem(client.get("/readyz")) == "the server is shutting down"
+        assert client.get("/healthz").status_code == 200
+        assert ask(client, photo).status_code == 200
 
 
 def test_nothing_there(client):

@@ -1,0 +1,155 @@
+"""Other ways to serve the same model at rate 0, to be measured beside ours.
+
+Each takes the same request, an image as the form field `file` of a POST to /v1/classify, decodes
+and transforms it by the same functions, runs the same stock timm model in the same precision and
+answers with the five most likely classes:
+
+    plain      FastAPI and one thread, which decodes and runs image after image
+    batching   FastAPI; decodes in a pool on arrival; one thread runs what has gathered
+
+LitServe, if installed, is in `litserve_peer`.
+"""
+
+import argparse
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, File
+from torch import Tensor
+
+from server.images import decode
+from server.models import ServedModel, load_model
+from server.settings import ModelSettings, Settings
+
+PATH = "/v1/classify"
+Answer = dict[str, Any]
+
+
+class Model:
+    """A stock timm model with its transform."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.served: ServedModel = load_model(settings)
+        self.max_pixels = Settings().max_pixels
+
+    def prepare(self, data: bytes) -> Tensor:
+        """Return the image [3, H, W] that the model wants, as our server makes it."""
+        image: Tensor = self.served.transform(decode(data, self.max_pixels, self.served.least_side))
+        return image
+
+    def run(self, images: Tensor) -> Tensor:
+        """Return the logits [B, C] of images [B, 3, H, W]."""
+        with torch.inference_mode():
+            logits: Tensor = self.served.backbone.model(images)
+            return logits
+
+    def describe(self, logits: Tensor) -> Answer:
+        """Return the answer to one image."""
+        scores, classes = logits.softmax(dim=-1).topk(5)
+        names = self.served.backbone.class_names
+        return {
+            "predictions": [
+                {"index": index, "label": names[index], "score": score}
+                for index, score in zip(classes.tolist(), scores.tolist(), strict=True)
+            ]
+        }
+
+
+def plain(model: Model) -> FastAPI:
+    """Return the application that most people write first."""
+    app, thread = FastAPI(), ThreadPoolExecutor(1)
+
+    def work(data: bytes) -> Answer:
+        return model.describe(model.run(model.prepare(data)[None])[0])
+
+    @app.post(PATH)
+    async def classify(file: Annotated[bytes, File()]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(thread, work, file)
+
+    _add_health(app)
+    return app
+
+
+def batching(model: Model, max_batch: int, timeout: float, decoders: int) -> FastAPI:
+    """Return an application with the batching that many people write next.
+
+    A batch is run once `max_batch` images are there or `timeout` seconds after its first one.
+    """
+    waiting: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor]]] = asyncio.Queue()
+    pool = ThreadPoolExecutor(decoders, initializer=_single_threaded)
+    thread = ThreadPoolExecutor(1)
+
+    async def run_batches() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await waiting.get()]
+            until = loop.time() + timeout
+            with suppress(asyncio.TimeoutError):
+                while len(batch) < max_batch:
+                    left = until - loop.time()
+                    batch.append(
+                        await asyncio.wait_for(waiting.get(), left)
+                        if waiting.empty()
+                        else waiting.get_nowait()
+                    )
+            images = torch.stack([image for image, _ in batch])
+            logits = await loop.run_in_executor(thread, model.run, images)
+            for row, (_, future) in zip(logits, batch, strict=True):
+                future.set_result(row)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        batches = asyncio.create_task(run_batches())
+        yield
+        batches.cancel()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.post(PATH)
+    async def classify(file: Annotated[bytes, File()]) -> Answer:
+        loop = asyncio.get_running_loop()
+        image = await loop.run_in_executor(pool, model.prepare, file)
+        future: asyncio.Future[Tensor] = loop.create_future()
+        waiting.put_nowait((image, future))
+        return model.describe(await future)
+
+    _add_health(app)
+    return app
+
+
+def _single_threaded() -> None:
+    torch.get_num_threads()  # a thread that was never asked takes over what another one set last
+    torch.set_num_threads(1)
+
+
+def _add_health(app: FastAPI) -> None:
+    @app.get("/health")
+    async def health() -> str:
+        return "ok"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until the process is ended."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["plain", "batching"])
+    parser.add_argument("port", type=int)
+    parser.add_argument("model", metavar="JSON", help="settings of the model")
+    parser.add_argument("--max-batch", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=0.0, help="seconds to wait for a batch")
+    parser.add_argument("--decoders", type=int, default=2, help="threads that decode")
+    options = parser.parse_args(argv)
+    model = Model(ModelSettings.model_validate_json(options.model))
+    if options.kind == "plain":
+        app = plain(model)
+    else:
+        app = batching(model, options.max_batch, options.timeout, options.decoders)
+    uvicorn.run(app, host="127.0.0.1", port=options.port)
+
+
+if __name__ == "__main__":
+    main()

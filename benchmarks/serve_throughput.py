@@ -1,0 +1,309 @@
+"""What HTTP, batching and mixed rates cost: a saturated server against the same work without one.
+
+    python -m benchmarks.serve_throughput --pictures eval.tar
+
+The server is a `tocom-serve` process as it is installed, with its default settings. Beside it the
+same images are decoded, transformed and run in this process, with as many decoders and torch
+threads and, for each measurement, in the batches that the server has just made, to their rate and
+size. Both take turns; ratios are of neighbours in time. CPU time is what the processor counted
+for the server's threads and for this process while it was only the client.
+
+Other ways to serve the model at rate 0 (`peers`, `litserve_peer`) take turns with ours likewise;
+each is tried with several settings, and the best of each kind counts.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, subject
+from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.load import Exchange, Request, closed_loop, form, upload
+from benchmarks.served import Served, free_port, running, serving
+from benchmarks.subject import Subject
+from server.asking import prepare
+from server.models import ServedModel
+from server.settings import Settings
+
+RATES = (0, 8, 16)
+#: The parts that CPU time goes to.
+PARTS = ("decode", "forward", "HTTP", "other", "client")
+#: Settings of each kind of peer that are tried.
+PEERS: dict[str, list[dict[str, float]]] = {
+    "plain": [{}],
+    "batching": [
+        {"max_batch": size, "timeout": timeout} for size in (8, 16) for timeout in (0.005, 0.02)
+    ],
+    "litserve": [
+        {"max_batch": size, "timeout": timeout, "workers": workers}
+        for workers in (1, 2)
+        for size, timeout in ((1, 0.0), (8, 0.005), (8, 0.02), (16, 0.02))
+    ],
+}
+
+Batch = tuple[int, list[bytes]]
+
+
+@dataclass
+class Measured:
+    """Images a second of one load, by HTTP and without, and where the CPU time went."""
+
+    http: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    batch: list[float] = field(default_factory=list)
+    cpu: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    seconds: float = 0.0
+
+
+class Pipeline:
+    """Decoding in a pool, the forward in this thread, nothing else."""
+
+    def __init__(self, model: ServedModel, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.pool = ThreadPoolExecutor(settings.decode_threads, initializer=_single_threaded)
+
+    def run(self, batches: Sequence[Batch], ahead: int) -> float:
+        """Run batches of (rate, images) and return the images a second.
+
+        Args:
+            batches: what to run.
+            ahead: images that are decoded or being decoded before their turn.
+        """
+        began = time.perf_counter()
+        pictures = itertools.chain.from_iterable(images for _, images in batches)
+        coming = (self.pool.submit(self._prepare, picture) for picture in pictures)
+        ready = deque(itertools.islice(coming, ahead))
+        images = 0
+        with torch.inference_mode():
+            for rate, batch in batches:
+                ready.extend(itertools.islice(coming, len(batch)))
+                stacked = torch.stack([ready.popleft().result() for _ in batch])
+                self.model.at(rate, compensate=True)(stacked)
+                images += len(batch)
+        return images / (time.perf_counter() - began)
+
+    def single(self, picture: bytes, rate: int) -> float:
+        """Return the seconds that one image takes by itself."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self.model.at(rate, compensate=True)(self._prepare(picture)[None])
+        return time.perf_counter() - began
+
+    def _prepare(self, picture: bytes) -> torch.Tensor:
+        return prepare(picture, self.model, self.settings)
+
+
+class Bench:
+    """A server, a pipeline and what both are given."""
+
+    def __init__(self, what: Subject, served: Served, arguments: argparse.Namespace) -> None:
+        settings = Settings(models=(what.settings,))
+        self.served = served
+        self.pictures = what.pictures
+        self.forms = [form(picture) for picture in what.pictures]
+        self.pipeline = Pipeline(what.load(), settings)
+        self.highest = self.pipeline.model.max_rate
+        self.images: int = arguments.images
+        self.concurrency: int = arguments.concurrency
+        self._chance = random.Random(0)
+
+    def rates(self, load: str) -> list[int]:
+        """Return the rate of each image of a load: `mix`, `sorted` or a rate."""
+        if load not in ("mix", "sorted"):
+            return [int(load)] * self.images
+        rates = [image % (self.highest + 1) for image in range(self.images)]
+        if load == "sorted":
+            return sorted(rates)
+        self._chance.shuffle(rates)
+        return rates
+
+    def requests(self, rates: Sequence[int]) -> Iterator[Request]:
+        """Yield a request for each rate, with pictures in turn."""
+        for rate, body in zip(rates, itertools.cycle(self.forms), strict=False):
+            yield upload(f"/v1/classify?rate={rate}", body)
+
+    def by_http(self, load: str, measured: Measured) -> list[Batch]:
+        """Measure a load by HTTP and return the batches that the server made of it."""
+        before, client = self.served.cpu(), time.process_time()
+        exchanges = closed_loop(self.served.port, self.requests(self.rates(load)), self.concurrency)
+        measured.cpu += self.served.cpu() - before
+        measured.cpu["client"] += time.process_time() - client
+        seconds = elapsed(exchanges)
+        measured.seconds += seconds
+        measured.images += len(exchanges)
+        measured.http.append(len(exchanges) / seconds)
+        sizes = batch_sizes(exchanges)
+        measured.batch.append(len(exchanges) / len(sizes))
+        self._chance.shuffle(sizes)
+        pictures = itertools.cycle(self.pictures)
+        return [(rate, list(itertools.islice(pictures, size))) for rate, size in sizes]
+
+
+def elapsed(exchanges: Sequence[Exchange]) -> float:
+    """Return the seconds from the first request to the last answer, which must all be 200."""
+    if wrong := [each for each in exchanges if each.status != 200]:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(exchanges)} requests were not answered, e.g. "
+            f"{wrong[0].status}: {wrong[0].body[:500]!r}"
+        )
+    return max(each.done for each in exchanges) - min(each.sent for each in exchanges)
+
+
+def batch_sizes(exchanges: Sequence[Exchange]) -> list[tuple[int, int]]:
+    """Return (rate, images) of the batches that a server made, from what its answers say."""
+    images = Counter(
+        (answer["rate"], answer["batch_size"]) for answer in (each.json() for each in exchanges)
+    )
+    return [key for key, count in sorted(images.items()) for _ in range(round(count / key[1]))]
+
+
+def throughput(bench: Bench, rounds: int) -> None:
+    """Print images a second of each load, and where the CPU time went."""
+    loads = [str(rate) for rate in RATES if rate <= bench.highest] + ["mix", "sorted"]
+    found = {load: Measured() for load in loads}
+    bench.by_http("mix", Measured())  # warms what the server's own warming does not reach
+    bench.pipeline.run([(rate, bench.pictures[:1]) for rate in range(bench.highest + 1)], 1)
+    for _ in range(rounds):
+        for load in loads:
+            batches = bench.by_http(load, found[load])
+            if load != "sorted":
+                found[load].alone.append(bench.pipeline.run(batches, bench.concurrency))
+    rows = [
+        [name_of(load), spread(each.http, ".1f"), spread(each.alone, ".1f"),
+         spread(ratios(each.http, each.alone)), f"{statistics.mean(each.batch):.1f}"]
+        for load, each in found.items() if each.alone
+    ]  # fmt: skip
+    header = ["rate", "HTTP, images/s", "without, images/s", "ratio", "images a batch"]
+    print(f"\n{markdown(header, rows)}\n", flush=True)
+    mixing = ratios(found["mix"].http, found["sorted"].http)
+    print(f"Mixed rates against the same requests sorted by rate: {spread(mixing)}.\n")
+    rows = [
+        [name_of(load), *(f"{100 * each.cpu[part] / each.cpu.total():.0f} %" for part in PARTS),
+         f"{1000 * each.cpu.total() / each.images:.1f}", f"{each.cpu.total() / each.seconds:.2f}"]
+        for load, each in found.items()
+    ]  # fmt: skip
+    header = ["rate", *PARTS, "CPU ms an image", "cores busy"]
+    print(f"Where the CPU time went:\n\n{markdown(header, rows)}\n", flush=True)
+
+
+def name_of(load: str) -> str:
+    """Return how tables call a load."""
+    return {"mix": "all, mixed", "sorted": "all, sorted"}.get(load, load)
+
+
+def latency(bench: Bench, rounds: int, requests: int) -> None:
+    """Print what a server adds to the time of a single image, one at a time."""
+    rows = []
+    for rate in (rate for rate in RATES if rate <= bench.highest):
+        medians: dict[str, list[float]] = {"http": [], "alone": []}
+        for _ in range(rounds):
+            asked = bench.requests([rate] * requests)
+            exchanges = closed_loop(bench.served.port, asked, concurrency=1)
+            elapsed(exchanges)  # all were answered
+            medians["http"].append(
+                1000 * statistics.median(each.done - each.sent for each in exchanges)
+            )
+            pictures = itertools.islice(itertools.cycle(bench.pictures), requests)
+            alone = [bench.pipeline.single(picture, rate) for picture in pictures]
+            medians["alone"].append(1000 * statistics.median(alone))
+        pairs = zip(medians["http"], medians["alone"], strict=True)
+        added = [http - alone for http, alone in pairs]
+        rows.append([rate, *(spread(medians[key], ".1f") for key in medians), spread(added, ".1f")])
+    header = ["rate", "HTTP, p50 ms", "decode + forward, p50 ms", "added, ms"]
+    print(f"One request at a time:\n\n{markdown(header, rows)}\n", flush=True)
+
+
+def beside_peers(bench: Bench, what: Subject, kinds: Sequence[str], rounds: int, log: Path) -> None:
+    """Print images a second of ours and of others, in turns."""
+    rows = []
+    for kind in kinds:
+        if kind == "litserve" and find_spec("litserve") is None:
+            print("LitServe is not installed: pip install litserve\n")
+            continue
+        tried = {}
+        for options in PEERS[kind]:
+            name = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
+            tried[name] = beside(bench, what, kind, options, 1, log)
+        best = min(tried, key=lambda name: tried[name][0][0] / tried[name][1][0])
+        rows += [[name, *cells(*both)] for name, both in tried.items() if name != best]
+        options = PEERS[kind][list(tried).index(best)]
+        rows.append([f"**{best}**", *cells(*beside(bench, what, kind, options, rounds, log))])
+    header = ["peer, rate 0", "ours, images/s", "peer, images/s", "ours / peer"]
+    print(f"Beside others; the best of each kind in bold:\n\n{markdown(header, rows)}\n")
+
+
+def beside(
+    bench: Bench, what: Subject, kind: str, options: dict[str, float], rounds: int, log: Path
+) -> tuple[list[float], list[float]]:
+    """Return images a second of ours and of a peer, in turns: one works while the other is not."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        measured = Measured()
+        bench.by_http("0", measured)
+        ours += measured.http
+        port = free_port()
+        command = command_of(kind, port, what, options)
+        with running(command, f"http://127.0.0.1:{port}/health", log):
+            warm, rates = [0] * bench.concurrency, bench.rates("0")
+            closed_loop(port, bench.requests(warm), bench.concurrency)
+            exchanges = closed_loop(port, bench.requests(rates), bench.concurrency)
+        theirs.append(len(exchanges) / elapsed(exchanges))
+    return ours, theirs
+
+
+def command_of(kind: str, port: int, what: Subject, options: dict[str, float]) -> list[str]:
+    """Return the command that starts a peer."""
+    module = "litserve_peer" if kind == "litserve" else "peers"
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    program = [sys.executable, "-m", f"benchmarks.{module}"]
+    return [*program, kind, str(port), what.settings.model_dump_json(), *given]
+
+
+def cells(ours: list[float], theirs: list[float]) -> list[str]:
+    """Return the cells of a row about a peer."""
+    return [spread(ours, ".1f"), spread(theirs, ".1f"), spread(ratios(ours, theirs))]
+
+
+def _single_threaded() -> None:
+    torch.get_num_threads()  # a thread that was never asked takes over what another one set last
+    torch.set_num_threads(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    subject.add_arguments(parser)
+    parser.add_argument("--images", type=int, default=510, help="of a measurement")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests at once")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--single", type=int, default=40, help="requests one at a time, a round")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peer-rounds", type=int, default=3, help="of the best of each kind")
+    arguments = parser.parse_args(argv)
+    what = subject.from_arguments(arguments)
+    print(f"{machine.describe()}.\n\n{what.described}; {arguments.images} images a measurement, "
+          f"{arguments.concurrency} requests at once, {arguments.rounds} rounds.")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with serving(log, models=what.served) as served:
+            bench = Bench(what, served, arguments)
+            throughput(bench, arguments.rounds)
+            latency(bench, arguments.rounds, arguments.single)
+            beside_peers(bench, what, arguments.peers, arguments.peer_rounds, log)
+
+
+if __name__ == "__main__":
+    main()

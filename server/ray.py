@@ -1,0 +1,319 @@
+"""The server as a Ray Serve deployment: one replica for each device, on one machine or many.
+
+A replica is the whole application with an engine of its own, so that it answers as `tocom-serve`
+does; Ray's proxies share requests out among replicas, and Ray starts, checks, replaces and
+scales them. `python -m server.ray` starts it all on this machine; docs/scaling.md has the rest.
+
+Banks are changed for all replicas at once, in place, by the deployment's `user_config`.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from fastapi import FastAPI
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.store import Store
+from server import logs
+from server.app import create_app
+from server.banks import Banks
+from server.errors import ForbiddenError
+from server.middleware import REQUEST_ID
+from server.settings import Settings, load_settings
+from tocom import ConfigError, TocomError
+
+try:
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+except ImportError as error:
+    raise ImportError("server.ray wants Ray: pip install 'tocom-serve[ray]'") from error
+
+#: Of the application and of its one deployment.
+NAME = "tocom"
+
+
+def _check_pinned(reference: str) -> str:
+    if not re.fullmatch(r"(?:[^@]+@)?[0-9a-f]{8,64}", reference):
+        raise ValueError(
+            "a bank is NAME@DIGEST or 8 or more digits of its digest: a name alone may come to "
+            "mean another one, and replicas that start later would differ"
+        )
+    return reference
+
+
+class UserConfig(BaseModel):
+    """What can be changed while replicas run: Ray hands it to each of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    banks: dict[str, Annotated[str, AfterValidator(_check_pinned)] | None] = Field(
+        default={},
+        description="bank of a model, by its name; null: none; not named: as the settings say",
+    )
+
+
+class Arguments(BaseModel):
+    """What the application is built from: `args` in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str | None = Field(
+        default=None, description="TOML file with settings, where Ray's head node finds it"
+    )
+    settings: dict[str, Any] = Field(default={}, description="settings that win over all others")
+
+
+class _FixedBanks(Banks):
+    """Banks that no request can change: it would reach one replica of many."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ForbiddenError(
+            "this server is one of several replicas, whose banks are changed together: publish "
+            "the bank in the store and name it in the deployment's user_config"
+        )
+
+    add = delete = attach = detach = _refuse
+
+
+class _Behind:
+    """Fits answers to Ray's proxy, and tells in X-Replica whose they are."""
+
+    def __init__(self, app: ASGIApp, replica: str) -> None:
+        self.app = app
+        self.replica = replica
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Replica"] = self.replica
+                del headers[REQUEST_ID]  # the proxy adds the same one again
+            await send(message)
+
+        await self.app(scope, receive, send_marked)
+
+
+@serve.deployment(name=NAME)
+@serve.ingress()
+class Replica:
+    """One server among several. Ray calls all of this; requests go to the application."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Load the models; Ray then runs the application's start, which warms them.
+
+        Raises:
+            TocomError: if one cannot be loaded.
+        """
+        logs.configure(settings)
+        if settings.device == "auto":
+            # Without a GPU of its own a replica still sees those of the others.
+            device = "cuda" if ray.get_gpu_ids() else "cpu"
+            settings = settings.model_copy(update={"device": device})
+        self._app = create_app(settings)
+        self._serving = self._app.state.serving
+        self._banks: Banks = self._app.state.banks
+        self._app.state.banks = _FixedBanks(self._serving.models, Store(settings.store))
+        self._configured = {
+            model.name: model.bank.info.digest if model.bank else None
+            for model in self._serving.models.all()
+        }
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._app.add_middleware(_Behind, replica=replica)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    def check_health(self) -> None:
+        """Raise UnavailableError if the engine gives no sign of life: Ray replaces the replica."""
+        self._serving.check_alive()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve every model with its bank of a UserConfig, whatever it was served with before.
+
+        Raises:
+            ServerError: if a bank cannot be had or does not fit; Ray gives the replica up then.
+        """
+        banks = self._configured | UserConfig.model_validate(user_config).banks
+        for model, bank in banks.items():
+            if bank is None:
+                await asyncio.to_thread(self._banks.detach, model)
+            else:
+                await asyncio.to_thread(self._banks.attach, model, bank)
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """Return the application for Ray: `import_path` in a Serve config file.
+
+    How many replicas there are, what each is given and `user_config` are the file's matter.
+
+    Raises:
+        ConfigError: if the settings are wrong.
+    """
+    settings = load_settings(arguments.config, **arguments.settings)
+    return Replica.options(
+        ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(settings)},
+        user_config=UserConfig().model_dump(),
+        # More than an engine takes: what it knows of, it plans with, and it refuses by itself.
+        max_ongoing_requests=2 * settings.max_queue,
+        # Only while there is no replica to send them to.
+        max_queued_requests=settings.max_queue,
+        backpressure_config={"retry_after_s": 1},
+        # Requests end at their own deadline, before their replica does.
+        graceful_shutdown_timeout_s=settings.timeout_ms / 1000 + 2,
+        max_constructor_retry_count=3,
+        logging_config={"enable_access_log": False},  # replicas log requests themselves
+    ).bind(Settings.model_construct(**dict(settings)))
+
+
+def _gpus(settings: Settings) -> int:
+    """Return how many GPUs a replica needs: one, if there are any where it may use them."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            "setting device: Ray gives each replica its own; it must be auto, cpu or cuda, got "
+            f"{settings.device!r}"
+        )
+    if settings.device == "auto":
+        return int(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+    return int(settings.device == "cuda")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run replicas on this machine; return 0 after Ctrl-C or SIGTERM, 2 if they cannot run so."""
+    parsed = _parser().parse_args(arguments)
+    # Ray reports on its use unless it is told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        settings = load_settings(parsed.config)
+        host, port = parsed.host or settings.host, parsed.port or settings.port
+        banks = _parse_banks(parsed.banks)
+        with _ray(parsed.address):
+            http_options = {"host": host, "port": port}
+            serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
+            _deploy(_description(parsed, settings, banks))
+            if parsed.address is None:
+                print(f"Serving on http://{host}:{port} (Ctrl-C ends it)", flush=True)
+                signal.pause()
+    except TocomError as error:
+        print(f"server.ray: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m server.ray",
+        description="Serve with several replicas, one for each device, by Ray.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument(
+        "--max-replicas", type=int, metavar="N", help="as many as this when there is more to do"
+    )
+    parser.add_argument(
+        "--cpus", type=float, default=1, metavar="N", help="processors of a replica (default: 1)"
+    )
+    parser.add_argument(
+        "--bank",
+        dest="banks",
+        action="append",
+        default=[],
+        metavar="MODEL=BANK",
+        help="bank for a model, NAME@DIGEST, in place of the one in the settings; may be repeated",
+    )
+    parser.add_argument(
+        "--address",
+        help="Ray cluster that runs already, or auto: what runs there is changed to be as asked "
+        "for here, and goes on running",
+    )
+    return parser
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Use a cluster that runs, or one of this process's own that ends with it."""
+    ray.init(address, include_dashboard=False if address is None else None)
+    # Ray's own way of taking it would leave without ending what was started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _description(
+    parsed: argparse.Namespace, settings: Settings, banks: UserConfig
+) -> dict[str, Any]:
+    """Return what a Serve config file would say."""
+    deployment: dict[str, Any] = {
+        "name": NAME,
+        "ray_actor_options": {"num_cpus": parsed.cpus, "num_gpus": _gpus(settings)},
+        "user_config": banks.model_dump(),
+    }
+    if parsed.max_replicas is None:
+        deployment["num_replicas"] = parsed.replicas
+    else:
+        deployment["autoscaling_config"] = {
+            "min_replicas": parsed.replicas,
+            "max_replicas": parsed.max_replicas,
+            "target_ongoing_requests": settings.max_batch,
+        }
+    application = {
+        "name": NAME,
+        "import_path": f"{build.__module__}:{build.__name__}",
+        "args": {"config": parsed.config and str(Path(parsed.config).absolute())},
+        "deployments": [deployment],
+    }
+    return {"applications": [application]}
+
+
+def _parse_banks(texts: Sequence[str]) -> UserConfig:
+    banks = {}
+    for text in texts:
+        model, _, bank = text.partition("=")
+        banks[model] = bank
+    try:
+        return UserConfig.model_validate({"banks": banks})
+    except ValidationError as error:
+        raise ConfigError(f"--bank: {error.errors()[0]['msg']}") from error
+
+
+def _deploy(description: dict[str, Any]) -> None:
+    """Have Ray run what is described, and wait until it does.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    # As `serve deploy` does; that goes through the dashboard, and serve.run() cannot change what
+    # runs without replacing it.
+    client = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(description))
+    while (now := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
+        if now.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise ConfigError(now.message)
+        time.sleep(0.2)
+    client.wait_for_proxies_serving()
+
+
+if __name__ == "__main__":
+    # The module that replicas import: `__main__` would have to travel to them.
+    sys.exit(import_module("server.ray").main())

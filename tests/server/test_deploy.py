@@ -1,0 +1,170 @@
+"""What is deployed beside the server knows it: its routes, settings and metrics."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server import create_app
+from server.metrics import State
+from server.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "operating.md").read_text("utf-8")
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text("utf-8"))
+MANIFEST = {
+    each["kind"]: each
+    for each in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8"))
+}
+DEPLOYMENT = MANIFEST["Deployment"]["spec"]
+POD = DEPLOYMENT["template"]
+(CONTAINER,) = POD["spec"]["containers"]
+EXPRESSIONS = [
+    (panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]
+]
+METRIC = r"\b(?:tocom|process)_\w+"
+
+
+@pytest.fixture(scope="module")
+def app(settings):
+    return create_app(settings)
+
+
+@pytest.fixture(scope="module")
+def series(app):
+    """The labels of every series of a server to which everything has happened."""
+    serving = app.state.serving
+    metrics, model = serving.metrics, serving.models.get(None)
+    metrics.answered(model.name, 0, 200, 0.1)
+    metrics.ran(model.at(0, True), "quality", 1, 0.1, [0])
+    metrics.rejected("queue_full")
+    text = generate_latest(metrics.registry) + generate_latest(State(serving))
+    return {
+        sample.name: set(sample.labels)
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def paths(app):
+    return set(app.openapi()["paths"])
+
+
+@pytest.mark.parametrize(("title", "expression"), EXPRESSIONS)
+def test_the_dashboard_shows_what_there_is(series, title, expression):
+    used = re.findall(METRIC, expression)
+    assert used
+    labels = set.intersection(*(series[name] for name in used)) | {"instance"}
+    assert set(re.findall(r"(\w+)=", expression)) <= labels
+    for group in re.findall(r"by \((.+?)\)", expression):
+        assert set(group.split(", ")) <= labels
+
+
+def test_the_dashboard_can_be_imported_anywhere():
+    (source,) = (v for v in DASHBOARD["templating"]["list"] if v["type"] == "datasource")
+    for panel in DASHBOARD["panels"]:
+        for part in (panel, *panel["targets"]):
+            assert part["datasource"]["uid"] == f"${{{source['name']}}}"
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_no_panel_covers_another():
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_the_guide_lists_every_metric_with_its_labels(series):
+    listed = {
+        name: set(labels.split(",")) if labels else set()
+        for name, labels in re.findall(r"^\| `(tocom_\w+)(?:\{(.+?)\})?` \|", GUIDE, re.MULTILINE)
+    }
+    there = {
+        re.sub(r"_(bucket|sum|count)$", "", name): labels - {"le"}
+        for name, labels in series.items()
+        if name.startswith("tocom_")
+    }
+    assert listed == there
+
+
+def test_the_guide_uses_metrics_that_there_are(series):
+    used = set(re.findall(r"\btocom_\w+", GUIDE))
+    histograms = {name.removesuffix("_bucket") for name in series if name.endswith("_bucket")}
+    assert used - {"tocom_auto_rate_mean"} <= set(series) | histograms
+
+
+def test_the_autoscaler_scales_the_deployment_on_metrics_that_it_gets(series):
+    scaler = MANIFEST["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == MANIFEST["Deployment"]["metadata"]["name"]
+    (rules,) = (
+        yaml.safe_load(block)["rules"]
+        for block in re.findall(r"^```yaml\n(rules:.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    )
+    for rule in rules:
+        assert set(re.findall(METRIC, rule["seriesQuery"] + rule["metricsQuery"])) <= set(series)
+    given = {
+        rule.get("name", {}).get("as") or rule["seriesQuery"].partition("{")[0] for rule in rules
+    }
+    assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} == given
+
+
+def test_the_service_finds_the_pods():
+    labels = POD["metadata"]["labels"]
+    assert DEPLOYMENT["selector"]["matchLabels"].items() <= labels.items()
+    assert MANIFEST["Service"]["spec"]["selector"].items() <= labels.items()
+    (port,) = CONTAINER["ports"]
+    assert MANIFEST["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
+
+
+def test_probes_ask_routes_that_there_are(paths):
+    (port,) = CONTAINER["ports"]
+    probes = [CONTAINER[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert [probe["path"] for probe in probes] == ["/readyz", "/readyz", "/healthz"]
+    assert {probe["path"] for probe in probes} <= paths
+    assert {probe["port"] for probe in probes} == {port["name"]}
+    notes = POD["metadata"]["annotations"]
+    assert notes["prometheus.io/path"] in paths
+    assert notes["prometheus.io/port"] == str(port["containerPort"])
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """The settings of a server in the container."""
+    for variable in CONTAINER["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    return load_settings()
+
+
+def test_the_environment_consists_of_settings(configured):
+    names = {variable["name"].removeprefix("TOCOM_").lower() for variable in CONTAINER["env"]}
+    assert names <= set(Settings.model_fields)
+    assert configured.port == CONTAINER["ports"][0]["containerPort"]
+    assert configured.threads == int(CONTAINER["resources"]["requests"]["cpu"])
+
+
+def test_the_last_request_is_answered_before_the_pod_is_killed(configured):
+    grace = POD["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= (configured.drain_delay_ms + configured.timeout_ms) / 1000 + 10
+
+
+def test_requests_are_taken_until_the_service_knows_better(configured):
+    probe = CONTAINER["readinessProbe"]
+    assert configured.drain_delay_ms / 1000 > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_the_user_is_that_of_the_image():
+    user = POD["spec"]["securityContext"]["runAsUser"]
+    assert f"USER {user}" in (ROOT / "Dockerfile").read_text("utf-8")

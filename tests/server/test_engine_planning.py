@@ -1,0 +1,123 @@
+"""What an engine knows of the future and tells of the past: times, open rates, load, notes."""
+
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.errors import QueueFullError, UnavailableError
+from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
+
+
+def test_what_would_be_answered_too_late_is_refused_at_once(make, clock):
+    engine = make()
+    work = Exact(lambda images: images.flatten(1))
+    work.controller.times.measured(0, 1, 2.0)
+    submit(engine, work, 1)
+    settle(engine)
+    with pytest.raises(QueueFullError, match="will take 4 s, and the answer is wanted in 3 s"):
+        submit(engine, work, 2, clock.now + 3)
+    assert submit(engine, work, 3, clock.now + 5)
+
+
+def test_an_open_rate_is_chosen_for_the_batch_and_told(make, clock):
+    ran: list[float] = []
+
+    def run(images: Tensor) -> Tensor:
+        ran.extend(images[:, 0, 0, 0].tolist())
+        return images.flatten(1)
+
+    engine = make()
+    work = Open(function=run, controller=controller())
+    for rate in (0, 16):
+        work.controller.times.measured(rate, 1, 2.0 - rate / 16)
+    relaxed = engine.submit(work, image(1), math.inf)
+    settle(engine)
+    engine.start()
+    assert (relaxed.result(PATIENCE).work.rate, relaxed.result(PATIENCE).reason) == (0, "quality")
+    # 2 s at rate 0 do not fit into what may be planned with of 2.2 s.
+    urgent = engine.submit(work, image(2), math.inf, due=clock.now + 2.2).result(PATIENCE)
+    assert 0 < urgent.work.rate < 16
+    assert urgent.reason == "deadline"
+    assert ran == [1, 2]
+
+
+def test_what_ran_is_measured(make, clock):
+    def slow(images: Tensor) -> Tensor:
+        clock.now += 3
+        return images.flatten(1)
+
+    work = Exact(slow)
+    engine = make()
+    engine.start()
+    engine.submit(work, image(1), math.inf).result(PATIENCE)
+    engine.call(lambda: None).result(PATIENCE)  # the batch is over, its notes taken
+    assert work.controller.times.batch(0, 1) == 3
+
+
+def test_functions_are_called_on_the_worker(make):
+    engine = make(threads=3)
+    with pytest.raises(UnavailableError, match="not running"):
+        engine.call(threading.get_ident)
+    engine.start()
+    assert engine.call(threading.get_ident).result(PATIENCE) == engine._worker.ident
+    assert engine.call(torch.get_num_threads).result(PATIENCE) == 3
+    failing = engine.call(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.result(PATIENCE)
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.taken: list[tuple] = []
+
+    def decoded(self, work, seconds):
+        self.taken.append(("decoded", seconds))
+
+    def ran(self, work, reason, images, seconds, queued):
+        self.taken.append(("ran", work.rate, reason, images, seconds, list(queued)))
+
+    def failed(self, work, stage):
+        self.taken.append(("failed", stage))
+
+    def missed(self, work, stage):
+        self.taken.append(("missed", stage))
+
+    def cancelled(self, work):
+        self.taken.append(("cancelled",))
+
+
+def test_an_observer_is_told_what_happens(make, work, clock):
+    notes = Notes()
+    engine = make(observer=notes)
+    good, late = submit(engine, work, 1), submit(engine, work, 2, clock.now + 1)
+    bad, given_up = submit(engine, work, -1), submit(engine, work, 3)
+    settle(engine)
+    given_up.cancel()
+    clock.now += 1
+    engine.start()
+    engine.stop()
+    assert good.done()
+    assert late.done()
+    assert bad.done()
+    assert notes.taken == [
+        *[("decoded", 0)] * 4,
+        ("failed", "decode"),  # the one that `settle` sends
+        ("cancelled",),
+        ("missed", "queue"),
+        ("ran", 0, "asked", 1, 0, [1]),
+        ("failed", "inference"),
+    ]
+
+
+def test_the_load_is_what_waits_and_what_was_taken(make, work):
+    engine = make()
+    submit(engine, work, 1)
+    other = Double("other")
+    submit(engine, other, 2)
+    settle(engine)
+    load = engine.load()
+    assert load.taken == 2
+    assert load.queued == {work: 1, other: 1}
