@@ -95,12 +95,20 @@ def form(image: bytes) -> bytes:
 
 def upload(target: str, body: bytes) -> Request:
     """Return the request that posts a `form` to a path with its query."""
+    return request("POST", target, body, f"multipart/form-data; boundary={_BOUNDARY}")
+
+
+def request(
+    method: str, target: str, body: bytes = b"", kind: str = "application/json", key: str = ""
+) -> Request:
+    """Return a request; `kind` is its body's, `key` goes into X-API-Key."""
     head = (
-        f"POST {target} HTTP/1.1\r\nHost: localhost\r\n"
-        f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
     )
-    return Request(head.encode(), body)
+    if key:
+        head += f"X-API-Key: {key}\r\n"
+    return Request(f"{head}\r\n".encode(), body)
 
 
 class Connections:
@@ -168,24 +176,29 @@ def closed_loop(port: int, requests: Iterable[Request], concurrency: int) -> lis
 
 
 async def open_loop(
-    port: int, plan: Sequence[float], requests: Iterable[Request], start: float | None = None
+    port: int,
+    plan: Sequence[float],
+    requests: Iterable[Request],
+    stop: asyncio.Event | None = None,
 ) -> list[Exchange]:
     """Send each request at its time, whatever became of the others.
 
     Args:
         port: of the server.
-        plan: when to send, in seconds from the start, ascending.
+        plan: when to send, in seconds from now, ascending.
         requests: as many.
-        start: of the plan, in the event loop's time; None: now.
+        stop: once it is set nothing more is sent.
     """
     loop = asyncio.get_running_loop()
-    begun = loop.time() if start is None else start
+    begun = loop.time()
     connections = Connections(port)
     tasks = []
     with _without_pauses():
         for planned, request in zip(plan, requests, strict=True):
             if (wait := begun + planned - loop.time()) > 0:
                 await asyncio.sleep(wait)
+            if stop and stop.is_set():
+                break
             tasks.append(asyncio.create_task(_exchange(connections, request, begun, planned)))
         done = await asyncio.gather(*tasks)
     connections.close()

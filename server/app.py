@@ -45,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_wait=settings.max_wait_ms / 1000,
+        slo=settings.slo_ms / 1000,
         decode_threads=settings.decode_threads,
         threads=settings.threads,
         observer=counted,

@@ -216,7 +216,7 @@ def encode_line(image: Image) -> bytes:
     return to_json(_in_json(image)) + b"\n"
 
 
-def failure(response: httpx.Response, tries_left: int) -> float:
+def seconds_to_retry(response: httpx.Response, tries_left: int) -> float:
     """Return the seconds after which to try a request again that was refused.
 
     Raises:

@@ -155,7 +155,7 @@ class Client:
                     yield response
                     return
                 response.read()
-                delay = calls.failure(response, tries_left)
+                delay = calls.seconds_to_retry(response, tries_left)
             time.sleep(delay)
 
 
@@ -246,7 +246,7 @@ class AsyncClient:
                     yield response
                     return
                 await response.aread()
-                delay = calls.failure(response, tries_left)
+                delay = calls.seconds_to_retry(response, tries_left)
             await asyncio.sleep(delay)
 
 

@@ -8,6 +8,7 @@ Knows nothing of HTTP, files or banks.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -124,6 +125,7 @@ class Engine:
         max_batch: int = 32,
         max_queue: int = 256,
         max_wait: float = 0.0,
+        slo: float = math.inf,
         decode_threads: int = 2,
         threads: int | None = None,
         observer: Observer | None = None,
@@ -136,6 +138,7 @@ class Engine:
             max_queue: images taken and not yet answered.
             max_wait: seconds that an idle worker lets a first image wait for company. 0 is
                 work-conserving: under load batches fill while their predecessor runs.
+            slo: seconds in which answers are wanted, which batches leave room for.
             decode_threads: threads that prepare images.
             threads: torch threads of the forward; None: torch's own choice.
             observer: is told what happens.
@@ -149,7 +152,7 @@ class Engine:
         self._pool = ThreadPoolExecutor(decode_threads, "decode", _set_torch_threads, (1,))
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
-        self._scheduler = Scheduler(max_batch)
+        self._scheduler = Scheduler(max_batch, slo)
         self._observer = observer
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._numbers = count()
@@ -230,7 +233,8 @@ class Engine:
         with self._wake:
             self.check_room()
             now = self.clock()
-            wait = self._scheduler.wait(work, unprepared=self._taken - len(self._scheduler))
+            due = deadline if due is None else due
+            wait = self._scheduler.wait(work, due, self._taken - len(self._scheduler))
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
@@ -239,10 +243,9 @@ class Engine:
                 )
             self._taken += 1
             self._scheduler.arrived(work, now)
-            job = _Job(work, deadline, deadline if due is None else due, next(self._numbers), now)
+            job = _Job(work, deadline, due, next(self._numbers), now)
             job.add_done_callback(self._leave)
-            # Not kept in the job: what is to be prepared may be large and goes once it is.
-            self._pool.submit(self._prepare, job, prepare)
+            self._pool.submit(self._prepare, job, prepare)  # not kept in the job: it may be large
         return job
 
     def call(self, function: Callable[[], T]) -> Future[T]:

@@ -5,11 +5,12 @@ configuration. Has one version of each model, and no sequences, shared memory or
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from torch import Tensor
 
 from server import answers, oip_tensors
 from server.access import charge
@@ -44,7 +45,7 @@ from server.oip_schemas import (
 )
 from server.oip_statistics import Statistics
 from server.oip_tensors import FREE, IMAGE
-from server.oip_wire import HEADER, Input, inflate, parse, read_request, write_response
+from server.oip_wire import HEADER, inflate, parse, read_request, write_response
 from server.problems import described
 from server.serving import Serving, Shared
 from server.settings import Settings
@@ -165,7 +166,7 @@ async def model_config(model: AskedModel, serving: Shared) -> ModelConfig:
     return ModelConfig(
         name=model.name,
         platform=PLATFORM,
-        max_batch_size=settings.max_queue,
+        max_batch_size=oip_tensors.max_images(settings),
         input=configured(oip_tensors.inputs(model), optional=True),
         output=configured(oip_tensors.outputs(model), optional=False),
         dynamic_batching=DynamicBatching(
@@ -269,14 +270,15 @@ async def _run(
     """Read a request and run its images: all of them, or it fails."""
     settings, engine = serving.settings, serving.engine
     engine.check_room()  # before the body is read: what cannot be taken need not be sent
-    question, inputs = await _read(request, settings)
+    sent = await _body(request, settings)
+    # In a thread: large JSON takes its time, and others shall not wait for it.
+    question, images = await asyncio.to_thread(_understand, request, sent, model, settings)
     query = question.parameters
     note(request, model=model.name, rate=query.rate)
     work = work_for(model, query, settings)
     asked = oip_tensors.wanted(question, model)
-    images = oip_tensors.preparations(inputs, model, settings)
-    charge(request, len(images) - 1)
     engine.check_room(len(images))
+    charge(request, len(images) - 1)
     wanted_ms = query.deadline_ms
     if wanted_ms is not None:  # from the arrival on, of which the deadline does not know
         wanted_ms = max(1, wanted_ms - round(1000 * (engine.clock() - arrived)))
@@ -285,21 +287,27 @@ async def _run(
     return question, asked, [_whole(index, outcome) for index, outcome in enumerate(outcomes)]
 
 
-async def _read(request: Request, settings: Settings) -> tuple[InferRequest, list[Input]]:
-    async def body() -> bytes:
+async def _body(request: Request, settings: Settings) -> bytes:
+    async def read() -> bytes:
         # Not request.body(): it would keep the bytes for as long as the request lives.
         return b"".join([chunk async for chunk in request.stream()])
 
-    def read(sent: bytes) -> tuple[InferRequest, list[Input]]:
-        encoding = request.headers.get("Content-Encoding", "")
-        inflated = inflate(sent, encoding, settings.max_body_bytes)
-        return read_request(inflated, request.headers.get(HEADER), raw_input=IMAGE)
-
     try:
-        sent = await asyncio.wait_for(body(), settings.timeout_ms / 1000)
+        return await asyncio.wait_for(read(), settings.timeout_ms / 1000)
     except asyncio.TimeoutError:
-        raise UploadTimeoutError("the request body did not arrive before the deadline") from None
-    return await asyncio.to_thread(read, sent)
+        raise UploadTimeoutError(
+            f"the request body did not arrive within {settings.timeout_ms} ms"
+        ) from None
+
+
+def _understand(
+    request: Request, sent: bytes, model: ServedModel, settings: Settings
+) -> tuple[InferRequest, list[Callable[[], Tensor]]]:
+    """Return what a request asks for and what makes each of its images."""
+    encoding = request.headers.get("Content-Encoding", "")
+    body = inflate(sent, encoding, settings.max_body_bytes)
+    question, inputs = read_request(body, request.headers.get(HEADER), raw_input=IMAGE)
+    return question, oip_tensors.preparations(inputs, model, settings)
 
 
 def _whole(index: int, outcome: Answer | TocomError) -> Answer:

@@ -46,6 +46,11 @@ def outputs(model: ServedModel) -> Tensors:
     return {name: ("FP32", [size]) for name, size in shapes.items()}
 
 
+def max_images(settings: Settings) -> int:
+    """Return how many images a request may have."""
+    return min(settings.max_images, settings.max_queue)
+
+
 def preparations(
     sent: Sequence[Input], model: ServedModel, settings: Settings
 ) -> list[Callable[[], Tensor]]:
@@ -70,9 +75,9 @@ def preparations(
         raise BadRequestError(
             f"input {only.name!r} must have the shape {[FREE, *shape]}, got {list(only.shape)}"
         )
-    if only.shape[0] > settings.max_queue:
+    if only.shape[0] > max_images(settings):
         raise TooLargeError(
-            f"a request may have {settings.max_queue} images here, got {only.shape[0]}"
+            f"a request may have {max_images(settings)} images here, got {only.shape[0]}"
         )
     if only.name == PIXELS:
         return [partial(_to_image, values) for values in only.floats()]

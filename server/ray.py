@@ -14,8 +14,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,6 +31,7 @@ from server.app import create_app
 from server.banks import Banks
 from server.errors import ForbiddenError
 from server.middleware import REQUEST_ID
+from server.process import bind
 from server.settings import Settings, load_settings
 from tocom import ConfigError, TocomError
 
@@ -107,8 +108,6 @@ class _Behind:
         await self.app(scope, receive, send_marked)
 
 
-@serve.deployment(name=NAME)
-@serve.ingress()
 class Replica:
     """One server among several. Ray calls all of this; requests go to the application."""
 
@@ -164,19 +163,23 @@ def build(arguments: Arguments) -> serve.Application:
         ConfigError: if the settings are wrong.
     """
     settings = load_settings(arguments.config, **arguments.settings)
-    return Replica.options(
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name=NAME,
         ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(settings)},
         user_config=UserConfig().model_dump(),
         # More than an engine takes: what it knows of, it plans with, and it refuses by itself.
         max_ongoing_requests=2 * settings.max_queue,
-        # Only while there is no replica to send them to.
+        # These wait at a proxy, and only while there is no replica to send them to.
         max_queued_requests=settings.max_queue,
         backpressure_config={"retry_after_s": 1},
         # Requests end at their own deadline, before their replica does.
         graceful_shutdown_timeout_s=settings.timeout_ms / 1000 + 2,
         max_constructor_retry_count=3,
         logging_config={"enable_access_log": False},  # replicas log requests themselves
-    ).bind(Settings.model_construct(**dict(settings)))
+    )
+    # Of a class that replicas can import; load_settings() makes one of its own.
+    return deployment.bind(Settings.model_construct(**dict(settings)))
 
 
 def _gpus(settings: Settings) -> int:
@@ -192,21 +195,24 @@ def _gpus(settings: Settings) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run replicas on this machine; return 0 after Ctrl-C or SIGTERM, 2 if they cannot run so."""
+    """Run replicas on this machine, or change those of a cluster.
+
+    Returns:
+        0, here once Ctrl-C or SIGTERM ends it; 2 if it cannot be done.
+    """
     parsed = _parser().parse_args(arguments)
-    # Ray reports on its use unless it is told not to.
+    # Ray reports how it is used unless it is told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        settings = load_settings(parsed.config)
-        host, port = parsed.host or settings.host, parsed.port or settings.port
+        where = {"host": parsed.host, "port": parsed.port}
+        given = {name: value for name, value in where.items() if value is not None}
+        settings = load_settings(parsed.config, **given)
         banks = _parse_banks(parsed.banks)
-        with _ray(parsed.address):
-            http_options = {"host": host, "port": port}
-            serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
-            _deploy(_description(parsed, settings, banks))
-            if parsed.address is None:
-                print(f"Serving on http://{host}:{port} (Ctrl-C ends it)", flush=True)
-                signal.pause()
+        if parsed.address:
+            ray.init(parsed.address)
+            _deploy(parsed.config, _deployment(parsed, settings, banks))
+        else:
+            _run(parsed, settings, banks)
     except TocomError as error:
         print(f"server.ray: {error}", file=sys.stderr)
         return 2
@@ -218,52 +224,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m server.ray",
-        description="Serve with several replicas, one for each device, by Ray.",
+        description="Serve with several replicas, each with a device of its own, by Ray.",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument(
-        "--max-replicas", type=int, metavar="N", help="as many as this when there is more to do"
+        "--replicas", type=int, default=1, metavar="N", help="how many there are (default: 1)"
     )
     parser.add_argument(
-        "--cpus", type=float, default=1, metavar="N", help="processors of a replica (default: 1)"
+        "--max-replicas", type=int, metavar="N", help="how many there are at most, under load"
+    )
+    parser.add_argument(
+        "--cpus", type=float, default=1, metavar="N", help="processors of each (default: 1)"
     )
     parser.add_argument(
         "--bank",
         dest="banks",
         action="append",
         default=[],
-        metavar="MODEL=BANK",
-        help="bank for a model, NAME@DIGEST, in place of the one in the settings; may be repeated",
+        metavar="MODEL=NAME@DIGEST",
+        help="bank for a model in place of the one in the settings; MODEL= for none; may be "
+        "repeated",
     )
     parser.add_argument(
         "--address",
-        help="Ray cluster that runs already, or auto: what runs there is changed to be as asked "
-        "for here, and goes on running",
+        help="Ray cluster that runs already, or auto: what runs there becomes what is asked for "
+        "here, and goes on running",
     )
     return parser
 
 
-@contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """Use a cluster that runs, or one of this process's own that ends with it."""
-    ray.init(address, include_dashboard=False if address is None else None)
-    # Ray's own way of taking it would leave without ending what was started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _parse_banks(texts: Sequence[str]) -> UserConfig:
+    banks = {}
+    for text in texts:
+        model, equals, bank = text.partition("=")
+        if not model or not equals:
+            raise ConfigError(f"--bank {text}: expected MODEL=NAME@DIGEST")
+        banks[model] = bank or None
     try:
-        yield
-    finally:
-        if address is None:
-            serve.shutdown()
-        ray.shutdown()
+        return UserConfig.model_validate({"banks": banks})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--bank {first['loc'][1]}={first['input']}: {first['msg']}") from error
 
 
-def _description(
+def _deployment(
     parsed: argparse.Namespace, settings: Settings, banks: UserConfig
 ) -> dict[str, Any]:
-    """Return what a Serve config file would say."""
+    """Return what a Serve config file would say of the deployment; Ray must be there."""
     deployment: dict[str, Any] = {
         "name": NAME,
         "ray_actor_options": {"num_cpus": parsed.cpus, "num_gpus": _gpus(settings)},
@@ -277,43 +286,73 @@ def _description(
             "max_replicas": parsed.max_replicas,
             "target_ongoing_requests": settings.max_batch,
         }
-    application = {
-        "name": NAME,
-        "import_path": f"{build.__module__}:{build.__name__}",
-        "args": {"config": parsed.config and str(Path(parsed.config).absolute())},
-        "deployments": [deployment],
-    }
-    return {"applications": [application]}
+    return deployment
 
 
-def _parse_banks(texts: Sequence[str]) -> UserConfig:
-    banks = {}
-    for text in texts:
-        model, _, bank = text.partition("=")
-        banks[model] = bank
+def _run(parsed: argparse.Namespace, settings: Settings, banks: UserConfig) -> None:
+    """Serve by a Ray of our own until a signal asks for the end."""
+    # Ray would share a port that is in use with whoever has it.
+    with closing(bind(settings.host, settings.port)) as listener:
+        port = listener.getsockname()[1]
+    # Large requests pass through the object store, and what it cannot hold through files.
+    ray.init(include_dashboard=False, object_store_memory=256 * 2**20)
+    # In place of Ray's own handler, which leaves at once.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return UserConfig.model_validate({"banks": banks})
-    except ValidationError as error:
-        raise ConfigError(f"--bank: {error.errors()[0]['msg']}") from error
+        deployment = _deployment(parsed, settings, banks)
+        _check_fits(parsed.replicas, deployment["ray_actor_options"])
+        print("Loading models ...", flush=True)
+        http_options = {"host": settings.host, "port": port}
+        serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
+        _deploy(parsed.config, deployment)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        print(f"Serving on http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        signal.pause()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
-def _deploy(description: dict[str, Any]) -> None:
-    """Have Ray run what is described, and wait until it does.
+def _check_fits(replicas: int, options: dict[str, float]) -> None:
+    """Raise ConfigError if replicas would wait for what this machine does not have."""
+    for resource, each in (("CPU", options["num_cpus"]), ("GPU", options["num_gpus"])):
+        there = ray.cluster_resources().get(resource, 0)
+        if replicas * each > there:
+            raise ConfigError(
+                f"{replicas} replicas with {each:g} {resource} each do not fit: there are {there:g}"
+            )
+
+
+def _deploy(config: str | None, deployment: dict[str, Any]) -> None:
+    """Have Ray run the application as its deployment says, and wait until it does.
 
     Raises:
         ConfigError: if it cannot.
     """
-    # As `serve deploy` does; that goes through the dashboard, and serve.run() cannot change what
-    # runs without replacing it.
+    args = {"config": str(Path(config).absolute()) if config else None}
+    application = {
+        "name": NAME,
+        "import_path": "server.ray:build",
+        "args": args,
+        "deployments": [deployment],
+    }
+    try:
+        wanted = ServeDeploySchema.model_validate({"applications": [application]})
+    except ValidationError as error:
+        raise ConfigError(f"Ray refuses: {error.errors()[0]['msg']}") from error
+    # As `serve deploy` does: that wants the dashboard, and serve.run() starts replicas anew where
+    # this lets them go on and only tells them what is new.
     client = _get_global_client()
-    client.deploy_apps(ServeDeploySchema.model_validate(description))
+    client.deploy_apps(wanted)
     while (now := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
-        if now.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise ConfigError(now.message)
+        if now.status == ApplicationStatus.DEPLOY_FAILED:
+            # The last line is the error that a replica, or the settings, could not go on with.
+            said = [now.message, *(each.message for each in now.deployments.values())]
+            raise ConfigError(f"Ray gave up: {said[-1].strip().splitlines()[-1]}")
         time.sleep(0.2)
     client.wait_for_proxies_serving()
 
 
 if __name__ == "__main__":
-    # The module that replicas import: `__main__` would have to travel to them.
+    # The module that replicas import, too: what `__main__` defines would have to travel to them.
     sys.exit(import_module("server.ray").main())

@@ -6,7 +6,8 @@ the batch. Knows nothing of threads, and time is an argument: the engine runs it
 tests by a simulated clock.
 """
 
-from bisect import insort
+import math
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,8 +88,16 @@ class Batch:
 class Scheduler:
     """See the module."""
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int, slo: float = math.inf) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            max_batch: images in a batch.
+            slo: seconds in which answers are wanted; batches of what has more time than that are
+                no longer for it, since others may come meanwhile.
+        """
         self.max_batch = max_batch
+        self.slo = slo
         self._queues: dict[Work, list[Any]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
@@ -149,7 +158,7 @@ class Scheduler:
             rate,
             waiting=len(queue),
             limit=self.max_batch,
-            budget=head.due - head.arrived,
+            budget=min(self.slo, head.due - head.arrived),
             slack=head.due - now,
         )
         self._waiting -= size
@@ -160,31 +169,38 @@ class Scheduler:
             del self._queues[work]
         return Batch(work.at(rate), reason, batch)
 
-    def wait(self, work: Work, unprepared: int) -> float:
-        """Return the seconds until one more image of `work` could be done, at its cheapest.
+    def wait(self, work: Work, due: float, unprepared: int) -> float:
+        """Return the seconds until one more image could be done, at its cheapest.
 
         Args:
             work: the image's.
+            due: when it is due; what is due later does not keep it waiting.
             unprepared: images that were taken and do not wait here yet; they count as this one.
         """
-        own = len(self._queues.get(work, [])) + unprepared + 1
-        return self._backlog(work) + own * work.controller.times.image(work.high, self.max_batch)
+        own = _due_until(self._queues.get(work, []), due) + unprepared + 1
+        each = work.controller.times.image(work.high, self.max_batch)
+        return self._backlog(work, due) + own * each
 
-    def _backlog(self, work: Work) -> float:
-        """Return the seconds that what waits takes, the images of `work` left out."""
+    def _backlog(self, work: Work, due: float) -> float:
+        """Return the seconds that what is due until then takes, the images of `work` left out."""
         total = 0.0
         for other, queue in self._queues.items():
-            if other != work:
+            if other != work and (images := _due_until(queue, due)):
                 rate = other.controller.rate if other.rate is None else other.rate
-                batch = min(len(queue), self.max_batch)
-                total += len(queue) * other.controller.times.image(rate, batch)
+                batch = min(images, self.max_batch)
+                total += images * other.controller.times.image(rate, batch)
         return total
 
     def _elsewhere(self, work: Work, now: float) -> Elsewhere:
         load = self._exact.rate(now, work.controller.window())
         for other in self._controllers - {work.controller}:
             load += other.load(other.rate, now)
-        return Elsewhere(seconds=self._backlog(work), load=load)
+        return Elsewhere(self._backlog(work, self._queues[work][-1].due), load)
+
+
+def _due_until(queue: Sequence[Waiting], due: float) -> int:
+    """Return how many images of a queue are due no later than `due`."""
+    return bisect_right(queue, due, key=lambda job: job.due)
 
 
 def _urgency(job: Waiting) -> tuple[float, int]:

@@ -35,7 +35,8 @@ export function plot(svg, { series, marks, ticks, also, name }) {
     parts.push(draw("line", { class: `mark ${lane}`, x1, x2: x1, y1: EDGE.top, y2: bottom }));
   }
   for (const { kind, points } of series) {
-    if (kind !== "dots") parts.push(polyline(`line ${kind}`, points.map(([a, b]) => [across(a), up(b)])));
+    const line = points.map(([a, b]) => [across(a), up(b)]);
+    if (kind !== "dots") parts.push(polyline(`line ${kind}`, line));
     for (const [a, b] of points) {
       const lane = kind === "dots" ? "" : marks.find((each) => each.x === a)?.lane ?? "";
       const r = lane ? 5 : 2;

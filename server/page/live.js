@@ -11,7 +11,7 @@ export class Live {
   #tell;
   #kept = { speed: [], queued: [], auto: [] };
   #timer = 0;
-  #up = null; // whether the server answered the last time; null: not asked yet
+  #up = null; // whether the server answered the last time; null: to be seen
   #model = null;
 
   /**
@@ -39,7 +39,7 @@ export class Live {
 
   /** Somebody else could not reach the server, or it is not what it was: begin anew with it. */
   lost() {
-    this.#up = false;
+    this.#up = null;
     this.start(EVERY);
   }
 

@@ -1,9 +1,12 @@
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.testclient import TestClient
 
 from server import Settings, load_settings
-from server.access import Access, charge, require_admin, require_api_key
+from server.access import Access, charge, charge_when_allowed, require_admin, require_api_key
 from server.errors import QuotaError
 from server.middleware import RequestId
 from server.problems import add_handlers
@@ -220,3 +223,26 @@ def test_keys_in_the_environment_that_cannot_be_read_are_not_shown(monkeypatch):
     with pytest.raises(ConfigError, match="the environment cannot be read: .*api_keys") as raised:
         load_settings()
     assert "hunter2" not in str(raised.value)
+
+
+def test_what_may_wait_is_charged_when_the_quota_allows(clock, monkeypatch):
+    naps = []
+
+    async def nap(seconds):
+        naps.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr("server.access.asyncio", SimpleNamespace(sleep=nap))
+    request = Request({"type": "http", "state": {}})
+    request.state.caller = Access(Settings(api_keys=KEYS), clock).admit(ALICE)
+    for _ in range(4):
+        asyncio.run(charge_when_allowed(request))
+    # Three at once, of which one at the door; the others at two a second.
+    assert naps == pytest.approx([0.5, 0.5])
+
+
+def test_who_has_no_quota_does_not_wait():
+    request = Request({"type": "http", "state": {}})
+    asyncio.run(charge_when_allowed(request))
+    request.state.caller = Access(Settings(api_keys=KEYS)).admit(BOB)
+    asyncio.run(charge_when_allowed(request))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from inspect import signature
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -193,8 +194,10 @@ def naps(monkeypatch) -> list[float]:
     async def nap(seconds):
         naps.append(seconds)
 
-    monkeypatch.setattr("server.client.time.sleep", naps.append)
-    monkeypatch.setattr("server.client.asyncio.sleep", nap)
+    # Theirs alone: the server in this process sleeps too.
+    monkeypatch.setattr("server.client.time", SimpleNamespace(sleep=naps.append))
+    own = SimpleNamespace(sleep=nap, to_thread=asyncio.to_thread)
+    monkeypatch.setattr("server.client.asyncio", own)
     return naps
 
 

@@ -15,11 +15,33 @@ def test_what_would_be_answered_too_late_is_refused_at_once(make, clock):
     engine = make()
     work = Exact(lambda images: images.flatten(1))
     work.controller.times.measured(0, 1, 2.0)
-    submit(engine, work, 1)
+    submit(engine, work, 1, clock.now + 2.5)
     settle(engine)
     with pytest.raises(QueueFullError, match="will take 4 s, and the answer is wanted in 3 s"):
         submit(engine, work, 2, clock.now + 3)
     assert submit(engine, work, 3, clock.now + 5)
+
+
+def test_what_is_due_later_keeps_nobody_waiting(make, clock):
+    engine = make()
+    work = Exact(lambda images: images.flatten(1))
+    work.controller.times.measured(0, 1, 2.0)
+    for i in range(8):
+        submit(engine, work, i)  # due at no time
+    settle(engine)
+    urgent = submit(engine, work, 9, clock.now + 3)
+    engine.start()
+    assert urgent.result(PATIENCE).batch_size == 1  # with others it would be late
+
+
+def test_batches_leave_room_for_who_may_come(make):
+    engine = make(slo=6.1)
+    work = Exact(lambda images: images.flatten(1))
+    work.controller.times.measured(0, 1, 1.0)
+    futures = [submit(engine, work, i) for i in range(4)]
+    settle(engine)
+    engine.start()
+    assert [future.result(PATIENCE).batch_size for future in futures] == [2] * 4
 
 
 def test_an_open_rate_is_chosen_for_the_batch_and_told(make, clock):

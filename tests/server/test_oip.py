@@ -3,8 +3,10 @@
 import base64
 import gzip
 import json
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 from server import create_app
 from server.images import decode
 from server.models import ServedModel
+from server.settings import ApiKey
 from tests.server.conftest import CLASSES, MAX_RATE, listening, picture, png, problem
 
 PICTURES = [png(picture(seed)) for seed in range(3)]
@@ -505,6 +508,39 @@ def test_statistics(settings):
     assert stats["compute_infer"]["ns"] <= stats["success"]["ns"]
     batches = [each["compute_infer"]["count"] for each in tiny["batch_stats"]]
     assert sum(batches) == tiny["execution_count"]
+
+
+def test_keys_are_asked_for_and_charged_by_the_image(settings):
+    key = ApiKey(name="alice", key="a key of sixteen".replace(" ", "-"), rate_limit=0.001, burst=4)
+    headers = {"X-API-Key": key.key.get_secret_value()}
+    app = create_app(settings.model_copy(update={"api_keys": (key,)}))
+    with listening(app) as address, InferenceServerClient(address) as triton:
+        assert triton.is_model_ready("tiny")
+        assert refusal(triton, "tiny", images(PICTURES[0]))[0] == "401"
+        triton.infer("tiny", images(*PICTURES), headers=dict(headers))
+        triton.infer("tiny", images(PICTURES[0]), headers=dict(headers))
+        status, message = refusal(triton, "tiny", images(PICTURES[0]), headers=dict(headers))
+        assert status == "429"
+        assert "the key 'alice' allows 0.001 images a second, 4 at once" in message
+
+
+def test_the_example_of_the_guide_runs(address, capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    guide = (root / "docs" / "open-inference-protocol.md").read_text()
+    (example,) = re.findall(r"^```text\n(from .*?)^```", guide, re.M | re.S)
+    # As written it is for the model that the server has by default.
+    for ours, theirs in {
+        "localhost:8000": address,
+        "caltech101": "tiny",
+        '"rate": 8': '"rate": 4',
+    }.items():
+        assert ours in example
+        example = example.replace(ours, theirs)
+    exec(example, {})
+    best, about = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[\[(b'\d\.\d{6}:\d:thing \d' ?){3}\]\]", best)
+    assert "'rate': 4" in about
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -35,6 +35,7 @@ ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+expect.set_options(timeout=20_000)  # a busy machine is no fault of the page
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
 
@@ -152,8 +153,8 @@ def lane(page: Page, name: str = "A"):
 
 def answered(page: Page, rate: int | str, name: str = "A") -> None:
     """Wait until a lane shows the answer to its last question, asked at a rate."""
-    expect(lane(page, name).locator(".call")).to_contain_text(f"rate={rate}&", timeout=60_000)
-    expect(lane(page, name)).to_have_attribute("aria-busy", "false", timeout=60_000)
+    expect(lane(page, name).locator(".call")).to_contain_text(f"rate={rate}&")
+    expect(lane(page, name)).to_have_attribute("aria-busy", "false")
 
 
 def slide(page: Page, rate: int, name: str = "A") -> None:
@@ -333,7 +334,7 @@ def test_two_rates_are_compared(page, address):
 def test_the_server_chooses_the_rate(page):
     lane(page).get_by_label("Auto").check()
     answered(page, "auto")
-    expect(lane(page).locator(".reason")).to_have_text(re.compile(r"^Auto \(\w+\) chose a"))
+    expect(lane(page).locator(".reason")).to_have_text(re.compile(r"^Auto \(\w+\) chose .+ answer"))
     lane(page).get_by_role("slider").fill("5")
     answered(page, 5)
     expect(lane(page).get_by_label("Auto")).not_to_be_checked()
@@ -356,7 +357,7 @@ def test_what_was_measured_is_drawn_and_what_was_not_is_said(page):
     expect(page.get_by_role("button", name="Measure every rate")).to_be_visible()
     expect(page.locator(".latency .point.bank")).to_have_count(17)
 
-    page.get_by_label("Model").select_option("tiny")
+    page.get_by_role("combobox").select_option("tiny")
     expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
     answered(page, 5)  # the nearest that it has to 12
     expect(lane(page).locator(".caption")).to_contain_text("64 × 64 pixels, 16 patches")
@@ -394,7 +395,7 @@ def test_nothing_is_wider_than_the_screen(page, width):
         assert wide == width
         map_box = lane(page).locator("canvas").bounding_box()
         assert map_box["width"] == pytest.approx(map_box["height"], abs=1)
-        assert map_box["width"] > width / 4
+        assert map_box["width"] > min(300, width / 3)
 
 
 @in_browser
@@ -480,11 +481,10 @@ def test_the_page_outlives_a_restart(page):
 @in_browser
 def test_it_waits_while_the_server_is_full(page):
     def refuse(route: Route) -> None:
-        page.unroute("**/v1/classify*")
         body = {"title": "Queue full", "detail": "256 images are waiting"}
         route.fulfill(status=503, headers={"Retry-After": "1"}, json=body)
 
-    page.route("**/v1/classify*", refuse)
+    page.route("**/v1/classify*", refuse, times=1)
     lane(page).get_by_role("slider").fill("3")
     expect(lane(page).get_by_role("alert")).to_have_text(
         "Queue full: 256 images are waiting – asking again in 1 s"
