@@ -33,6 +33,10 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 HEADER = "Inference-Header-Content-Length"
 
+#: Lists and objects that JSON may have. Nested pixels of 64 images have some 50,000; to make
+#: millions takes seconds in which nothing else runs.
+MAX_NESTED = 2**18
+
 _FP32 = np.dtype("<f4")
 _LENGTH = struct.Struct("<I")
 
@@ -212,6 +216,10 @@ def parse(kind: type[Schema], text: bytes) -> Schema:
     Raises:
         BadRequestError: naming the entry that is wrong.
     """
+    if (nested := text.count(b"[") + text.count(b"{")) > MAX_NESTED:
+        raise BadRequestError(
+            f"the request has {nested:,} lists and objects; {MAX_NESTED:,} are allowed"
+        )
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

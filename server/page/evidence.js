@@ -65,19 +65,20 @@ export class Evidence {
       kind,
       points: rows.filter((row) => row[kind]).map((row) => [row.gmacs, row[kind][figure]]),
     }));
-    const marked = this.#shown()
-      .map(({ name, rate }) => ({ lane: name, row: rows.find((row) => row.target === rate) }))
-      .filter(({ row }) => row);
+    const measured = (rate) => rows.find((row) => row.target === rate);
+    const gmacs = (rate) => measured(rate)?.gmacs ?? this.#model.rates[rate].macs / 1e9;
     plot(this.#at(".accuracy"), {
       series,
-      marks: marked.map(({ lane, row }) => ({ lane, x: row.gmacs })),
+      marks: this.#shown().map(({ name, rate }) => ({ lane: name, x: gmacs(rate) })),
       ticks: steps(rows.map((row) => row.gmacs)),
       also: [Math.max(...series.flatMap(({ points }) => points.map(([, y]) => y))) - SPAN],
       name: figure === "top1" ? "% right, by GMACs" : "% answered as at its own rate, by GMACs",
     });
-    this.#at(".accuracy-words").textContent = marked.map(({ row: { target, plain, bank } }) => {
+    this.#at(".accuracy-words").textContent = this.#shown().map(({ rate }) => {
+      const { plain, bank } = measured(rate) ?? {};
+      if (!plain) return `Rate ${rate}: not measured.`;
       const repaired = bank ? `, ${bank[figure].toFixed(1)} % with the bank` : "";
-      return `Rate ${target}: ${plain[figure].toFixed(1)} % plain${repaired}.`;
+      return `Rate ${rate}: ${plain[figure].toFixed(1)} % plain${repaired}.`;
     }).join(" ");
   }
 

@@ -1,0 +1,98 @@
+"""A server of banks: its store, its models and who may change them."""
+
+import pytest
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from safetensors.torch import save
+
+from adapters import Bank, BankBackbone, BankInfo, Geometry, Store
+from adapters.bank import tensor_shapes
+from server import ServedModel, Settings, bank_routes, load_model
+from server.access import Access
+from server.banks import Banks
+from server.middleware import BodyLimit, RequestId
+from server.problems import add_handlers
+from server.registry import Registry
+from tests.server.conftest import MAX_RATE
+from tests.tocom_models import small_model
+from tocom import load_backbone
+
+KEY = "admin-" + "a" * 16
+MAX_BYTES = 500_000
+NARROW = Geometry.of(small_model("vit_small"))
+
+
+@pytest.fixture(scope="module")
+def bare(tiny) -> ServedModel:
+    return load_model(tiny.model_copy(update={"name": "bare", "bank": None, "source": 2}))
+
+
+@pytest.fixture
+def registry(served, bare) -> Registry:
+    return Registry([served, bare])
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def swaps() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def app(registry, store, swaps) -> FastAPI:
+    app = FastAPI()
+    app.state.access = Access(Settings(admin_key=KEY))
+    app.state.banks = Banks(registry, store, swaps.append)
+    app.include_router(bank_routes.router)
+    add_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=1000, by_path={bank_routes.PATH: MAX_BYTES})
+    app.add_middleware(RequestId)
+    return app
+
+
+@pytest.fixture
+def admin(app) -> TestClient:
+    return TestClient(
+        app, headers={"Authorization": f"Bearer {KEY}"}, raise_server_exceptions=False
+    )
+
+
+@pytest.fixture(scope="session")
+def make_bank(model_folder):
+    backbone = BankBackbone.of(load_backbone(str(model_folder)))
+
+    def make(seed: int = 0, name: str = "new", max_rate: int = MAX_RATE, **changes) -> Bank:
+        info = BankInfo(
+            name=name,
+            backbone=backbone.model_copy(update=changes),
+            max_rate=max_rate,
+            rank=2,
+            targets=("q", "v"),
+            scale=1.0,
+            training={"recipe": "none"},
+        )
+        draw = torch.Generator().manual_seed(seed)
+        shapes = tensor_shapes(info).items()
+        return Bank(info, {key: 0.3 * torch.randn(shape, generator=draw) for key, shape in shapes})
+
+    return make
+
+
+def files(bank: Bank) -> dict[str, bytes]:
+    return {"info": bank.info.model_dump_json().encode(), "plugins": save(bank.tensors)}
+
+
+def attach(admin: TestClient, model: str, bank: str):
+    return admin.put(f"/v1/models/{model}/bank", json={"bank": bank})
+
+
+def listed(admin: TestClient) -> dict[str, dict]:
+    return {bank["name"]: bank for bank in admin.get("/v1/banks").json()["banks"]}
+
+
+# What there is
