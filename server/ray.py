@@ -175,6 +175,7 @@ def build(arguments: Arguments) -> serve.Application:
         backpressure_config={"retry_after_s": 1},
         # Requests end at their own deadline, before their replica does.
         graceful_shutdown_timeout_s=settings.timeout_ms / 1000 + 2,
+        health_check_period_s=2,  # also how soon a replica that died is missed
         max_constructor_retry_count=3,
         logging_config={"enable_access_log": False},  # replicas log requests themselves
     )
