@@ -54,7 +54,7 @@ class ServiceTimes:
             return
         ratio = seconds / (self._cells[key] * self._pace)
         self._pace *= ratio**0.2
-        self._cells[key] *= ratio**0.05
+        self._cells[key] *= ratio**0.1
 
     def batch(self, rate: int, images: int) -> float:
         """Return the seconds to expect of a batch; 0 before anything was measured."""
@@ -114,9 +114,17 @@ class Decision:
 class Controller:
     """Chooses rates for one model. Its memory is what was needed over the last `HOLD` seconds."""
 
-    def __init__(self, times: ServiceTimes, max_batch: int) -> None:
+    def __init__(self, times: ServiceTimes, max_batch: int, slo: float = math.inf) -> None:
+        """Begin at rate 0.
+
+        Args:
+            times: of the model.
+            max_batch: images in a batch.
+            slo: seconds in which answers are wanted.
+        """
         self.times = times
         self.max_batch = max_batch
+        self.slo = slo
         self.arrivals = Flow()
         self.rate = 0  # the last one chosen
         self._needs: deque[tuple[float, int]] = deque()  # falling rates, the highest first
@@ -131,8 +139,12 @@ class Controller:
 
     def load(self, rate: int, now: float) -> float:
         """Return the share of the time that what arrives for us takes at `rate`."""
-        seconds = self.times.image(rate, self.max_batch)
-        return self.arrivals.rate(now, self.window()) * seconds
+        return self.arrivals.rate(now, self.window()) * self.seconds(rate, self.max_batch)
+
+    def seconds(self, rate: int, waiting: int) -> float:
+        """Return the seconds to expect of an image where so many wait, in the batches they make."""
+        size = largest_batch(self.times, rate, waiting, self.max_batch, self.slo, self.slo)
+        return self.times.image(rate, size)
 
     def choose(
         self, low: int, high: int, dues: Sequence[float], elsewhere: "Elsewhere", now: float
@@ -159,12 +171,12 @@ class Controller:
         self, low: int, high: int, dues: Sequence[float], elsewhere: "Elsewhere", now: float
     ) -> tuple[int, str]:
         first, last = (MARGIN * (due - now) for due in (dues[0], max(dues[0], dues[-1])))
-        batch = min(len(dues), self.max_batch)
+        waiting = len(dues)
         reason = "quality"
         for rate in range(low, high + 1):
             if self.times.batch(rate, 1) > first:
                 why = "deadline"
-            elif elsewhere.seconds + len(dues) * self.times.image(rate, batch) > last:
+            elif elsewhere.seconds + waiting * self.seconds(rate, waiting) > last:
                 why = "backlog"
             elif elsewhere.load + self.load(rate, now) > LOAD:
                 why = "load"

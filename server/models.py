@@ -254,13 +254,15 @@ def load_models(settings: Settings) -> list[ServedModel]:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     store = Store(settings.store)
-    return [load_model(each, device, settings.max_batch, store) for each in settings.models]
+    batch, slo = settings.max_batch, settings.slo_ms / 1000
+    return [load_model(each, device, batch, slo, store) for each in settings.models]
 
 
 def load_model(
     settings: ModelSettings,
     device: str = "cpu",
     max_batch: int = 16,
+    slo: float = math.inf,
     store: Store | None = None,
 ) -> ServedModel:
     """Load a model and its bank.
@@ -269,6 +271,7 @@ def load_model(
         settings: what to load.
         device: where it runs.
         max_batch: images in a forward, which its controller plans with.
+        slo: seconds in which answers are wanted, likewise.
         store: where references to published banks are looked up.
 
     Raises:
@@ -302,7 +305,7 @@ def load_model(
         max_rate=max_rate,
         transform=create_transform(**backbone.data_config, is_training=False),
         costs=_costs(backbone, max_rate),
-        controller=Controller(times, max_batch),
+        controller=Controller(times, max_batch, slo),
         evaluation=_evaluation(settings.name, backbone),
     )
 

@@ -124,7 +124,7 @@ class Scheduler:
             self._controllers.add(controller)
             controller.arrived(now)
         else:
-            seconds = controller.times.image(work.rate, self.max_batch)
+            seconds = controller.seconds(work.rate, self.max_batch)
             self._exact.add(seconds, now, controller.window())
 
     def add(self, job: Waiting) -> None:
@@ -175,11 +175,11 @@ class Scheduler:
         Args:
             work: the image's.
             due: when it is due; what is due later does not keep it waiting.
-            unprepared: images that were taken and do not wait here yet; they count as this one.
+            unprepared: images that were taken and do not wait here, since they are decoded, or
+                run: they count as this one.
         """
         own = _due_until(self._queues.get(work, []), due) + unprepared + 1
-        each = work.controller.times.image(work.high, self.max_batch)
-        return self._backlog(work, due) + own * each
+        return self._backlog(work, due) + own * work.controller.seconds(work.high, own)
 
     def _backlog(self, work: Work, due: float) -> float:
         """Return the seconds that what is due until then takes, the images of `work` left out."""
@@ -187,8 +187,7 @@ class Scheduler:
         for other, queue in self._queues.items():
             if other != work and (images := _due_until(queue, due)):
                 rate = other.controller.rate if other.rate is None else other.rate
-                batch = min(images, self.max_batch)
-                total += images * other.controller.times.image(rate, batch)
+                total += images * other.controller.seconds(rate, images)
         return total
 
     def _elsewhere(self, work: Work, now: float) -> Elsewhere:
