@@ -1,0 +1,198 @@
+"""The page in a browser: what was measured, screens, keys, and when things go wrong."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from tests.server.page.conftest import MODEL, ROOT, answered, in_browser, lane, read, shown, slide
+from tests.test_packaging import SAMPLES
+
+
+@in_browser
+def test_what_was_measured_is_drawn_and_what_was_not_is_said(page):
+    config = json.loads((MODEL / "config.json").read_text())
+    rows = {row["target"]: row for row in config["evaluation"]["rows"]}
+    slide(page, 12)
+    plain, bank = (f"{rows[12][kind]['top1']:.1f} %" for kind in ("plain", "bank"))
+    words = page.locator(".accuracy-words")
+    expect(words).to_have_text(f"Rate 12: {plain} plain, {bank} with the bank.")
+    expect(page.locator(".accuracy .point.bank")).to_have_count(len(rows))
+    expect(page.locator(".latency-words")).to_contain_text("Rate 12: ")
+    page.get_by_label("Agreement").check()
+    agreement = rows[12]["bank"]["agreement"]
+    expect(words).to_contain_text(f"{agreement:.1f} % with the bank")
+
+    slide(page, 7)
+    expect(words).to_have_text("Rate 7: not measured.")
+    expect(page.locator(".accuracy .mark")).to_have_count(1)
+
+    page.get_by_role("button", name="Measure every rate").click()
+    expect(page.get_by_role("button", name="Measure every rate")).to_be_visible()
+    expect(page.locator(".latency .point.bank")).to_have_count(17)
+
+    page.get_by_role("combobox").select_option("tiny")
+    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
+    answered(page, 5)  # the nearest that it has to 7
+    expect(lane(page).locator(".caption")).to_contain_text("64 × 64 pixels, 16 patches")
+
+
+@in_browser
+def test_the_line_for_a_terminal_asks_the_same(page, tmp_path):
+    photo = tmp_path / 'it\'s "a" cup;1.jpg'
+    shutil.copy(SAMPLES / "cup.jpg", photo)
+    page.locator("#file").set_input_files(photo)
+    expect(lane(page).locator(".call")).to_contain_text("cup;1.jpg")
+    answered(page, 8)
+    run_again(page, tmp_path)
+    page.get_by_role("group", name="Sample photos").get_by_role("button").nth(3).click()
+    expect(lane(page).locator(".call")).to_contain_text("cat.jpg")
+    answered(page, 8)
+    run_again(page, tmp_path)
+
+
+def run_again(page: Page, folder: Path) -> None:
+    line = lane(page).locator(".call").inner_text().replace("curl ", "curl -sS ")
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert read(json.loads(done.stdout)) == shown(page)
+
+
+@in_browser
+@pytest.mark.parametrize("width", [320, 390, 800, 1280, 1920])
+def test_nothing_is_wider_than_the_screen(page, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    for comparing in (False, True):
+        page.get_by_label("Compare two rates").set_checked(comparing)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide == width
+        map_box = lane(page).locator("canvas").bounding_box()
+        assert map_box["width"] == pytest.approx(map_box["height"], abs=1)
+        assert map_box["width"] > min(300, width / 3)
+
+
+@in_browser
+def test_light_and_dark(page):
+    def brightness() -> int:
+        colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", colour)))
+
+    def seam() -> int:
+        return (
+            lane(page)
+            .locator("canvas")
+            .evaluate(
+                """(canvas) => canvas.getContext("2d")
+                .getImageData(canvas.width - 1, canvas.height - 1, 1, 1).data[0]"""
+            )
+        )
+
+    assert brightness() > 600
+    assert seam() > 200
+    page.emulate_media(color_scheme="dark")
+    assert brightness() < 100
+    assert seam() < 60
+    page.get_by_role("button", name="Light or dark").click()
+    assert brightness() > 600
+    assert seam() > 200
+    page.reload()
+    assert brightness() > 600  # what was chosen is kept
+
+
+@in_browser
+def test_the_keyboard_is_enough(page):
+    def tab_to(selector: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                outline = page.evaluate(
+                    "getComputedStyle(document.activeElement.closest('.button') ?? "
+                    "document.activeElement).outlineStyle"
+                )
+                assert outline == "solid"
+                return
+        pytest.fail(f"{selector} cannot be reached")
+
+    tab_to("a[href='#photo']")
+    page.keyboard.press("Enter")
+    tab_to("#file")
+    tab_to(".samples button:nth-of-type(2)")
+    page.keyboard.press("Enter")
+    expect(lane(page).locator(".call")).to_contain_text("dahlia.jpg")
+    tab_to("canvas")
+    page.keyboard.press("ArrowUp")
+    expect(lane(page).locator(".caption")).to_contain_text("→ 1 token")
+    tab_to(".slider")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    answered(page, 10)
+    expect(lane(page).locator(".spoken")).to_contain_text("Rate 10: ")
+    tab_to(".auto")
+    page.keyboard.press("Space")
+    answered(page, "auto")
+
+
+@in_browser
+def test_what_the_server_refuses_is_said_in_its_words(page):
+    page.locator("#file").set_input_files(ROOT / "pyproject.toml")
+    alert = lane(page).get_by_role("alert")
+    expect(alert).to_have_text("Unsupported type: the content is not a JPEG, PNG or WebP image")
+    expect(lane(page).locator(".predictions")).to_be_hidden()
+    page.get_by_role("group", name="Sample photos").get_by_role("button").first.click()
+    expect(alert).to_be_hidden()
+    expect(lane(page).locator(".predictions")).to_be_visible()
+
+
+@in_browser
+def test_the_page_outlives_a_restart(page):
+    page.route("**/v1/**", lambda route: route.abort())
+    lane(page).get_by_role("slider").fill("3")
+    expect(page.locator("#away")).to_be_visible()
+    expect(lane(page).get_by_role("alert")).to_contain_text("The server does not answer")
+    page.unroute("**/v1/**")
+    answered(page, 3)
+    expect(page.locator("#away")).to_be_hidden()
+    expect(lane(page).get_by_role("alert")).to_be_hidden()
+
+
+@in_browser
+def test_it_waits_while_the_server_is_full(page):
+    def refuse(route: Route) -> None:
+        body = {"title": "Queue full", "detail": "256 images are waiting"}
+        route.fulfill(status=503, headers={"Retry-After": "1"}, json=body)
+
+    page.route("**/v1/classify*", refuse, times=1)
+    lane(page).get_by_role("slider").fill("3")
+    expect(lane(page).get_by_role("alert")).to_have_text(
+        "Queue full: 256 images are waiting – asking again in 1 s"
+    )
+    answered(page, 3)
+    expect(lane(page).get_by_role("alert")).to_be_hidden()
+
+
+@in_browser
+def test_a_key_is_asked_for_and_sent(page):
+    def guard(route: Route) -> None:
+        if route.request.headers.get("x-api-key") == "a key":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"title": "Unauthorized", "detail": "a key is needed"})
+
+    page.route("**/v1/classify*", guard)
+    lane(page).get_by_role("slider").fill("3")
+    page.get_by_label("This server wants an API key").fill("a key")
+    page.keyboard.press("Enter")
+    answered(page, 3)
+    expect(lane(page).locator(".call")).to_contain_text('-H "X-API-Key: $KEY"')
+
+
+@in_browser
+def test_the_load_is_shown(page):
+    expect(page.locator(".live .queued .now")).to_have_text("0 of 256")
+    expect(page.locator(".live .speed polyline")).to_be_attached()
+    expect(page.locator(".live .auto .now")).to_have_text(re.compile(r"^\d+$"))
