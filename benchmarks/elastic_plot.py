@@ -26,22 +26,22 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     for at, capacity in result["capacity"].items():
         load.axhline(capacity, color="0.4", lw=0.8, ls=":")
         load.annotate(f"capacity at rate {at}", (0, capacity), fontsize=8, va="bottom")
-    load.set(ylabel="images/s", ylim=(0, None))
+    load.set(ylabel="images/s", ylim=(0, 1.3 * max(auto["offered"])))
 
     rate.plot(seconds, _gaps(auto["rate"]), color="C0", label="auto")
-    rate.set(ylabel="mean rate", ylim=(-0.5, None))
+    rate.set(ylabel="mean rate of answers")
 
     for name, line, colour in (("auto", auto, "C0"), ("rate 0", stock, "C1")):
         latency.plot(seconds, _gaps(line["worst_ms"]), color=colour, label=f"{name}, slowest")
         latency.plot(seconds, _gaps(line["p50_ms"]), color=colour, ls="--", label=f"{name}, median")
     latency.axhline(result["slo_ms"], color="0.4", lw=0.8, ls=":")
     latency.annotate("wanted within", (0, result["slo_ms"]), fontsize=8, va="bottom")
-    latency.set(ylabel="ms, of those answered", xlabel="seconds", ylim=(0, None))
+    latency.set(ylabel="ms of answers", xlabel="seconds", ylim=(0, 1.4 * result["slo_ms"]))
 
     for axis in (load, rate, latency):
         axis.axvspan(begins, ends, color="0.93", zorder=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper right")
+        axis.legend(fontsize=8, loc="upper right", ncols=4)
     for suffix in ("svg", "png"):
         figure.savefig(folder / f"elastic.{suffix}", dpi=130)
     plt.close(figure)

@@ -29,7 +29,7 @@ class Classify(litserve.LitAPI):  # type: ignore[misc]
 
     def decode_request(self, request: Request) -> Tensor:
         """Return the image of a form: LitServe has parsed it."""
-        return self.model.prepare(request["file"].file.read())  # type: ignore[index]
+        return self.model.prepare(request["file"].file.read())
 
     def batch(self, inputs: list[Tensor]) -> Tensor:
         """Return a batch; not called where the largest one has one image."""

@@ -133,9 +133,10 @@ def read(exchanges: Sequence[Exchange], scene: Scene, classes: Sequence[int] | N
         rates.append(answer["rate"] if answer else -1)
         said = answer["predictions"][0]["index"] if answer else None
         correct.append(classes is not None and said == classes[picture])
-    times = np.array([(each.planned, each.sent, each.done) for each in exchanges]).T
-    status = np.array([each.status for each in exchanges], dtype=np.float64)
-    return Arm(*times, status, np.array(rates, np.float64), np.array(correct, np.float64))
+    planned, sent, done, status = np.array(
+        [(each.planned, each.sent, each.done, each.status) for each in exchanges]
+    ).T
+    return Arm(planned, sent, done, status, np.array(rates, float), np.array(correct, float))
 
 
 def figures(arm: Arm, scene: Scene) -> dict[str, Any]:
