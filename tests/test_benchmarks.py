@@ -210,6 +210,21 @@ def arm(latency, status, rate, correct) -> serve_elastic.Arm:
     return serve_elastic.Arm(planned, planned, planned + latency, *values)
 
 
+def test_answers_are_read_with_their_pictures():
+    scene = serve_elastic.Scene(SCENE.steps, [0.0, 1.0, 2.0], [1, 0, 1], slo=0.5, settle=0)
+    right = {"rate": 8, "predictions": [{"index": 7}, {"index": 3}]}
+    exchanges = [
+        Exchange(0.0, 0.001, 0.1, 200, json.dumps(right).encode()),  # picture 1, of class 7
+        Exchange(1.0, 1.001, 1.1, 200, json.dumps(right).encode()),  # picture 0, of class 3
+        Exchange(2.0, 2.001, 2.1, 503, b"full"),
+    ]
+    found = serve_elastic.read(exchanges, scene, classes=[3, 7])
+    assert found.rate.tolist() == [8, 8, -1]
+    assert found.correct.tolist() == [1, 0, 0]
+    assert found.latency.tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert found.status.tolist() == [200, 200, 503]
+
+
 def test_figures_keep_what_was_refused_late_or_wrong_in_the_denominator():
     found = serve_elastic.figures(
         arm(
