@@ -205,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Ray reports how it is used unless it is told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        if not 1 <= parsed.replicas <= (parsed.max_replicas or parsed.replicas):
+            raise ConfigError("--replicas must be 1 or more, and --max-replicas no less")
         where = {"host": parsed.host, "port": parsed.port}
         given = {name: value for name, value in where.items() if value is not None}
         settings = load_settings(parsed.config, **given)

@@ -50,6 +50,8 @@ CASES = [
     [
         (["--config", "nix.toml"], "there is no configuration file nix.toml"),
         (["--port", "70000"], "setting port: Input should be less than or equal to 65535"),
+        (["--replicas", "0"], "--replicas must be 1 or more"),
+        (["--replicas", "2", "--max-replicas", "1"], "--replicas must be 1 or more, and --max-"),
         (["--bank", "tiny"], "--bank tiny: expected MODEL=NAME@DIGEST"),
         (["--bank", "tiny=better"], "--bank tiny=better: Value error, a bank is NAME@DIGEST or"),
     ],
