@@ -111,12 +111,10 @@ class Upload:
 
     Attributes:
         images: the bytes of each; whoever takes them out of the list frees them early.
-        names: what the client calls each; None where it does not.
         single: whether it was sent as one image, to be answered by itself.
     """
 
     images: list[bytes]
-    names: list[str | None]
     single: bool
 
 
@@ -139,7 +137,7 @@ async def read_images(request: Request, settings: Settings) -> Upload:
     elif kind == JSON:
         upload = _parse(await _read(request), limit)
     elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        upload = Upload([await _read(request)], [None], single=True)
+        upload = Upload([await _read(request)], single=True)
     else:
         raise UnsupportedTypeError(f"a body of type {kind[:100]} is not read here: {_HOW}")
     if upload.single and not upload.images[0]:
@@ -158,15 +156,14 @@ async def _read(request: Request) -> bytes:
 
 
 async def _read_form(request: Request, max_bytes: int, limit: int) -> Upload:
-    upload = Upload([], [], single=False)
+    images = []
     async for file in forms.read_files(request, max_bytes):
-        upload.images.append(file.data)
-        upload.names.append(file.name)
+        images.append(file.data)
         # Here, before the next one is read.
-        _check_count(len(upload.images), limit)
-    if not upload.images:
+        _check_count(len(images), limit)
+    if not images:
         raise BadRequestError(f"the form has no field {forms.FIELD!r}: {_HOW}")
-    return Upload(upload.images, upload.names, single=len(upload.images) == 1)
+    return Upload(images, single=len(images) == 1)
 
 
 def _parse(body: bytes, limit: int) -> Upload:
@@ -177,7 +174,7 @@ def _parse(body: bytes, limit: int) -> Upload:
             raise BadRequestError(f"the body is not JSON: {error.errors()[0]['msg']}") from None
         raise ParameterError(f"the body's {first_fault(error)}") from None
     _check_count(len(images), limit)
-    return Upload([image.b64 for image in images], [image.name for image in images], single=False)
+    return Upload([image.b64 for image in images], single=False)
 
 
 def _check_count(images: int, limit: int) -> None:
