@@ -25,6 +25,7 @@ from torch import Tensor
 from server.images import decode
 from server.models import ServedModel, load_model
 from server.settings import ModelSettings, Settings
+from server.threads import set_torch_threads
 
 PATH = "/v1/classify"
 Answer = dict[str, Any]
@@ -81,7 +82,7 @@ def batching(model: Model, max_batch: int, timeout: float, decoders: int) -> Fas
     A batch is run once `max_batch` images are there or `timeout` seconds after its first one.
     """
     waiting: asyncio.Queue[tuple[Tensor, asyncio.Future[Tensor]]] = asyncio.Queue()
-    pool = ThreadPoolExecutor(decoders, initializer=_single_threaded)
+    pool = ThreadPoolExecutor(decoders, initializer=set_torch_threads, initargs=(1,))
     thread = ThreadPoolExecutor(1)
 
     async def run_batches() -> None:
@@ -120,11 +121,6 @@ def batching(model: Model, max_batch: int, timeout: float, decoders: int) -> Fas
 
     _add_health(app)
     return app
-
-
-def _single_threaded() -> None:
-    torch.get_num_threads()  # a thread that was never asked takes over what another one set last
-    torch.set_num_threads(1)
 
 
 def _add_health(app: FastAPI) -> None:

@@ -36,6 +36,8 @@ from benchmarks.subject import Subject
 from server.asking import prepare
 from server.models import ServedModel
 from server.settings import Settings
+from server.threads import set_torch_threads
+from tocom.allocator import keep_freed_memory
 
 RATES = (0, 8, 16)
 #: The parts that CPU time goes to.
@@ -73,7 +75,9 @@ class Pipeline:
 
     def __init__(self, model: ServedModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.pool = ThreadPoolExecutor(settings.decode_threads, initializer=_single_threaded)
+        self.pool = ThreadPoolExecutor(
+            settings.decode_threads, initializer=set_torch_threads, initargs=(1,)
+        )
 
     def run(self, batches: Sequence[Batch], ahead: int) -> float:
         """Run batches of (rate, images) and return the images a second.
@@ -277,11 +281,6 @@ def cells(ours: list[float], theirs: list[float]) -> list[str]:
     return [spread(ours, ".1f"), spread(theirs, ".1f"), spread(ratios(ours, theirs))]
 
 
-def _single_threaded() -> None:
-    torch.get_num_threads()  # a thread that was never asked takes over what another one set last
-    torch.set_num_threads(1)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -293,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--peer-rounds", type=int, default=2, help="of the best of each kind")
     arguments = parser.parse_args(argv)
+    keep_freed_memory()  # as the server does
     what = subject.from_arguments(arguments)
     print(f"{machine.describe()}.\n\n{what.described}; {arguments.images} images a measurement, "
           f"{arguments.concurrency} requests at once, {arguments.rounds} rounds.")  # fmt: skip

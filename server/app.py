@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
+import torch
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -24,6 +25,8 @@ from server.problems import add_handlers
 from server.registry import Registry
 from server.serving import Serving
 from server.settings import Settings
+from server.threads import set_torch_threads
+from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +39,17 @@ higher rates are cheaper, and a bank of plug-ins makes up for what merging costs
 def create_app(settings: Settings) -> FastAPI:
     """Load the models and return the application; its engine starts with it.
 
+    From here on one torch thread is all that the process's threads get, but for the engine's
+    worker. OpenMP's threads wait awake for their next operation, of which a forward has hundreds,
+    only as long as all that it ever started have a core each: a second team, however idle, makes
+    them sleep in between, and a forward take up to twice as long.
+
     Raises:
         TocomError: if a model or bank cannot be loaded; nothing has been started then.
     """
+    keep_freed_memory()
+    threads = settings.threads or torch.get_num_threads()
+    set_torch_threads(1)
     models = Registry(load_models(settings))
     counted = Metrics(models, settings.slo_ms / 1000)
     engine = Engine(
@@ -47,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_wait=settings.max_wait_ms / 1000,
         slo=settings.slo_ms / 1000,
         decode_threads=settings.decode_threads,
-        threads=settings.threads,
+        threads=threads,
         observer=counted,
     )
     provider = tracing.provider(settings)

@@ -13,6 +13,7 @@ from server import local, process
 from server.serving import Serving
 from server.settings import Settings, load_settings
 from tocom import BackboneError, ConfigError, TocomError, bundled_folder
+from tocom.allocator import keep_freed_memory
 
 #: Options that are settings.
 _SETTINGS = ("config", "host", "models", "port")
@@ -114,6 +115,7 @@ def _check(settings: Settings, _: argparse.Namespace) -> int:
 
 
 def _classify(settings: Settings, asked: argparse.Namespace) -> int:
+    keep_freed_memory()
     classifier = local.Classifier(settings, asked.rate, asked.top_k)
     failed = 0
     for photo in asked.photos:

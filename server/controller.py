@@ -206,9 +206,11 @@ def largest_batch(
     """Return how many images to run at once.
 
     As many as wait, up to `limit`, if that takes no more than a `SLICE` of the most urgent one's
-    whole time (`budget` seconds) and than it has left (`slack`). One that is late already does
-    not make batches small: that would make all others late too.
+    whole time (`budget` seconds) and than it has left (`slack`). Where it is late already only
+    the pace counts, which full batches are best for: small ones would make all others late too.
     """
+    if slack <= 0:
+        return min(waiting, limit)
     allowed = SLICE * budget
     if slack > times.batch(rate, 1):
         allowed = min(allowed, slack)

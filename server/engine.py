@@ -24,6 +24,7 @@ from torch import Tensor
 
 from server.errors import DeadlineError, QueueFullError, UnavailableError
 from server.scheduler import Batch, Runnable, Scheduler, Work
+from server.threads import set_torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Engine:
         self.clock = clock
         # Asked for here: a thread's default later is whatever another thread set last.
         self._threads = threads or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(decode_threads, "decode", _set_torch_threads, (1,))
+        self._pool = ThreadPoolExecutor(decode_threads, "decode", set_torch_threads, (1,))
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
         self._scheduler = Scheduler(max_batch, slo)
@@ -163,8 +164,12 @@ class Engine:
         self._drained = False
 
     def start(self) -> None:
-        """Start the worker."""
+        """Start the worker, the only thread of this process that several torch threads help."""
+        threads = torch.get_num_threads()
         self._worker.start()
+        self.call(int).result()
+        # What was set last, by the worker, is where threads begin that are yet to come.
+        torch.set_num_threads(threads)
 
     def stop(self) -> None:
         """Refuse what comes, answer what has come, end the threads."""
@@ -289,7 +294,7 @@ class Engine:
                 self._observer.missed(job.work, "queue")
 
     def _loop(self) -> None:
-        _set_torch_threads(self._threads)
+        set_torch_threads(self._threads)
         while not (self._drained and not self._scheduler and not self._calls):
             self._beat = self.clock()
             jobs: Sequence[_Job] = []
@@ -392,9 +397,3 @@ def _fail(job: _Job, error: Exception) -> bool:
         return False
     job.set_exception(error)
     return True
-
-
-def _set_torch_threads(threads: int) -> None:
-    # Asked first: a thread that was never asked takes over what any other thread set last.
-    torch.get_num_threads()
-    torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tocom import TocomError
+from tocom.allocator import keep_freed_memory
 from training.config import (
     CalibrateConfig,
     DistillConfig,
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    keep_freed_memory()
     try:
         arguments.run(arguments)
     except TocomError as error:
