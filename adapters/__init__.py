@@ -3,18 +3,24 @@
 Builds on `tocom` alone; knows nothing of training or serving.
 """
 
-from adapters.bank import Bank, BankBackbone, BankInfo, Geometry
+from adapters.adaptformer import AdaptFormer
+from adapters.bank import Bank, BankInfo
 from adapters.card import model_card
 from adapters.compose import compose, compose_steps
+from adapters.geometry import BackboneInfo, Geometry
 from adapters.peft import export_peft, import_reference
 from adapters.store import Store, Version, open_bank, use_bank
+from adapters.task import TaskInfo, TaskModel, open_task
 
 __all__ = [
+    "AdaptFormer",
     "Bank",
-    "BankBackbone",
+    "BackboneInfo",
     "BankInfo",
     "Geometry",
     "Store",
+    "TaskInfo",
+    "TaskModel",
     "Version",
     "compose",
     "compose_steps",
@@ -22,5 +28,6 @@ __all__ = [
     "import_reference",
     "model_card",
     "open_bank",
+    "open_task",
     "use_bank",
 ]

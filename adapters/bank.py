@@ -8,98 +8,41 @@ arithmetic of rates (`compose`) nor where banks are kept (`store`, `hub`).
 Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator
 from pydantic_core import from_json
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import save
 from torch import Tensor
 
 from adapters.durable import new_folder
+from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
+from adapters.tensors import check_tensors, content_digest, parse_tensors
 from tocom import Backbone, BankError
 from tocom.delta import TARGETS
 
 FORMAT_VERSION: Final = 1
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
 FILES = _INFO, _TENSORS = "bank.json", "plugins.safetensors"
-_DTYPES = (torch.float32, torch.float16)
-
-# Far above any model; keeps the arithmetic on a forged bank.json small.
-_Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Geometry(_Strict):
-    """What a model must share with a bank: its shape, not its weights."""
-
-    depth: int = Field(gt=0, le=1000, description="blocks")
-    width: _Count = Field(description="channels of a token")
-    heads: _Count
-    hidden: _Count = Field(description="channels inside the MLP")
-    input: tuple[_Count, _Count] = Field(description="height and width in pixels")
-    patch: tuple[_Count, _Count]
-
-    @classmethod
-    def of(cls, model: VisionTransformer) -> "Geometry":
-        """Read the geometry off a model."""
-        block: Any = model.blocks[0]  # torch types what a module holds as Tensor | Module
-        return cls(
-            depth=len(model.blocks),
-            width=model.embed_dim,
-            heads=block.attn.num_heads,
-            hidden=block.mlp.fc2.in_features,
-            input=tuple(model.patch_embed.img_size),
-            patch=tuple(model.patch_embed.patch_size),
-        )
-
-    def channels(self, target: str) -> tuple[int, int]:
-        """Return (in, out) channels of a target."""
-        return {"fc1": (self.width, self.hidden), "fc2": (self.hidden, self.width)}.get(
-            target, (self.width, self.width)
-        )
-
-
-class BankBackbone(_Strict):
-    """The model that a bank was distilled for."""
-
-    architecture: str = Field(description="timm's name")
-    geometry: Geometry
-    digest: str = Field(description="SHA-256 of its weights as fp32")
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> "BankBackbone":
-        """Describe a loaded backbone."""
-        return cls(
-            architecture=backbone.architecture,
-            geometry=Geometry.of(backbone.model),
-            digest=backbone.digest,
-        )
-
-
-class BankInfo(_Strict):
+class BankInfo(Strict):
     """Everything in `bank.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
     name: str = Field(pattern=f"^{NAME}$")
-    backbone: BankBackbone
+    backbone: BackboneInfo
     method: Literal["tome"] = "tome"
-    max_rate: _Count = Field(description="R: the steps are 0→1 ... R-1→R")
-    rank: _Count = Field(description="width of one step's low-rank pair")
+    max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
+    rank: Count = Field(description="width of one step's low-rank pair")
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(min_length=1)
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
-    training: dict[str, JsonValue] = {}
-    evaluation: dict[str, JsonValue] = {}
+    training: dict[str, JsonValue] = Field({})
+    evaluation: dict[str, JsonValue] = Field({})
     digest: str = Field(
         default="", description="SHA-256 of the tensors and what gives them meaning"
     )
@@ -128,7 +71,7 @@ class Bank:
             BankError: naming the first tensor that is missing, extra, misshapen or not finite,
                 or the entry of `info` that no `bank.json` can hold.
         """
-        _check_tensors(info, tensors)
+        check_tensors(f"bank {info.name!r}", tensors, tensor_shapes(info), BankError)
         self.tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()
@@ -171,14 +114,7 @@ class Bank:
             BankError: if anything about it is wrong; the message names the fault.
         """
         parsed = _parse_file(info, folder / _INFO)
-        file = folder / _TENSORS
-        try:
-            tensors = load(plugins)
-        except KeyError as error:
-            raise BankError(f"{file} holds a tensor of the unknown type {error}") from error
-        except SafetensorError as error:
-            raise BankError(f"{file} is truncated or corrupted: {error}") from error
-        return cls(parsed, tensors)
+        return cls(parsed, parse_tensors(plugins, folder / _TENSORS, BankError))
 
     def save(self, folder: str | Path) -> Path:
         """Write the bank as the new folder `folder`, whole or not at all.
@@ -337,12 +273,6 @@ def tensor_shapes(info: BankInfo) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def first_fault(error: ValidationError) -> str:
-    """Return one line of pydantic's many: the entry and what is wrong with it."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
 def _parse_file(content: bytes, file: Path) -> BankInfo:
     try:
         raw = from_json(content, allow_inf_nan=False)
@@ -366,34 +296,7 @@ def _parse(raw: Any, where: str) -> BankInfo:
         raise BankError(f"{where}: {first_fault(error)}") from error
 
 
-def _check_tensors(info: BankInfo, tensors: Mapping[str, Tensor]) -> None:
-    shapes = tensor_shapes(info)
-    for what, names in (
-        ("lacks", shapes.keys() - tensors.keys()),
-        ("has an unknown", tensors.keys() - shapes.keys()),
-    ):
-        if names:
-            raise BankError(f"bank {info.name!r} {what} tensor {sorted(names)[0]}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        raise BankError(
-            f"bank {info.name!r} must be all fp32 or all fp16, got {sorted(map(str, dtypes))}"
-        )
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise BankError(
-                f"bank {info.name!r}: {name} must be {list(shape)}, got {list(tensors[name].shape)}"
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise BankError(f"bank {info.name!r}: {name} holds NaN or infinity")
-
-
 def _digest(info: BankInfo, tensors: Mapping[str, Tensor]) -> str:
-    """Hash what decides an answer; training notes and evaluations may be added later."""
+    """Name what decides an answer; training notes and evaluations may be added later."""
     meaning = info.model_dump(mode="json", exclude={"training", "evaluation", "digest"})
-    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    return content_digest(meaning, tensors)

@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from adapters.bank import BankBackbone
 from adapters.card import facts, model_card, notes
+from adapters.geometry import BackboneInfo
 from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
 from adapters.store import Store, open_bank
 from tocom import TocomError, load_backbone
@@ -187,7 +187,7 @@ def _import(arguments: argparse.Namespace) -> None:
     bank = import_reference(
         arguments.checkpoint,
         arguments.name,
-        BankBackbone.of(backbone),
+        BackboneInfo.of(backbone),
         max_rate=arguments.max_rate,
         rank=arguments.rank,
         scale=arguments.scale,

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tocom import BankError
+from tocom import BankError, TocomError
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, fault: type[TocomError] = BankError) -> Iterator[Path]:
     """Yield a hidden folder to fill; it becomes `folder` at the end, unless an error came.
 
     Raises:
-        BankError: if `folder` exists; what is written is never changed.
+        TocomError: a `fault`, if `folder` exists; what is written is never changed.
     """
     if folder.exists():
-        raise BankError(f"{folder} exists already and is never overwritten")
+        raise fault(f"{folder} exists already and is never overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(folder)
     beside.mkdir()

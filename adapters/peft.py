@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters.bank import Bank, BankBackbone, BankInfo, first_fault
+from adapters.bank import Bank, BankInfo
 from adapters.compose import compose
 from adapters.durable import new_folder
+from adapters.geometry import BackboneInfo, first_fault
 from tocom import BankError, Delta, LowRank, RateError, TocomError
 from tocom.delta import TARGETS, parts
 
@@ -82,7 +83,7 @@ def export_peft(bank: Bank, source: int, target: int, folder: str | Path) -> Pat
 def import_reference(
     path: str | Path,
     name: str,
-    backbone: BankBackbone,
+    backbone: BackboneInfo,
     max_rate: int | None = None,
     rank: int | None = None,
     scale: float = 0.1,

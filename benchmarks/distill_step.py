@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters import BankBackbone, BankInfo
+from adapters import BackboneInfo, BankInfo
 from tocom import Backbone, forward, load_backbone
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, DistillConfig, LoopConfig, PicturesConfig
@@ -100,7 +100,7 @@ def _status(key: str) -> float:
 def new_plugins(backbone: Backbone, device: torch.device) -> Plugins:
     """Return plug-ins that change something: B at zero would hide half of the gradients."""
     info = BankInfo(
-        name="benchmark", backbone=BankBackbone.of(backbone), max_rate=16, rank=2,
+        name="benchmark", backbone=BackboneInfo.of(backbone), max_rate=16, rank=2,
         targets=("q", "v"), scale=0.1,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters import Bank
-from training.config import DistillConfig, EvaluateConfig, read_recipe
+from training.config import DistillConfig, EvaluateConfig
 from training.distill import distill
 from training.evaluate import evaluate
+from training.presets import read_recipe
 
 ARMS: dict[str, list[str]] = {
     "preset": [],

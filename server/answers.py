@@ -17,6 +17,7 @@ from server.schemas import (
     Prediction,
     RateCost,
     Status,
+    TaskSummary,
     Timings,
     Tokens,
 )
@@ -168,10 +169,23 @@ def detail(model: ServedModel) -> ModelDetail:
         class_names=list(model.backbone.class_names),
         input_size=model.input_size,
         crop=config["crop_pct"],
+        crop_mode=config["crop_mode"],
         mean=list(config["mean"]),
         std=list(config["std"]),
         multiplier=model.calibration.multiplier if model.calibration else None,
         evaluation=model.evaluation,
+        task=_task(model),
+    )
+
+
+def _task(model: ServedModel) -> TaskSummary | None:
+    if (task := model.task) is None:
+        return None
+    return TaskSummary(
+        name=task.name,
+        digest=task.digest,
+        method=task.method,
+        backbone_digest=task.backbone.digest,
     )
 
 

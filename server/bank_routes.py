@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response, status
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from starlette.datastructures import UploadFile
 
-from adapters import BankBackbone
+from adapters import BackboneInfo
 from adapters.bank import tensor_shapes
 from server.access import require_admin
 from server.banks import Banks, Change, Known, Origin
@@ -41,7 +41,7 @@ class BankEntry(BaseModel):
     max_rate: int
     rank: int = Field(description="width of one step's low-rank pair")
     targets: list[str]
-    backbone: BankBackbone = Field(description="what it was distilled on")
+    backbone: BackboneInfo = Field(description="what it was distilled on")
     parameters: int
     models: list[str] = Field(description="names of those that are served with it")
 

@@ -17,7 +17,7 @@ from tocom.allocator import keep_freed_memory
 
 #: Options that are settings.
 _SETTINGS = ("config", "host", "models", "port")
-_KEYS = ("bank", "architecture", "source")
+_KEYS = ("task", "bank", "architecture", "source")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

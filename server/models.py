@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from adapters import Bank, Store, compose, open_bank
-from adapters.bank import first_fault
+from adapters import Bank, Store, TaskInfo, open_bank, open_task
+from adapters.geometry import first_fault
 from server.controller import Controller, ServiceTimes
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
+from server.shared import Backbones, Folds
 from tocom import (
     Backbone,
     ConfigError,
@@ -29,8 +30,6 @@ from tocom import (
     FoldedWeights,
     RateError,
     cost,
-    fold,
-    load_backbone,
 )
 from tocom.backbones import Calibration
 from tocom.vit import embed, encode, head, pool
@@ -52,7 +51,9 @@ class ServedModel:
         transform: from an RGB picture to the image [3, H, W] that the model wants.
         costs: at index r what an image costs at rate r.
         controller: chooses rates for it where requests leave that to the server.
+        folds: weights folded for a rate, which models on one backbone share.
         evaluation: what was measured of it, if its folder says so.
+        task: the task that was put on the backbone, if any.
     """
 
     name: str
@@ -64,7 +65,9 @@ class ServedModel:
     transform: Any
     costs: tuple[Cost, ...]
     controller: Controller
+    folds: Folds
     evaluation: Evaluation | None = None
+    task: TaskInfo | None = None
     _folded: dict[int, FoldedWeights] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -119,8 +122,7 @@ class ServedModel:
         with self._lock:
             if rate not in self._folded:
                 scale = self.calibration.scale(rate) if self.calibration else None
-                delta = compose(self.bank, self.source, rate, scale)
-                self._folded[rate] = fold(self.backbone.model, delta)
+                self._folded[rate] = self.folds.get(self.bank, self.source, rate, scale)
             return self._folded[rate]
 
     @property
@@ -194,7 +196,8 @@ class RateWork:
         delta = self.model.folded(self.rate) if self.compensate else None
         model = self.model.backbone.model
         tokens = embed(model, images.to(self.model.device))
-        x, size, traced = encode(model, tokens, self.rate, delta, self.trace)
+        adapter = self.model.backbone.adapter
+        x, size, traced = encode(model, tokens, self.rate, delta, self.trace, adapter=adapter)
         logits = head(model, x, size).float().cpu()
         features = pool(model, x, size).float().cpu()
         sources = [None] * len(images) if traced is None else list(traced.source.cpu())
@@ -255,29 +258,35 @@ def load_models(settings: Settings) -> list[ServedModel]:
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
-    return [load_model(each, device, batch, slo, store) for each in settings.models]
+    backbones = Backbones(device)
+    return [load_model(each, backbones, batch, slo, store) for each in settings.models]
 
 
 def load_model(
     settings: ModelSettings,
-    device: str = "cpu",
+    backbones: Backbones | None = None,
     max_batch: int = 16,
     slo: float = math.inf,
     store: Store | None = None,
 ) -> ServedModel:
-    """Load a model and its bank.
+    """Load a model, its task and its bank.
 
     Args:
         settings: what to load.
-        device: where it runs.
+        backbones: those that are loaded, on the device where it runs; default: none, on the CPU.
         max_batch: images in a forward, which its controller plans with.
         slo: seconds in which answers are wanted, likewise.
         store: where references to published banks are looked up.
 
     Raises:
-        TocomError: if either cannot be loaded or they do not fit together.
+        TocomError: if one cannot be loaded or they do not fit together.
     """
-    backbone = load_backbone(settings.backbone, settings.architecture, device)
+    backbone, folds = (backbones or Backbones()).get(settings.backbone, settings.architecture)
+    task = open_task(settings.task) if settings.task is not None else None
+    if task is not None:
+        backbone = task.on(backbone)
+        if task.info.method == "lora":  # it has changed weights that deltas are added to
+            folds = Folds(backbone)
     if not backbone.class_names:
         raise ConfigError(
             f"model {settings.name!r}: {settings.backbone} has no classification head; "
@@ -306,6 +315,8 @@ def load_model(
         transform=create_transform(**backbone.data_config, is_training=False),
         costs=_costs(backbone, max_rate),
         controller=Controller(times, max_batch, slo),
+        folds=folds,
+        task=task.info if task is not None else None,
         evaluation=_evaluation(settings.name, backbone),
     )
 

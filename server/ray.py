@@ -136,7 +136,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:  # not in a thread, all of which may be busy
         """Raise UnavailableError if the engine gives no sign of life: Ray replaces the replica."""
         self._serving.check_alive()
 
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(parsed.config, **given)
         banks = _parse_banks(parsed.banks)
         if parsed.address:
-            ray.init(parsed.address)
+            _connect(parsed.address)
             _deploy(parsed.config, _deployment(parsed, settings, banks))
         else:
             _run(parsed, settings, banks)
@@ -298,7 +298,7 @@ def _run(parsed: argparse.Namespace, settings: Settings, banks: UserConfig) -> N
     with closing(bind(settings.host, settings.port)) as listener:
         port = listener.getsockname()[1]
     # Large requests pass through the object store, and what it cannot hold through files.
-    ray.init(include_dashboard=False, object_store_memory=256 * 2**20)
+    ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20)
     # In place of Ray's own handler, which leaves at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -314,6 +314,14 @@ def _run(parsed: argparse.Namespace, settings: Settings, banks: UserConfig) -> N
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Join a cluster; raise ConfigError if there is none."""
+    try:
+        ray.init(address)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"there is no Ray at {address}: {error}") from error
 
 
 def _check_fits(replicas: int, options: dict[str, float]) -> None:

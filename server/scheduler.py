@@ -179,7 +179,9 @@ class Scheduler:
                 run: they count as this one.
         """
         own = _due_until(self._queues.get(work, []), due) + unprepared + 1
-        return self._backlog(work, due) + own * work.controller.seconds(work.high, own)
+        # In full batches, as those who are late run: nobody is refused who might be in time.
+        each = work.controller.times.image(work.high, min(own, self.max_batch))
+        return self._backlog(work, due) + own * each
 
     def _backlog(self, work: Work, due: float) -> float:
         """Return the seconds that what is due until then takes, the images of `work` left out."""

@@ -181,6 +181,15 @@ class Evaluation(BaseModel):
     rows: list[EvaluationRow]
 
 
+class TaskSummary(BaseModel):
+    """What was tuned for a task, on a backbone that others may share."""
+
+    name: str
+    digest: str
+    method: str
+    backbone_digest: str = Field(description="SHA-256 of the weights that it was tuned on")
+
+
 class ModelDetail(ModelSummary):
     """A served model, with all that is known of it."""
 
@@ -190,6 +199,10 @@ class ModelDetail(ModelSummary):
     crop: float = Field(
         description="share of the picture's shorter side that the model sees, in the middle"
     )
+    crop_mode: str = Field(
+        description="squash: all of the picture is brought to the size of that share, whatever its "
+        "proportions; center: its proportions stay"
+    )
     mean: list[float] = Field(description="of each channel, values in 0..1")
     std: list[float]
     multiplier: float | dict[int, float] | None = Field(
@@ -197,6 +210,7 @@ class ModelDetail(ModelSummary):
         "this model; null: the bank's own"
     )
     evaluation: Evaluation | None = Field(description="what was measured, if its folder says so")
+    task: TaskSummary | None = Field(description="the task on the backbone, if it is one")
 
 
 class ModelList(BaseModel):

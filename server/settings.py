@@ -44,6 +44,11 @@ class ModelSettings(BaseModel):
     architecture: str | None = Field(
         default=None, description="timm's name of the model, for a .safetensors file"
     )
+    task: str | None = Field(
+        default=None,
+        description="a task folder that was tuned on the backbone, or bundled:NAME; models on one "
+        "backbone share its weights",
+    )
     bank: str | None = Field(
         default=None,
         description="bundled:NAME, a bank folder, hf://ORG/NAME or a reference into the store; "

@@ -24,9 +24,10 @@ from training.config import (
     DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
-    read_recipe,
+    VtabConfig,
 )
 from training.evaluate import table
+from training.presets import read_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +36,7 @@ RECIPES = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
+    "vtab": VtabConfig,
 }
 
 

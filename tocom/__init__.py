@@ -4,6 +4,7 @@ Pure functions; a model is never patched, mutated or copied per rate. Knows noth
 banks, training or serving, which build on it.
 """
 
+from tocom.adapter import Adapter
 from tocom.backbones import Backbone, bundled_folder, check_supported, load_backbone
 from tocom.cost import Cost, cost
 from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
@@ -16,6 +17,7 @@ from tocom.errors import (
     RateError,
     ShapeError,
     StoreError,
+    TaskError,
     TocomError,
     UnsupportedModelError,
 )
@@ -24,6 +26,7 @@ from tocom.schedule import Plan, Rate, plan, schedule
 from tocom.vit import Trace, forward, forward_features
 
 __all__ = [
+    "Adapter",
     "AnyDelta",
     "Backbone",
     "BackboneError",
@@ -41,6 +44,7 @@ __all__ = [
     "RateError",
     "ShapeError",
     "StoreError",
+    "TaskError",
     "TocomError",
     "Trace",
     "UnsupportedModelError",

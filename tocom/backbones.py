@@ -22,7 +22,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
 
+from tocom.adapter import Adapter
 from tocom.errors import BackboneError, UnsupportedModelError
 
 BUNDLED = "bundled:"
@@ -70,6 +72,8 @@ class Backbone:
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
         calibration: the multiplier that was searched for it, if its folder says so.
         evaluation: what was measured, if its folder says so; as it stands there.
+        adapter: branches that it was tuned with, without which it is another model.
+        task_digest: digest of the task folder that it was made from; empty if from none.
     """
 
     model: VisionTransformer
@@ -80,6 +84,8 @@ class Backbone:
     tuned_from: str = ""
     calibration: Calibration | None = None
     evaluation: Any = None
+    adapter: Adapter | None = None
+    task_digest: str = ""
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -89,7 +95,7 @@ class Backbone:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights as fp32, whatever precision they were stored in."""
-        return weights_digest(self.model)
+        return weights_digest(self.model, self.adapter)
 
 
 def load_backbone(
@@ -179,10 +185,13 @@ def check_supported(model: object, name: str = "the model") -> None:
             refuse("gated attention")
 
 
-def weights_digest(model: VisionTransformer) -> str:
-    """Return SHA-256 over names, shapes and fp32 values of the model's weights."""
+def weights_digest(model: VisionTransformer, adapter: Adapter | None = None) -> str:
+    """Return SHA-256 over names, shapes and fp32 values of the weights."""
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    for i, (down, up) in enumerate(adapter.branches if adapter else ()):
+        weights |= {f"blocks.{i}.adapter.down": down, f"blocks.{i}.adapter.up": up}
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -216,16 +225,21 @@ def _origin(folder: Path) -> dict[str, Any]:
     return {
         "source": source,
         "tuned_from": str(config.get("backbone_digest", "")),
-        "calibration": _calibration(config.get("calibration"), folder),
+        "calibration": parse_calibration(config.get("calibration"), str(folder)),
         "evaluation": config.get("evaluation"),
     }
 
 
-def _calibration(said: Any, folder: Path) -> Calibration | None:
+def parse_calibration(said: Any, where: str) -> Calibration | None:
+    """Read what a file says of a calibration; None if nothing.
+
+    Raises:
+        BackboneError: naming `where` and the first fault.
+    """
     if said is None:
         return None
     if not isinstance(said, dict):
-        raise BackboneError(f"{folder}: calibration must be an object, got {said!r}")
+        raise BackboneError(f"{where}: calibration must be an object, got {said!r}")
     source = said.get("source")
     for key, fits, allowed in (
         ("bank_digest", isinstance(said.get("bank_digest"), str), "a digest"),
@@ -236,7 +250,7 @@ def _calibration(said: Any, folder: Path) -> Calibration | None:
     ):
         if not fits:
             raise BackboneError(
-                f"{folder}: calibration.{key} must be {allowed}, got {said.get(key)!r}"
+                f"{where}: calibration.{key} must be {allowed}, got {said.get(key)!r}"
             )
     multiplier = said["multiplier"]
     if isinstance(multiplier, dict):

@@ -33,6 +33,10 @@ class BankError(TocomError):
     """A bank that is corrupted, of another format or of another geometry."""
 
 
+class TaskError(TocomError):
+    """A task model that is corrupted, of another format or tuned on another backbone."""
+
+
 class StoreError(TocomError):
     """A name or version that the store does not hold, or may not change."""
 

@@ -19,6 +19,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from tocom.adapter import Adapter
 from tocom.attention import attend
 from tocom.delta import AnyDelta, has_plain_mlp, linear
 from tocom.merging import follow, match, merge
@@ -51,6 +52,7 @@ def forward(
     delta: AnyDelta | None = ...,
     trace: Literal[False] = ...,
     proportional: bool = ...,
+    adapter: Adapter | None = ...,
 ) -> Tensor: ...
 @overload
 def forward(
@@ -61,6 +63,7 @@ def forward(
     *,
     trace: Literal[True],
     proportional: bool = ...,
+    adapter: Adapter | None = ...,
 ) -> tuple[Tensor, Trace]: ...
 def forward(
     model: VisionTransformer,
@@ -69,6 +72,7 @@ def forward(
     delta: AnyDelta | None = None,
     trace: bool = False,
     proportional: bool = True,
+    adapter: Adapter | None = None,
 ) -> Tensor | tuple[Tensor, Trace]:
     """Return the logits of `images` at `rate`.
 
@@ -81,6 +85,7 @@ def forward(
         trace: also return what happened to the tokens.
         proportional: merged tokens count in attention by their size. Off for MAE models that
             run untuned and for models that were trained with merging but without it.
+        adapter: branches that the model was tuned with.
 
     Returns:
         Logits [B, classes]; with `trace`, (logits, Trace).
@@ -88,7 +93,9 @@ def forward(
     Raises:
         RateError: if the rate is malformed.
     """
-    x, size, traced = encode(model, embed(model, images), rate, delta, trace, proportional)
+    x, size, traced = encode(
+        model, embed(model, images), rate, delta, trace, proportional, adapter=adapter
+    )
     logits = head(model, x, size)
     return (logits, traced) if traced is not None else logits
 
@@ -101,6 +108,7 @@ def forward_features(
     delta: AnyDelta | None = ...,
     trace: Literal[False] = ...,
     proportional: bool = ...,
+    adapter: Adapter | None = ...,
 ) -> Tensor: ...
 @overload
 def forward_features(
@@ -111,6 +119,7 @@ def forward_features(
     *,
     trace: Literal[True],
     proportional: bool = ...,
+    adapter: Adapter | None = ...,
 ) -> tuple[Tensor, Trace]: ...
 def forward_features(
     model: VisionTransformer,
@@ -119,12 +128,15 @@ def forward_features(
     delta: AnyDelta | None = None,
     trace: bool = False,
     proportional: bool = True,
+    adapter: Adapter | None = None,
 ) -> Tensor | tuple[Tensor, Trace]:
     """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
 
     Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
     """
-    x, _, traced = encode(model, embed(model, images), rate, delta, trace, proportional)
+    x, _, traced = encode(
+        model, embed(model, images), rate, delta, trace, proportional, adapter=adapter
+    )
     return (x, traced) if traced is not None else x
 
 
@@ -202,6 +214,7 @@ def outputs(
     delta: AnyDelta | None = None,
     trace: bool = False,
     proportional: bool = True,
+    adapter: Adapter | None = None,
 ) -> Outputs:
     """Return features and logits of embedded tokens x [B, N, D] at `rate`.
 
@@ -211,7 +224,7 @@ def outputs(
     """
     steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
     prefix_only = not _pools_patches(model)
-    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only)
+    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only, adapter)
     *before, last = deque(blocks, maxlen=None if trace else 1)
     final = model.norm(last.x)
     features, logits = pool(model, final, last.size), head(model, final, last.size)
@@ -226,13 +239,14 @@ def encode(
     trace: bool = False,
     proportional: bool = True,
     prefix_only: bool = False,
+    adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None, Trace | None]:
     """Run the blocks and the last norm on embedded tokens.
 
     Args:
         model: a supported timm ViT.
         x: [B, N, D] what `embed` returned.
-        rate, delta, trace, proportional: as in `forward`.
+        rate, delta, trace, proportional, adapter: as in `forward`.
         prefix_only: as in `run_blocks`; not to be traced.
 
     Returns:
@@ -240,7 +254,7 @@ def encode(
         has merged; and the trace, if asked for.
     """
     steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
-    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only)
+    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only, adapter)
     state = deque(blocks, maxlen=1).pop()  # the last; the others are not kept
     final, size = model.norm(state.x), state.size
     if state.source is None or state.margin is None:
@@ -257,6 +271,7 @@ def run_blocks(
     trace: bool = False,
     proportional: bool = True,
     prefix_only: bool = False,
+    adapter: Adapter | None = None,
 ) -> Iterator[State]:
     """Run the blocks on embedded tokens x [B, N, D] and yield the tokens after each.
 
@@ -264,7 +279,7 @@ def run_blocks(
         model: a supported timm ViT.
         x: [B, N, D] what `embed` returned.
         steps: how many tokens each block merges away.
-        delta, trace, proportional: as in `forward`.
+        delta, trace, proportional, adapter: as in `forward`.
         prefix_only: compute only the prefix tokens of the last block, which is all that the
             head of a model without pooling reads.
     """
@@ -285,7 +300,8 @@ def run_blocks(
                 source = follow(source, merging)
             if margin is not None and merging.margin is not None:
                 margin = torch.minimum(margin, merging.margin)
-        x = x + block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
+        y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
+        x = x + y if adapter is None else x + y + adapter(i, x)
         yield State(x, size, source, margin)
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapters import Bank
+from adapters import Bank, TaskModel
 from adapters.durable import replace_file
 from tocom import ConfigError, load_backbone
 
@@ -23,22 +23,25 @@ def attach(result: Path, folder: Path) -> Path:
 
     Args:
         result: an `evaluation.json` or a `calibration.json`.
-        folder: a model folder or, for an evaluation, a bank folder.
+        folder: a model folder, a task folder or, for an evaluation, a bank folder.
 
     Returns:
         The file that was changed.
 
     Raises:
         ConfigError: if `result` is none, or of another model or bank.
-        BackboneError, BankError: if the folder is faulty.
+        BackboneError, BankError, TaskError: if the folder is faulty.
     """
     said = _read(result)
     if (folder / "bank.json").exists():
         return _to_bank(said, result, folder)
     if (folder / "config.json").exists():
         return _to_model(said, result, folder)
+    if (folder / "task.json").exists():
+        return _to_task(said, result, folder)
     raise ConfigError(
-        f"{folder} is neither a model folder (config.json) nor a bank folder (bank.json)"
+        f"{folder} is neither a model folder (config.json) nor a task folder (task.json) nor a "
+        "bank folder (bank.json)"
     )
 
 
@@ -67,14 +70,33 @@ def _to_model(said: dict[str, Any], result: Path, folder: Path) -> Path:
             f"{result} is of a model with the weights {said['weights_digest'][:12]}, {folder} has "
             f"the weights {digest[:12]}"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if "multiplier" in said:
-        kept = {key: said[key] for key in ("source", "multiplier", "measure", "pictures")}
-        config["calibration"] = {"bank_digest": said["bank"]["digest"], **kept}
-    else:
-        config["evaluation"] = said
-    _replace(path, config)
+    _replace(path, json.loads(path.read_text(encoding="utf-8")) | _notes(said))
     return path
+
+
+def _to_task(said: dict[str, Any], result: Path, folder: Path) -> Path:
+    path, task = folder / "task.json", TaskModel.load(folder)
+    if said.get("task_digest") != task.info.digest:
+        raise ConfigError(
+            f"{result} is of {_task_said(said)}, {folder} holds the task {task.info.digest[:12]}"
+        )
+    # Through TaskModel, so that what is written can be read.
+    info = task.info.model_copy(update=_notes(said))
+    _replace(path, TaskModel(info, task.tensors).info.model_dump(mode="json"))
+    return path
+
+
+def _task_said(said: dict[str, Any]) -> str:
+    digest = said.get("task_digest")
+    return f"the task {digest[:12]}" if digest else "no task"
+
+
+def _notes(said: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a model or a task that a result becomes."""
+    if "multiplier" not in said:
+        return {"evaluation": said}
+    kept = {key: said[key] for key in ("source", "multiplier", "measure", "pictures")}
+    return {"calibration": {"bank_digest": said["bank"]["digest"], **kept}}
 
 
 def _to_bank(said: dict[str, Any], result: Path, folder: Path) -> Path:

@@ -66,7 +66,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
-    backbone = load_model(config.backbone)
+    backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank)
     bank.check_fits(backbone)
     source = backbone.source if config.source is None else config.source
@@ -83,6 +83,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     result = {
         "model": config.model or backbone.architecture,
         "weights_digest": backbone.digest,
+        **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest, "scale": bank.info.scale},
         "source": source,
         "measure": config.measure,

@@ -13,9 +13,9 @@ from training.config import (
     DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
-    presets,
-    read_recipe,
+    VtabConfig,
 )
+from training.presets import presets, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         ("finetune", _finetune, "tune a backbone on a labelled task"),
         ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
         ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
+        ("vtab", _vtab, "tune on many tasks at many rates, and make the table of all"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -68,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "finetune":
             command.add_argument(
-                "--method", choices=["full"], default="full", help="what is tuned (default: full)"
+                "--method",
+                choices=["full", "linear", "lora", "adaptformer"],
+                help="what is tuned (default: what the recipe says)",
+            )
+        if name == "vtab":
+            command.add_argument(
+                "--check", action="store_true", help="only tell what is wrong with the data"
             )
     text = "keep an evaluation or a calibration with its model, or an evaluation with its bank"
     command = commands.add_parser("attach", help=text, description=text)
@@ -88,7 +95,8 @@ def _distill(arguments: argparse.Namespace) -> None:
 def _finetune(arguments: argparse.Namespace) -> None:
     from training.finetune import finetune
 
-    config = read_recipe(FinetuneConfig, arguments.recipe, arguments.overrides)
+    method = [f"method={arguments.method}"] if arguments.method else []
+    config = read_recipe(FinetuneConfig, arguments.recipe, arguments.overrides + method)
     print(finetune(config, _folder(arguments, config.name)))
 
 
@@ -106,6 +114,16 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     path = calibrate(config, _folder(arguments, config.name))
     print(json.loads(path.read_text(encoding="utf-8"))["summary"], file=sys.stderr)
     print(path)
+
+
+def _vtab(arguments: argparse.Namespace) -> None:
+    from training.vtab import check, vtab
+
+    config = read_recipe(VtabConfig, arguments.recipe, arguments.overrides)
+    if arguments.check:
+        print(check(config))
+    else:
+        print(vtab(config, _folder(arguments, config.name)))
 
 
 def _attach(arguments: argparse.Namespace) -> None:

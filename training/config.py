@@ -1,20 +1,9 @@
-"""Recipes: TOML files validated by pydantic, changed from the command line by `key=value`."""
+"""Recipes: what each command takes, validated by pydantic."""
 
-import sys
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from tocom import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _Rate = Annotated[int, Field(ge=0)]
 _Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,6 +55,9 @@ class PicturesConfig(Recipe):
 class AugmentConfig(Recipe):
     """timm's training transform, and its mixing of pictures."""
 
+    crop: Literal["random", "evaluation"] = Field(
+        "random", description="evaluation: as for measuring, and nothing else of this table"
+    )
     scale: tuple[float, float] = Field((0.08, 1.0), description="random crop, share of the area")
     hflip: float = Field(0.5, ge=0, le=1)
     color_jitter: float = Field(0.4, ge=0, description="unused where there is auto_augment")
@@ -88,15 +80,13 @@ class AugmentConfig(Recipe):
         return scale
 
 
-class LoopConfig(Recipe):
-    """What every training run has."""
+class _LoopConfig(Recipe):
+    """What every training run has, but for its length."""
 
-    steps: int = Field(gt=0, lt=10**6)
     batch_size: int = Field(gt=0, description="pictures a step, over all processes")
     accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
     learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
     weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Accelerate's mixed precision"
@@ -112,6 +102,27 @@ class LoopConfig(Recipe):
         "stop", description="a checkpoint or metrics that cannot be written"
     )
     tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
+
+
+class LoopConfig(_LoopConfig):
+    """A training run of so many steps."""
+
+    steps: int = Field(gt=0, lt=10**6)
+    warmup_steps: int = Field(0, ge=0)
+
+
+class EpochLoopConfig(_LoopConfig):
+    """A training run of so many passes over its pictures."""
+
+    epochs: float = Field(gt=0, allow_inf_nan=False)
+    warmup_epochs: float = Field(0, ge=0, allow_inf_nan=False)
+
+    def over(self, pictures: int) -> LoopConfig:
+        """Return the run in steps, for a number of pictures."""
+        values = self.model_dump(exclude={"epochs", "warmup_epochs"})
+        each = pictures / self.batch_size
+        steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
+        return LoopConfig(steps=steps, warmup_steps=warmup, **values)
 
 
 class DistillConfig(Recipe):
@@ -183,18 +194,87 @@ class DistillConfig(Recipe):
         return self
 
 
+class AdaptFormerConfig(Recipe):
+    """A branch beside the MLP of each block."""
+
+    bottleneck: int = Field(32, gt=0, description="channels of the branch")
+    scale: float = Field(0.1, gt=0, allow_inf_nan=False, description="factor s of its answer")
+
+
+class LoraConfig(Recipe):
+    """PEFT's low-rank pairs beside linear layers."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16.0, gt=0, description="the pairs count alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], ...] = Field(
+        ("attn.qkv",), min_length=1
+    )
+
+
+class SearchConfig(Recipe):
+    """A search of one value of the recipe, by accuracy on a part that is not trained on."""
+
+    key: str = Field(description="such as adaptformer.scale or loop.learning_rate")
+    values: tuple[float, ...] = Field(description="to try; none: there is no search")
+    train: PicturesConfig | None = Field(None, description="to train on while searching")
+    validation: PicturesConfig | None = Field(None, description="to measure on while searching")
+    share: float = Field(
+        0.1, gt=0, lt=1, description="else so much of `pictures`, drawn at random, to measure on"
+    )
+
+    @model_validator(mode="after")
+    def _both(self) -> "SearchConfig":
+        if (self.train is None) != (self.validation is None):
+            raise ValueError("a search has both train and validation, or neither")
+        return self
+
+
 class FinetuneConfig(Recipe):
     """`tocom-train finetune`: a model for a labelled task, tuned at one source rate."""
 
-    name: str
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")
     backbone: BackboneConfig
     pictures: PicturesConfig
     test: PicturesConfig
+    classes: int | None = Field(
+        None, gt=0, description="of the head; default: those that the pictures have"
+    )
+    method: Literal["full", "linear", "lora", "adaptformer"] = Field(
+        "full", description="what is tuned, beside a new head"
+    )
+    adaptformer: AdaptFormerConfig = AdaptFormerConfig()
+    lora: LoraConfig = LoraConfig()
+    search: SearchConfig | None = None
     source: int = Field(0, ge=0, description="rate that the model is tuned at")
+    resize: Literal["crop", "squash"] = Field(
+        "crop",
+        description="what is seen of a picture when measuring and serving: the backbone's own "
+        "crop, or all of it, squashed",
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
-    loop: LoopConfig
+    loop: EpochLoopConfig
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> "FinetuneConfig":
+        for value in self.search.values if self.search else ():
+            self.candidate(value)
+        return self
+
+    def candidate(self, value: float) -> "FinetuneConfig":
+        """Return the recipe with a value of its search, which it has no more."""
+        assert self.search is not None
+        values = self.model_dump(exclude={"search"})
+        *path, last = self.search.key.split(".")
+        table: Any = values
+        for key in path:
+            table = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or last not in table:
+            raise ValueError(f"search.key: the recipe has no {self.search.key}")
+        table[last] = value
+        return type(self).model_validate(values)
 
 
 class EvaluateConfig(Recipe):
@@ -202,9 +282,15 @@ class EvaluateConfig(Recipe):
 
     name: str = "evaluation"
     backbone: BackboneConfig
+    task: str | None = Field(
+        None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
+    )
     model: str | None = Field(None, description="what tables and plots call it")
     bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
     pictures: PicturesConfig
+    limit: int | None = Field(
+        None, gt=0, description="so many pictures, spread evenly over the set; default: all"
+    )
     labelled: bool = Field(True, description="whether the pictures' classes are the model's")
     sources: tuple[_Rate, ...] = Field((), description="default: the rate it was tuned at")
     targets: tuple[_Rate, ...] = Field((), description="default: every rate of the bank")
@@ -218,6 +304,9 @@ class CalibrateConfig(Recipe):
 
     name: str = "calibration"
     backbone: BackboneConfig
+    task: str | None = Field(
+        None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
+    )
     model: str | None = Field(None, description="what the table calls it")
     bank: str = Field(description="a bank folder, bundled:NAME or a store reference")
     pictures: PicturesConfig
@@ -249,67 +338,30 @@ class CalibrateConfig(Recipe):
         return self
 
 
-R = TypeVar("R", bound=Recipe)
+class TaskConfig(Recipe):
+    """A task that is not one of VTAB-1k's."""
+
+    name: str = Field(min_length=1, description="as tables call it")
+    folder: str = Field(min_length=1, description="below the root")
+    group: Literal["Natural", "Specialized", "Structured"]
+    classes: int = Field(gt=0)
 
 
-def read_recipe(kind: type[R], recipe: str, overrides: Sequence[str] = ()) -> R:
-    """Read a recipe and apply `key=value` overrides.
+class VtabConfig(Recipe):
+    """`tocom-train vtab`: fine-tune on each task at each source, measure at each target."""
 
-    Args:
-        kind: what the recipe describes.
-        recipe: a TOML file, or the name of a preset in `training/recipes`.
-        overrides: such as `loop.steps=10`; the value is TOML, a bare word is a string.
-
-    Raises:
-        ConfigError: naming the key, what came and what is allowed.
-    """
-    values = _read_toml(_find(recipe))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"an override is key=value, got {override!r}")
-        _set(values, key.strip().split("."), _toml_value(text.strip()))
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
-            for fault in error.errors()
-        ]
-        raise ConfigError("\n".join([f"{recipe} is no valid recipe:", *lines])) from None
-
-
-def presets() -> list[str]:
-    """Return the names of the recipes that come with this package."""
-    folder = resources.files("training") / "recipes"
-    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".toml"))
-
-
-def _find(recipe: str) -> Path:
-    if Path(recipe).is_file():
-        return Path(recipe)
-    if recipe in presets():
-        return Path(str(resources.files("training") / "recipes" / f"{recipe}.toml"))
-    raise ConfigError(f"there is no recipe file {recipe!r}; presets: {', '.join(presets())}")
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key} is a value, not a table; it cannot hold {keys[-1]}")
-    values[keys[-1]] = value
+    name: str = "vtab"
+    root: str = Field(min_length=1, description="folder of the tasks' folders")
+    tasks: tuple[str | TaskConfig, ...] = Field(
+        (), description="folder names of VTAB-1k's tasks, or others described; default: all 19"
+    )
+    sources: tuple[_Rate, ...] = Field((0,), min_length=1)
+    targets: tuple[_Rate, ...] = Field((0, 4, 8, 12, 16), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
+    limit: int | None = Field(
+        None, gt=0, description="so many test pictures to measure on; default: all"
+    )
+    recipe: str = Field("vtab1k-adaptformer", description="of the fine-tuning: a file or a preset")
+    changes: tuple[str, ...] = Field((), description="key=value changes of that recipe")
+    jobs: int = Field(1, gt=0, description="runs at once, which share out processors and GPUs")

@@ -204,6 +204,8 @@ def train_transform(backbone: Backbone, augment: AugmentConfig) -> Any:
     Raises:
         ConfigError: if timm does not know the augmentation.
     """
+    if augment.crop == "evaluation":
+        return evaluation_transform(backbone)
     config = backbone.data_config
     try:
         return create_transform(

@@ -23,7 +23,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adapters import Bank, BankBackbone, BankInfo
+from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from adapters.compose import compose_steps
 from tocom import Backbone, ConfigError, Delta, load_backbone
@@ -96,7 +96,7 @@ class Distillation:
             )
         info = BankInfo(
             name=config.name,
-            backbone=BankBackbone.of(backbone),
+            backbone=BackboneInfo.of(backbone),
             max_rate=config.max_rate,
             rank=config.rank,
             targets=config.targets,

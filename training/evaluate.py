@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
-    backbone = load_model(config.backbone)
+    backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank) if config.bank else None
     if bank:
         bank.check_fits(backbone)
@@ -57,11 +57,17 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     if claim(folder, path.name, config, backbone, bank, searched):
         return path
     measurement = Measurement(
-        backbone, config.pictures, config.batch_size, config.workers, config.labelled
+        backbone,
+        config.pictures,
+        config.batch_size,
+        config.workers,
+        config.labelled,
+        config.limit,
     )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,
         "weights_digest": backbone.digest,
+        **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),

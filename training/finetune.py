@@ -1,151 +1,252 @@
 """Fine-tuning a backbone on a labelled task, at any source rate.
 
-Full fine-tuning: every weight is tuned, with a new head. What comes out is a model
-folder in timm's own form, which `load_backbone` and timm load; its `config.json` also says
-at which rate it was tuned.
+What comes out: of `full` a model folder in timm's own form, which `load_backbone` and timm load;
+of the other methods a task folder (`adapters.task`), which holds only what was tuned. Both say at
+which rate that was. A search trains once for each of its values on a part of the pictures and
+measures on another part; the best value is then trained on all. The labels of the test pictures
+are read once, after the last step.
 
-Reference: ToCom, Table 3 (recipes for CIFAR-100 and FGVC).
+Reference: ToCom, Table 3 (recipes) and section 4.1 (search on 800/200, test once).
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 
-from tocom import Backbone, DataError, forward, load_backbone
+from adapters import BackboneInfo, TaskInfo, TaskModel
+from adapters.durable import replace_file
+from adapters.task import data_config
+from tocom import Backbone, DataError, load_backbone
+from tocom.vit import embed, outputs
 from training import loop
-from training.config import FinetuneConfig
-from training.data import (
-    Pictures,
-    derive,
-    evaluation_batches,
-    mixing,
-    train_transform,
-)
+from training.config import FinetuneConfig, PicturesConfig
+from training.data import Pictures, derive, evaluation_batches, train_transform
 from training.pictures import class_names, open_pictures
+from training.tuning import Finetuning
 
-
-class AtRate(nn.Module):
-    """A model that runs at one rate: what the processes of a distributed run can wrap."""
-
-    def __init__(self, model: VisionTransformer, rate: int) -> None:
-        """Hold the model and the rate."""
-        super().__init__()
-        self.model, self.rate = model, rate
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes] of images [B, 3, H, W]."""
-        return forward(self.model, images, self.rate)
-
-
-class Finetuning:
-    """The job of `tocom-train finetune --method full`; see `loop.Job`."""
-
-    losses_each = 1
-
-    def __init__(self, backbone: Backbone, config: FinetuneConfig, classes: int) -> None:
-        """Give the backbone a new head and make all of it trainable."""
-        model = backbone.model
-        torch.manual_seed(derive(config.loop.seed, "init", 0))
-        model.reset_classifier(classes)
-        rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
-        for block, rate in zip(model.blocks, rates, strict=True):
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        self.module: nn.Module = AtRate(model.requires_grad_(True), config.source)
-        self.mixing = mixing(config.augment, classes, config.label_smoothing)
-        self.label_smoothing = config.label_smoothing
-
-    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        """Yield the cross-entropy at the source rate."""
-        smoothing = self.label_smoothing
-        if self.mixing:  # smooths the labels itself
-            images, labels = self.mixing(images, labels)
-            smoothing = 0.0
-        yield F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
-
-    def notes(self, micros: range) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def watch(self) -> dict[str, float]:
-        """Nothing: the test pictures are read once, at the end."""
-        return {}
+Keys = Sequence[tuple[int, int]]
 
 
 def finetune(config: FinetuneConfig, folder: Path) -> Path:
-    """Fine-tune all weights and return the model folder.
+    """Fine-tune and return the model folder, or the task folder.
 
     Raises:
         BackboneError, DataError, ConfigError: before any compute is spent.
         loop.TrainingError: if training cannot go on.
     """
-    finished = folder / "model"
-    if (finished / "config.json").exists():
+    finished = folder / ("model" if config.method == "full" else "task")
+    if (finished / ("config.json" if config.method == "full" else "task.json")).exists():
         return finished
-    backbone = load_backbone(config.backbone.name, config.backbone.architecture)
-    classes = class_names(open_pictures(config.pictures))
-    other = class_names(open_pictures(config.test))
-    # Classes of a list are numbers, of which a small one may lack the last.
-    if other != (classes[: len(other)] if config.test.list else classes):
-        raise DataError(
-            f"{config.pictures.path} has {len(classes)} classes and {config.test.path} "
-            f"{len(other)}; they must be the same"
-        )
-    pictures = Pictures(
-        [config.pictures], train_transform(backbone, config.augment), config.loop.on_unreadable
-    )
-    tuned_from = backbone.digest  # before its weights change
-    accelerator = loop.start(config.loop, folder)
-    job = Finetuning(backbone, config, len(classes))
-    loop.run(
-        accelerator, job, config.loop, config, pictures, pictures.keys(), folder,
-        config.augment,
-    )  # fmt: skip
+    classes = _check(config)
+    if config.search and config.search.values:
+        config = _searched(config, classes, folder / "search")
+    backbone = _load(config)
+    described = BackboneInfo.of(backbone)  # before its weights change
+    pictures = _pictures(config, config.pictures, backbone)
+    keys = pictures.keys()
+    job, accelerator = _train(config, backbone, pictures, keys, classes, folder)
     if accelerator.is_main_process:
-        _save(backbone, config, classes, tuned_from, len(pictures.keys()), finished)
+        notes = _notes(config, backbone, len(keys), folder)
+        if config.method == "full":
+            notes["test_accuracy"] = _accuracy(backbone, config.source, config.test)
+            _save_model(config, backbone, described.digest, classes, notes, finished)
+        else:
+            _save_task(config, job, described, classes, notes, finished)
     accelerator.wait_for_everyone()
     return finished
 
 
-def _save(
-    backbone: Backbone,
+def _check(config: FinetuneConfig) -> list[str]:
+    """Return the names of the classes.
+
+    Raises:
+        BackboneError, DataError: naming what does not fit together.
+    """
+    _load(config)
+    names = class_names(open_pictures(config.pictures))
+    if config.classes is not None:
+        if len(names) > config.classes:
+            raise DataError(
+                f"{config.pictures.path} has {len(names)} classes and the head {config.classes}"
+            )
+        # Classes of a list are numbers, of which a small one may lack the last.
+        names += [str(label) for label in range(len(names), config.classes)]
+    if config.search and config.search.train and config.search.validation:
+        for part in (config.search.train, config.search.validation):
+            if len(class_names(open_pictures(part))) > len(names):
+                raise DataError(f"{part.path}, {part.list}: more classes than the {len(names)}")
+    _check_test(config, names)
+    return names
+
+
+def _check_test(config: FinetuneConfig, names: list[str]) -> None:
+    """Check as much of the test pictures as can be known without their labels."""
+    test = config.test
+    if test.list is None:
+        other = class_names(open_pictures(test))
+        if other != names:
+            raise DataError(
+                f"{config.pictures.path} has {len(names)} classes and {test.path} {len(other)}; "
+                "they must be the same"
+            )
+        return
+    path = Path(test.path)
+    file = (path if path.is_dir() else path.parent) / test.list
+    for needed in (path, file):
+        if not needed.exists():
+            raise DataError(f"there is no {needed} to test on")
+
+
+def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> FinetuneConfig:
+    """Return the recipe with the value that is the best on the validation pictures.
+
+    The first of the best, where several are as good.
+    """
+    assert config.search is not None
+    found: dict[float, float] = {}
+    for value in config.search.values:
+        candidate, run = config.candidate(value), folder / f"{config.search.key}={value:g}"
+        result = run / "result.json"
+        if not result.exists():
+            backbone = _load(candidate)
+            train, train_keys, validation, validation_keys = _split(candidate, config, backbone)
+            job, accelerator = _train(candidate, backbone, train, train_keys, classes, run)
+            if accelerator.is_main_process:
+                tuned = job.tuned(backbone)
+                top1 = _accuracy(tuned, candidate.source, validation, validation_keys)
+                replace_file(result, json.dumps({"value": value, "top1": top1}) + "\n")
+            accelerator.wait_for_everyone()
+        found[value] = json.loads(result.read_text(encoding="utf-8"))["top1"]
+    return config.candidate(max(found, key=lambda value: found[value]))
+
+
+def _split(
+    candidate: FinetuneConfig, config: FinetuneConfig, backbone: Backbone
+) -> tuple[Pictures, Keys, PicturesConfig, Keys | None]:
+    """Return what a search trains on and what it measures on, with the keys of both."""
+    search = config.search
+    assert search is not None
+    if search.train and search.validation:
+        pictures = _pictures(candidate, search.train, backbone)
+        return pictures, pictures.keys(), search.validation, None
+    pictures = _pictures(candidate, config.pictures, backbone)
+    keys = pictures.keys()
+    generator = torch.Generator().manual_seed(derive(config.loop.seed, "split", 0))
+    order = torch.randperm(len(keys), generator=generator).tolist()
+    held = {keys[i] for i in order[: max(1, round(search.share * len(keys)))]}
+    seen = [key for key in keys if key not in held]
+    if not seen:
+        raise DataError(f"{config.pictures.path}: {len(keys)} pictures are too few for a search")
+    pictures.held_out = frozenset(held)  # they do not stand in for unreadable ones either
+    return pictures, seen, config.pictures, sorted(held)
+
+
+def _train(
     config: FinetuneConfig,
-    class_names: list[str],
+    backbone: Backbone,
+    pictures: Pictures,
+    keys: Keys,
+    classes: list[str],
+    folder: Path,
+) -> tuple[Finetuning, Any]:
+    """Train on the pictures of these keys; return the job and the devices."""
+    schedule = config.loop.over(len(keys))
+    accelerator = loop.start(schedule, folder)
+    backbone.model.to(accelerator.device)
+    job = Finetuning(backbone, config, len(classes))
+    loop.run(accelerator, job, schedule, config, pictures, list(keys), folder, config.augment)
+    return job, accelerator
+
+
+def _load(config: FinetuneConfig) -> Backbone:
+    backbone = load_backbone(config.backbone.name, config.backbone.architecture)
+    backbone.model.pretrained_cfg |= data_config(config.resize)
+    return backbone
+
+
+def _pictures(config: FinetuneConfig, part: PicturesConfig, backbone: Backbone) -> Pictures:
+    transform = train_transform(backbone, config.augment)
+    return Pictures([part], transform, config.loop.on_unreadable)
+
+
+def _notes(
+    config: FinetuneConfig, backbone: Backbone, pictures: int, folder: Path
+) -> dict[str, Any]:
+    """Return what is worth knowing of a run beside what came out."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    paths = {"pictures", "test", "backbone", "search"}  # they say nothing elsewhere
+    return {
+        "recipe": config.model_dump(mode="json", exclude=paths),
+        "backbone": backbone.architecture,
+        "pictures": pictures,
+        "seconds": round(sum(json.loads(line)["seconds"] for line in lines), 1),
+    }
+
+
+def _save_model(
+    config: FinetuneConfig,
+    backbone: Backbone,
     tuned_from: str,
-    pictures: int,
+    classes: list[str],
+    notes: dict[str, Any],
     folder: Path,
 ) -> None:
-    accuracy = _accuracy(backbone, config)
-    save_for_hf(
-        backbone.model.half(),
-        str(folder),
-        model_config={
-            "label_names": class_names,
-            "source_rate": config.source,
-            "backbone_digest": tuned_from,
-            "training": {
-                "recipe": config.model_dump(mode="json", exclude={"pictures", "test", "backbone"}),
-                "backbone": backbone.architecture,
-                "pictures": pictures,
-                "test_accuracy": round(accuracy, 4),
-            },
-        },
-        safe_serialization=True,
+    said = {
+        "label_names": classes,
+        "source_rate": config.source,
+        "backbone_digest": tuned_from,
+        "training": notes,
+    }
+    save_for_hf(backbone.model.half(), str(folder), model_config=said, safe_serialization=True)
+
+
+def _save_task(
+    config: FinetuneConfig,
+    job: Finetuning,
+    backbone: BackboneInfo,
+    classes: list[str],
+    notes: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Save what was tuned, with the accuracy that it has as it is saved."""
+    rank, scale = {
+        "adaptformer": (config.adaptformer.bottleneck, config.adaptformer.scale),
+        "lora": (config.lora.rank, config.lora.alpha / config.lora.rank),
+    }.get(config.method, (None, 1.0))
+    info = TaskInfo(
+        name=config.name,
+        method=config.method,
+        backbone=backbone,
+        source=config.source,
+        class_names=tuple(classes),
+        heads=job.heads,
+        rank=rank,
+        layers=config.lora.layers if config.method == "lora" else (),
+        scale=scale,
+        resize=config.resize,
     )
+    task = TaskModel(info, job.tensors())
+    device = next(job.model.parameters()).device
+    tuned = task.on(load_backbone(config.backbone.name, config.backbone.architecture, device))
+    notes["test_accuracy"] = _accuracy(tuned, config.source, config.test)
+    info = task.info.model_copy(update={"training": notes})
+    TaskModel(info, task.tensors).save(folder)
 
 
 @torch.inference_mode()
-def _accuracy(backbone: Backbone, config: FinetuneConfig) -> float:
+def _accuracy(
+    backbone: Backbone, rate: int, part: PicturesConfig, keys: Keys | None = None
+) -> float:
+    """Return the share of right answers at a rate, of all pictures or of those of these keys."""
     device = next(backbone.model.parameters()).device
     correct = total = 0
-    for images, labels in evaluation_batches(backbone, [config.test]):
-        logits = forward(backbone.model, images.to(device), config.source)
+    for images, labels in evaluation_batches(backbone, [part], keys):
+        tokens = embed(backbone.model, images.to(device))
+        logits = outputs(backbone.model, tokens, rate, adapter=backbone.adapter).logits
         correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
         total += len(labels)
-    return correct / total
+    return round(correct / total, 4)

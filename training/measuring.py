@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters import Bank, compose
+from adapters import Bank, compose, open_task
 from adapters.durable import replace_file
 from tocom import (
     AnyDelta,
@@ -109,7 +109,8 @@ class Measurement:
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
-        answer = outputs(self.backbone.model, tokens, rate, delta).logits
+        backbone = self.backbone
+        answer = outputs(backbone.model, tokens, rate, delta, adapter=backbone.adapter).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer
 
@@ -163,10 +164,11 @@ class FoldedDeltas:
         return folded
 
 
-def load_model(config: BackboneConfig) -> Backbone:
-    """Load a model for measuring, onto a GPU if there is one."""
+def load_model(config: BackboneConfig, task: str | None) -> Backbone:
+    """Load a model for measuring, and its task if there is one, onto a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_backbone(config.name, config.architecture, device)
+    backbone = load_backbone(config.name, config.architecture, device)
+    return open_task(task).on(backbone) if task else backbone
 
 
 def claim(

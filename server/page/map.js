@@ -210,12 +210,13 @@ const clamp = (index, count) => Math.min(count - 1, Math.max(0, index));
 
 /**
  * Fill a canvas with what the model sees: the shorter side of the photo is brought to the input's
- * divided by `crop`, then the middle is taken.
+ * divided by `crop`, then the middle is taken; or all of it is squashed to the input.
  */
-function drawView(canvas, bitmap, { input_size: [, height, width], crop }) {
+function drawView(canvas, bitmap, { input_size: [, height, width], crop, crop_mode }) {
   const [tall, wide] = [Math.floor(height / crop), Math.floor(width / crop)];
   const scale = Math.max(tall / bitmap.height, wide / bitmap.width);
-  const [w, h] = [bitmap.width * scale, bitmap.height * scale];
+  const squash = crop_mode === "squash";
+  const [w, h] = squash ? [wide, tall] : [bitmap.width * scale, bitmap.height * scale];
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   context.setTransform(canvas.width / width, 0, 0, canvas.height / height, 0, 0);

@@ -3,7 +3,7 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from adapters import Bank, BankBackbone, BankInfo, Geometry
+from adapters import BackboneInfo, Bank, BankInfo, Geometry
 from adapters.bank import tensor_shapes
 from tocom import Backbone
 
@@ -16,7 +16,7 @@ def backbone_of(model: VisionTransformer, name: str = "small") -> Backbone:
 
 
 def random_bank(
-    backbone: BankBackbone | None = None,
+    backbone: BackboneInfo | None = None,
     targets: tuple[str, ...] = ("q", "v"),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -25,7 +25,7 @@ def random_bank(
     """Make a bank of three steps of rank 2 for `backbone`, or for one that nobody has."""
     info = BankInfo(
         name=name,
-        backbone=backbone or BankBackbone(architecture="none", geometry=GEOMETRY, digest="0" * 64),
+        backbone=backbone or BackboneInfo(architecture="none", geometry=GEOMETRY, digest="0" * 64),
         max_rate=3,
         rank=2,
         targets=targets,

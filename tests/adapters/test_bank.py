@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters import Bank, BankBackbone, BankInfo, Geometry
+from adapters import BackboneInfo, Bank, BankInfo, Geometry
 from adapters.bank import FILES, read_info, target_names, tensor_shapes
 from tests.adapters.banks import ALL_TARGETS, GEOMETRY, backbone_of, random_bank, same
 from tests.tocom_models import small_model
@@ -238,7 +238,7 @@ def test_notes_must_be_storable():
 
 def test_a_bank_fits_models_of_its_geometry_only(recwarn):
     backbone = backbone_of(small_model())
-    bank = random_bank(BankBackbone.of(backbone))
+    bank = random_bank(BackboneInfo.of(backbone))
     bank.check_fits(backbone)
     assert not recwarn
     with pytest.warns(UserWarning, match="distilled on other weights than tuned has"):
@@ -248,7 +248,7 @@ def test_a_bank_fits_models_of_its_geometry_only(recwarn):
 
 
 def test_a_model_that_says_what_it_was_tuned_from_needs_no_warning(recwarn):
-    bank = random_bank(BankBackbone.of(backbone_of(small_model())))
+    bank = random_bank(BackboneInfo.of(backbone_of(small_model())))
     tuned = backbone_of(small_model(seed=1))
     bank.check_fits(replace(tuned, tuned_from=bank.info.backbone.digest))
     assert not recwarn

@@ -6,7 +6,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from adapters import Bank, BankBackbone, Geometry, Store
+from adapters import BackboneInfo, Bank, Geometry, Store
 from adapters.cli import main
 from tests.adapters.banks import random_bank, same
 from tests.adapters.test_peft import reference_checkpoint
@@ -125,7 +125,7 @@ def test_import_makes_a_bank(tmp_path, capsys):
     architecture = "test_vit"  # timm's smallest
     model = timm.create_model(architecture)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    described = BankBackbone(architecture="-", geometry=Geometry.of(model), digest="-")
+    described = BackboneInfo(architecture="-", geometry=Geometry.of(model), digest="-")
     bank = random_bank(described)
     save_file(reference_checkpoint(bank), tmp_path / "tocom.safetensors")
     asked = [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters import BankBackbone, compose, compose_steps, import_reference
+from adapters import BackboneInfo, compose, compose_steps, import_reference
 from adapters.bank import target_names
 from tests import oracle_case
 from tests.adapters.banks import ALL_TARGETS, backbone_of, random_bank
@@ -114,7 +114,7 @@ def test_rates_outside_the_bank_are_refused(rate):
 @pytest.mark.parametrize("kind", ["vit_tiny", "deit_tiny_distilled", "qk_norm", "global_pool"])
 def test_folded_and_low_rank_give_the_same_logits(kind):
     model = small_model(kind)
-    bank = random_bank(BankBackbone.of(backbone_of(model)), targets=ALL_TARGETS)
+    bank = random_bank(BackboneInfo.of(backbone_of(model)), targets=ALL_TARGETS)
     small = {name: 0.05 * tensor for name, tensor in bank.tensors.items()}
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for source, target in [(0, 3), (2, 1)]:
@@ -132,7 +132,7 @@ def test_pairs_of_rates_agree_with_the_reference(name):
     bank = import_reference(
         oracle_case.FOLDER / f"{name}.safetensors",
         name,
-        BankBackbone.of(backbone_of(model)),
+        BackboneInfo.of(backbone_of(model)),
         rank=case["rank"],
         scale=case["scale"],
     )

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants
 from safetensors.torch import save_file
 
-from adapters import Bank, BankBackbone, Geometry, model_card, open_bank
+from adapters import BackboneInfo, Bank, Geometry, model_card, open_bank
 from adapters.cli import main
 from tests.adapters import fake_hub
 from tests.adapters.banks import random_bank, same
@@ -373,7 +373,7 @@ def test_the_program_of_a_card_runs(cache, tmp_path):
     model = timm.create_model(architecture)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     geometry = Geometry.of(model)
-    bank = random_bank(BankBackbone(architecture="backbone", geometry=geometry, digest="-"))
+    bank = random_bank(BackboneInfo(architecture="backbone", geometry=geometry, digest="-"))
     put_in_cache(cache, bank)
     program = re.search("```python\n(.*?)```", model_card(bank, "org/bank").text, re.DOTALL)[1]
     mine = f'"{tmp_path / "model.safetensors"}", "{architecture}"'

@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from adapters import Bank, BankBackbone, compose, export_peft, import_reference
+from adapters import BackboneInfo, Bank, compose, export_peft, import_reference
 from tests.adapters.banks import ALL_TARGETS, GEOMETRY, backbone_of, random_bank, same
 from tests.tocom_models import small_model
 from tocom import BankError, RateError, TocomError, forward
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-NOBODY = BankBackbone(architecture="none", geometry=GEOMETRY, digest="0" * 64)
+NOBODY = BackboneInfo(architecture="none", geometry=GEOMETRY, digest="0" * 64)
 
 
 def bank_of(model: VisionTransformer, targets: tuple[str, ...]) -> Bank:
     """Make a bank whose deltas are small against the model's weights."""
-    bank = random_bank(BankBackbone.of(backbone_of(model)), targets)
+    bank = random_bank(BackboneInfo.of(backbone_of(model)), targets)
     small = {name: 0.1 * tensor for name, tensor in bank.tensors.items()}
     return Bank(bank.info.model_copy(update={"digest": ""}), small)
 

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from timm.models import save_for_hf
 
-from adapters import Bank, BankBackbone, BankInfo
+from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from server import ModelSettings, Settings, create_app, load_model
 from server.engine import Engine
@@ -44,7 +44,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bank_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = BankInfo(
         name="tiny",
-        backbone=BankBackbone.of(load_backbone(str(model_folder))),
+        backbone=BackboneInfo.of(load_backbone(str(model_folder))),
         max_rate=MAX_RATE,
         rank=2,
         targets=("q", "v"),

@@ -2,14 +2,14 @@
 
 import torch
 
-from adapters import Bank, BankBackbone, BankInfo
+from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from tocom import Backbone
 
 
 def random_bank(backbone: Backbone, scale: float = 1.0) -> Bank:
     info = BankInfo(
-        name="random", backbone=BankBackbone.of(backbone), max_rate=4, rank=2,
+        name="random", backbone=BackboneInfo.of(backbone), max_rate=4, rank=2,
         targets=("q", "v"), scale=scale,
     )  # fmt: skip
     torch.manual_seed(1)

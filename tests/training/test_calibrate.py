@@ -12,8 +12,9 @@ from tocom import ConfigError, RateError, forward, load_backbone
 from training import calibrate as module
 from training import measuring
 from training.calibrate import Tried, calibrate, table
-from training.config import CalibrateConfig, read_recipe
+from training.config import CalibrateConfig
 from training.data import evaluation_batches
+from training.presets import read_recipe
 
 OWN = 0.1
 

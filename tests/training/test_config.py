@@ -8,12 +8,16 @@ from training.config import (
     DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
-    presets,
-    read_recipe,
+    VtabConfig,
 )
+from training.presets import presets, read_recipe
 
 KINDS = {
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
+    "vtab1k-adaptformer": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
+    "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
+    "fgvc-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
+    "vtab1k": (VtabConfig, ["root=vtab-1k"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "multiplier": (
         CalibrateConfig,
@@ -27,6 +31,41 @@ DISTILL = (DistillConfig, ["pictures=[{path='a.tar'}]"])
 def test_every_preset_loads(preset: str) -> None:
     kind, overrides = KINDS.get(preset, DISTILL)
     assert isinstance(read_recipe(kind, preset, overrides), kind)
+
+
+def test_vtab_is_the_papers_recipe() -> None:
+    recipe = read_recipe(FinetuneConfig, "vtab1k-adaptformer", KINDS["vtab1k-adaptformer"][1])
+    assert (recipe.method, recipe.resize) == ("adaptformer", "squash")
+    assert recipe.adaptformer.bottleneck == 32
+    assert recipe.search is not None
+    assert (recipe.search.key, recipe.search.values) == (
+        "adaptformer.scale", (0.01, 0.1, 1.0, 10.0, 100.0),
+    )  # fmt: skip
+    loop = recipe.loop
+    assert (loop.epochs, loop.warmup_epochs, loop.batch_size) == (100, 0, 64)
+    assert (loop.learning_rate, loop.weight_decay) == (1e-3, 1e-4)
+    assert (recipe.label_smoothing, recipe.drop_path, recipe.augment.crop) == (0, 0.1, "evaluation")
+    assert loop.over(1000).steps == 1563
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "batch", "warmup", "rates"),
+    [
+        ("cifar100-full", 100, 1024, 10, [5e-5]),
+        ("fgvc-full", 30, 64, 5, [5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4]),
+    ],
+)
+def test_full_presets_are_the_papers_recipe(
+    preset: str, epochs: int, batch: int, warmup: int, rates: list[float]
+) -> None:
+    recipe = read_recipe(FinetuneConfig, preset, KINDS[preset][1])
+    loop, augment = recipe.loop, recipe.augment
+    assert (loop.epochs, loop.batch_size, loop.warmup_epochs) == (epochs, batch, warmup)
+    tried = recipe.search.values if recipe.search else [loop.learning_rate]
+    assert list(tried) == pytest.approx([rate * batch / 512 for rate in rates])
+    assert (loop.weight_decay, recipe.label_smoothing, recipe.drop_path) == (0.05, 0.1, 0.1)
+    assert (augment.auto_augment, augment.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (augment.mixup, augment.cutmix) == (0.8, 1.0)
 
 
 @pytest.mark.parametrize("model", ["deit-b", "deit-s", "deit-ti", "deit-b-384", "mae-vit-b"])

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from tocom import DataError, forward, load_backbone
+from adapters import TaskModel
+from tests.training.lists import write_lists
+from tocom import BackboneError, DataError, forward, load_backbone
+from training import finetune as module
 from training.config import FinetuneConfig
 from training.finetune import finetune
+from training.loop import run as run_loop
 
 
 def recipe(pictures: Path, model_folder: Path, **changes: Any) -> FinetuneConfig:
@@ -19,7 +23,7 @@ def recipe(pictures: Path, model_folder: Path, **changes: Any) -> FinetuneConfig
         "drop_path": 0.1,
         "augment": {"color_jitter": 0, "scale": [0.8, 1.0]},
         "loop": {
-            "steps": 40,
+            "epochs": 20,
             "batch_size": 12,
             "learning_rate": 3e-3,
             "workers": 0,
@@ -54,3 +58,140 @@ def test_train_and_test_folders_must_be_the_same_classes(
     with pytest.raises(DataError, match="has 3 classes and .* 1; they must be the same"):
         finetune(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "adaptformer": {"adaptformer": {"bottleneck": 4, "scale": 1.0}},
+    "lora": {"lora": {"rank": 2, "layers": ["attn.qkv", "mlp.fc1"]}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_task_learns_and_leaves_its_backbone_alone(
+    pictures: Path, model_folder: Path, tmp_path: Path, method: str
+) -> None:
+    config = recipe(pictures, model_folder, method=method, source=3, **METHODS[method])
+    folder = finetune(config, tmp_path / "run")
+    task = TaskModel.load(folder)
+    assert task.info.training["test_accuracy"] > 0.6
+    assert (task.info.source, task.info.class_names) == (3, ("blue", "green", "red"))
+    tuned = task.on(load_backbone(str(model_folder)))  # the digest is still that of the folder
+    assert forward(tuned.model, torch.zeros(1, 3, 32, 32), 3, adapter=tuned.adapter).shape == (1, 3)
+    kept = task.tensors.keys() - {"head.weight", "head.bias"}
+    assert all(task.tensors[name].any() for name in kept)  # what started at zero has learned
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    sizes = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    assert sizes < 4 * 3 * task.parameters * len(names)  # a checkpoint holds what is tuned alone
+
+
+def test_a_search_takes_the_best_value_and_can_be_gone_on_with(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"key": "loop.learning_rate", "values": [1e-9, 3e-3], "share": 0.25}
+    config = recipe(pictures, model_folder, method="linear", search=search)
+    folder = finetune(config, tmp_path / "run")
+    tried = json.loads((tmp_path / "run/search/loop.learning_rate=0.003/result.json").read_text())
+    assert tried["top1"] > 0.5
+    said = TaskModel.load(folder).info.training["recipe"]
+    assert said["loop"]["learning_rate"] == 3e-3
+    trained: list[int] = []
+    monkeypatch.setattr(module.loop, "run", lambda *a: trained.append(len(a[5])) or run_loop(*a))
+    for part in ("task", "checkpoints", "metrics.jsonl"):
+        path = tmp_path / "run" / part
+        path.rename(tmp_path / f"away-{part}")
+    again = finetune(config, tmp_path / "run")
+    assert trained == [24]  # not the searches, which are done
+    assert TaskModel.load(again).info.digest == TaskModel.load(tmp_path / "away-task").info.digest
+
+
+def test_labels_of_test_pictures_are_read_once_at_the_end(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_lists(tmp_path / "data", "colours", pictures)
+    steps: list[str] = []
+    opened = module.open_pictures
+    real = module.evaluation_batches
+
+    def note(part: Any, *rest: Any, **more: Any) -> Any:
+        steps.append(f"open {part.list}")
+        return opened(part, *rest, **more)
+
+    def measure(backbone: Any, parts: Any, *rest: Any) -> Any:
+        steps.append(f"measure {parts[0].list}")
+        return real(backbone, parts, *rest)
+
+    def train(*arguments: Any) -> None:
+        steps.append(f"train {arguments[4].parts[0].reader.samples[0][0]}")
+        run_loop(*arguments)
+
+    monkeypatch.setattr(module, "open_pictures", note)
+    monkeypatch.setattr("training.data.open_pictures", note)
+    monkeypatch.setattr(module, "evaluation_batches", measure)
+    monkeypatch.setattr(module.loop, "run", train)
+
+    def part(name: str) -> dict[str, str]:
+        return {"path": str(root / "colours"), "list": name}
+
+    search = {
+        "key": "adaptformer.scale",
+        "values": [0.1, 1.0],
+        "train": part("train800.txt"),
+        "validation": part("val200.txt"),
+    }
+    config = recipe(pictures, model_folder, method="adaptformer", search=search)
+    config = FinetuneConfig.model_validate(
+        config.model_dump() | {"pictures": part("train800val200.txt"), "test": part("test.txt")}
+    )
+    finetune(config, tmp_path / "run")
+    assert [step for step in steps if "test.txt" in step] == ["measure test.txt", "open test.txt"]
+    assert steps[-2:] == ["measure test.txt", "open test.txt"]
+    measured = [step for step in steps if step.startswith("measure")]
+    assert measured == ["measure val200.txt", "measure val200.txt", "measure test.txt"]
+
+
+@pytest.mark.parametrize("method", ["full", "adaptformer", "lora"])
+def test_an_interrupted_run_resumes_to_the_same_result(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    loop = {"epochs": 3, "batch_size": 12, "learning_rate": 3e-3, "workers": 0, "save_every": 2}
+    config = recipe(pictures, model_folder, method=method, loop=loop)
+    whole = finetune(config, tmp_path / "whole")
+    note = module.loop.RunFolder.note
+
+    def stop(self: Any, line: dict[str, Any]) -> None:
+        if line["step"] == 5:
+            raise KeyboardInterrupt  # as if killed: nothing is saved
+        note(self, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.loop.RunFolder, "note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config, tmp_path / "killed")
+    resumed = finetune(config, tmp_path / "killed")
+    name = "model.safetensors" if method == "full" else "task.safetensors"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"classes": 2}, DataError, "has 3 classes and the head 2"),
+        ({"backbone": {"name": "nowhere.safetensors"}}, BackboneError, "no weights file nowhere"),
+        ({"test": {"path": "nowhere", "list": "test.txt"}}, DataError, "no nowhere to test on"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_first(
+    pictures: Path, model_folder: Path, tmp_path: Path, change: dict[str, Any],
+    error: type[Exception], message: str,
+) -> None:  # fmt: skip
+    config = recipe(pictures, model_folder, method="linear", **change)
+    with pytest.raises(error, match=message):
+        finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_of_what_is_not_there_is_refused(pictures: Path, model_folder: Path) -> None:
+    search = {"key": "adaptformer.scal", "values": [1.0]}
+    with pytest.raises(ValueError, match=r"the recipe has no adaptformer\.scal"):
+        recipe(pictures, model_folder, search=search)

@@ -18,9 +18,10 @@ from torch import Tensor
 from adapters import Bank
 from tocom import ConfigError, load_backbone
 from training import loop
-from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig, read_recipe
+from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig
 from training.data import Pictures, evaluation_transform
 from training.distill import distill
+from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
 
 RECIPE = """

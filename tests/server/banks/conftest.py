@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from safetensors.torch import save
 
-from adapters import Bank, BankBackbone, BankInfo, Geometry, Store
+from adapters import BackboneInfo, Bank, BankInfo, Geometry, Store
 from adapters.bank import tensor_shapes
 from server import ServedModel, Settings, bank_routes, load_model
 from server.access import Access
@@ -64,7 +64,7 @@ def admin(app) -> TestClient:
 
 @pytest.fixture(scope="session")
 def make_bank(model_folder):
-    backbone = BankBackbone.of(load_backbone(str(model_folder)))
+    backbone = BackboneInfo.of(load_backbone(str(model_folder)))
 
     def make(seed: int = 0, name: str = "new", max_rate: int = MAX_RATE, **changes) -> Bank:
         info = BankInfo(

@@ -1,0 +1,70 @@
+"""What a file of ours says about the model that it is for."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from timm.models.vision_transformer import VisionTransformer
+
+from tocom import Backbone
+
+# Far above any model; keeps the arithmetic on a forged bank.json small.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class Strict(BaseModel):
+    """Part of a file: unknown entries are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Geometry(Strict):
+    """What a model must share with a bank: its shape, not its weights."""
+
+    depth: int = Field(gt=0, le=1000, description="blocks")
+    width: Count = Field(description="channels of a token")
+    heads: Count
+    hidden: Count = Field(description="channels inside the MLP")
+    input: tuple[Count, Count] = Field(description="height and width in pixels")
+    patch: tuple[Count, Count]
+
+    @classmethod
+    def of(cls, model: VisionTransformer) -> "Geometry":
+        """Read the geometry off a model."""
+        block: Any = model.blocks[0]  # torch types what a module holds as Tensor | Module
+        return cls(
+            depth=len(model.blocks),
+            width=model.embed_dim,
+            heads=block.attn.num_heads,
+            hidden=block.mlp.fc2.in_features,
+            input=tuple(model.patch_embed.img_size),
+            patch=tuple(model.patch_embed.patch_size),
+        )
+
+    def channels(self, target: str) -> tuple[int, int]:
+        """Return (in, out) channels of a target."""
+        return {"fc1": (self.width, self.hidden), "fc2": (self.hidden, self.width)}.get(
+            target, (self.width, self.width)
+        )
+
+
+class BackboneInfo(Strict):
+    """The model that a bank was distilled for, or a task was tuned on."""
+
+    architecture: str = Field(description="timm's name")
+    geometry: Geometry
+    digest: str = Field(description="SHA-256 of its weights as fp32")
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "BackboneInfo":
+        """Describe a loaded backbone."""
+        return cls(
+            architecture=backbone.architecture,
+            geometry=Geometry.of(backbone.model),
+            digest=backbone.digest,
+        )
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return one line of pydantic's many: the entry and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,256 @@
+"""Task models: what was tuned of a backbone for a task, and the head.
+
+Format 1 is a folder with `task.json` and `task.safetensors`; nothing in it is executable. It
+holds only what was tuned: AdaptFormer's branches, LoRA's pairs, or the head alone. The
+backbone's weights are shared by all tasks on it, but for the layers that LoRA changes. Which
+bank it is served with is not known here.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, JsonValue, ValidationError
+from pydantic_core import from_json
+from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adapters.adaptformer import adapter
+from adapters.bank import NAME
+from adapters.durable import new_folder
+from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
+from adapters.tensors import check_tensors, content_digest, parse_tensors
+from tocom import Adapter, Backbone, TaskError, bundled_folder
+from tocom.backbones import BUNDLED, parse_calibration
+from tocom.delta import TARGETS
+
+FORMAT_VERSION: Final = 1
+_INFO, _TENSORS = "task.json", "task.safetensors"
+#: What may be said of a task later: no part of its digest.
+_NOTES = {"training", "evaluation", "calibration", "digest"}
+#: timm's layers that LoRA may change.
+LAYERS = tuple(dict.fromkeys(path for path, _ in TARGETS.values()))
+
+
+class TaskInfo(Strict):
+    """Everything in `task.json`."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=f"^{NAME}$")
+    method: Literal["adaptformer", "lora", "linear"]
+    backbone: BackboneInfo = Field(description="the model that it was tuned on")
+    source: int = Field(ge=0, lt=2**31, description="rate that it was tuned at")
+    class_names: tuple[str, ...] = Field(min_length=1)
+    heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
+    rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
+    layers: tuple[str, ...] = Field((), description="timm's layers in a block that LoRA changes")
+    scale: float = Field(1.0, gt=0, description="factor of what was tuned")
+    resize: Literal["crop", "squash"] = Field(
+        "crop", description="what becomes of a picture: the backbone's own crop, or all of it"
+    )
+    training: dict[str, JsonValue] = Field({})
+    evaluation: dict[str, JsonValue] | None = None
+    calibration: dict[str, JsonValue] | None = None
+    digest: str = Field("", description="SHA-256 of the tensors and what gives them meaning")
+
+
+class TaskModel:
+    """A task model in memory.
+
+    Attributes:
+        info: what `task.json` says, its digest included.
+        tensors: `head.weight` [C, D] and `head.bias` [C]; AdaptFormer's `adaptformer.down`
+            [L, K, D] and `.up` [L, D, K]; LoRA's `lora.blocks.{i}.attn.qkv.A` [K, in] and `.B`
+            [out, K]. On the CPU, fp32 or fp16.
+    """
+
+    def __init__(self, info: TaskInfo, tensors: Mapping[str, Tensor]) -> None:
+        """Check copies of the tensors against `info` and name the task by its digest.
+
+        Raises:
+            TaskError: naming the first tensor that is missing, extra, misshapen or not finite,
+                or the entry of `info` that no `task.json` can hold.
+        """
+        what = f"task {info.name!r}"
+        if (info.method == "linear") != (info.rank is None):
+            raise TaskError(f"{what}: {info.method} and the rank {info.rank} do not go together")
+        if (info.method == "lora") != bool(info.layers) or not set(info.layers) <= set(LAYERS):
+            raise TaskError(
+                f"{what}: the layers that LoRA changes are some of {', '.join(LAYERS)}; "
+                f"{info.method} cannot have {', '.join(info.layers) or 'none'}"
+            )
+        check_tensors(what, tensors, tensor_shapes(info), TaskError)
+        self.tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
+        digest = content_digest(info.model_dump(mode="json", exclude=_NOTES), self.tensors)
+        if info.digest not in ("", digest):
+            raise TaskError(
+                f"{what}: the content does not match its digest (says {info.digest[:12]}, is "
+                f"{digest[:12]}): it was changed or corrupted"
+            )
+        self.info = info.model_copy(update={"digest": digest})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TaskModel":
+        """Read a task folder.
+
+        Raises:
+            TaskError: if anything about it is wrong; the message names the fault.
+        """
+        folder = Path(folder)
+        try:
+            info, tensors = ((folder / name).read_bytes() for name in (_INFO, _TENSORS))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = Path(error.filename).name
+            raise TaskError(f"{folder} is no task model: it has no {missing}") from None
+        except OSError as error:
+            raise TaskError(f"{folder} cannot be read: {error}") from error
+        parsed = _parse(info, folder / _INFO)
+        return cls(parsed, parse_tensors(tensors, folder / _TENSORS, TaskError))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the task as the new folder `folder`, whole or not at all.
+
+        Raises:
+            TaskError: if `folder` exists; a written task is never changed.
+        """
+        info = json.dumps(self.info.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        with new_folder(Path(folder), TaskError) as beside:
+            (beside / _INFO).write_text(info + "\n", encoding="utf-8")
+            (beside / _TENSORS).write_bytes(save(self.tensors))
+        return Path(folder)
+
+    def on(self, backbone: Backbone) -> Backbone:
+        """Return the task as a model that runs; it shares the backbone's weights in memory.
+
+        Args:
+            backbone: the model that it was tuned on, as it was then.
+
+        Raises:
+            TaskError: if it is another one.
+            BackboneError: if the task's calibration is malformed.
+        """
+        self.check_fits(backbone)
+        info = self.info
+        model = share(backbone.model)
+        model.reset_classifier(len(info.class_names))
+        weight: Any = backbone.model.blocks[0].attn.qkv.weight
+        tuned = {name: tensor.to(weight) for name, tensor in self.tensors.items()}
+        for head in info.heads:
+            layer: Any = model.get_submodule(head)
+            layer.weight = nn.Parameter(tuned[f"{head}.weight"], requires_grad=False)
+            layer.bias = nn.Parameter(tuned[f"{head}.bias"], requires_grad=False)
+        for name in self._changed_layers():
+            changed: Any = model.get_submodule(name)
+            up, down = tuned[f"lora.{name}.B"], tuned[f"lora.{name}.A"]
+            merged = changed.weight.detach() + info.scale * (up @ down)
+            changed.weight = nn.Parameter(merged, requires_grad=False)
+        model.pretrained_cfg |= data_config(info.resize)
+        return replace(
+            backbone,
+            model=model.eval(),
+            name=info.name,
+            class_names=info.class_names,
+            source=info.source,
+            tuned_from=backbone.tuned_from or backbone.digest,
+            calibration=parse_calibration(info.calibration, info.name),
+            evaluation=info.evaluation,
+            adapter=self._adapter(tuned),
+            task_digest=info.digest,
+        )
+
+    def check_fits(self, backbone: Backbone) -> None:
+        """Raise TaskError unless the backbone is the one that it was tuned on."""
+        own = self.info.backbone
+        if own.geometry != Geometry.of(backbone.model) or own.digest != backbone.digest:
+            raise TaskError(
+                f"task {self.info.name!r} was tuned on {own.architecture} with the weights "
+                f"{own.digest[:12]}; {backbone.name} is {backbone.architecture} with the weights "
+                f"{backbone.digest[:12]}"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Number of tuned values."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def _adapter(self, tuned: Mapping[str, Tensor]) -> Adapter | None:
+        if self.info.method != "adaptformer":
+            return None
+        return adapter(tuned["adaptformer.down"], tuned["adaptformer.up"], self.info.scale)
+
+    def _changed_layers(self) -> list[str]:
+        depth = self.info.backbone.geometry.depth
+        return [f"blocks.{i}.{layer}" for i in range(depth) for layer in self.info.layers]
+
+
+def open_task(reference: str | Path) -> TaskModel:
+    """Read a task folder, or a bundled one: `bundled:NAME`.
+
+    Raises:
+        BackboneError: if nothing bundled has the name.
+        TaskError: if the folder is no task model or a faulty one.
+    """
+    text = str(reference)
+    if text.startswith(BUNDLED):
+        return TaskModel.load(bundled_folder(text.removeprefix(BUNDLED)))
+    return TaskModel.load(text)
+
+
+def tensor_shapes(info: TaskInfo) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that a task has."""
+    geometry, classes, rank = info.backbone.geometry, len(info.class_names), info.rank or 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head in info.heads:
+        shapes |= {f"{head}.weight": (classes, geometry.width), f"{head}.bias": (classes,)}
+    if info.method == "adaptformer":
+        shapes["adaptformer.down"] = (geometry.depth, rank, geometry.width)
+        shapes["adaptformer.up"] = (geometry.depth, geometry.width, rank)
+    for layer in info.layers:
+        inputs, outputs = geometry.channels(layer.rpartition(".")[2])
+        outputs *= 3 if layer == "attn.qkv" else 1
+        for i in range(geometry.depth):
+            shapes[f"lora.blocks.{i}.{layer}.A"] = (rank, inputs)
+            shapes[f"lora.blocks.{i}.{layer}.B"] = (outputs, rank)
+    return shapes
+
+
+def data_config(resize: Literal["crop", "squash"]) -> dict[str, Any]:
+    """Return what differs from the backbone's own treatment of pictures, in timm's words."""
+    return {"crop_pct": 1.0, "crop_mode": "squash"} if resize == "squash" else {}
+
+
+def share(model: VisionTransformer) -> VisionTransformer:
+    """Return a copy of a model's structure whose weights are the model's own."""
+    weights: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, weights)
+
+
+def heads_of(model: VisionTransformer) -> tuple[str, ...]:
+    """Return the names of a model's heads: two, if it was distilled from a teacher."""
+    return ("head", "head_dist") if hasattr(model, "head_dist") else ("head",)
+
+
+def _parse(content: bytes, file: Path) -> TaskInfo:
+    try:
+        raw = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise TaskError(f"{file} cannot be read: {error}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise TaskError(
+            f"{file} has task format {version!r}; this version reads format {FORMAT_VERSION}"
+        )
+    try:
+        info = TaskInfo.model_validate(raw)
+    except ValidationError as error:
+        raise TaskError(f"{file}: {first_fault(error)}") from error
+    if not info.digest:
+        raise TaskError(f"{file} has no digest")
+    return info

@@ -1,0 +1,148 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters import AdaptFormer, BackboneInfo, TaskInfo, TaskModel
+from adapters.task import heads_of, tensor_shapes
+from tests.adapters.banks import backbone_of
+from tests.tocom_models import pictures, small_model
+from tocom import Backbone, TaskError, forward
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "adaptformer": {"rank": 4, "scale": 0.1},
+    "lora": {"rank": 2, "layers": ("attn.qkv", "mlp.fc2"), "scale": 0.5},
+}
+
+
+def random_task(backbone: Backbone, method: str = "adaptformer", **changes: Any) -> TaskModel:
+    info = TaskInfo.model_validate(
+        {
+            "name": "colours",
+            "method": method,
+            "backbone": BackboneInfo.of(backbone),
+            "source": 2,
+            "class_names": ("blue", "green", "red"),
+            "heads": heads_of(backbone.model),
+            **METHODS[method],
+            **changes,
+        }
+    )
+    torch.manual_seed(4)
+    shapes = tensor_shapes(info)
+    return TaskModel(info, {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()})
+
+
+@pytest.fixture(scope="module", params=["vit_tiny", "deit_tiny_distilled", "global_pool"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return backbone_of(small_model(request.param))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_runs_as_before(backbone: Backbone, method: str, tmp_path: Path) -> None:
+    task = random_task(backbone, method)
+    loaded = TaskModel.load(task.save(tmp_path / "task"))
+    assert loaded.info == task.info
+    images = pictures(backbone.model)
+    one, other = task.on(backbone), loaded.on(backbone)
+    answers = [forward(m.model, images, 2, adapter=m.adapter) for m in (one, other)]
+    assert answers[0].shape == (3, 3)
+    assert torch.equal(*answers)
+    assert (one.source, one.class_names) == (2, ("blue", "green", "red"))
+    assert one.tuned_from == backbone.digest
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_the_backbones_own_in_memory(backbone: Backbone, method: str) -> None:
+    before = backbone.digest
+    task = random_task(backbone, method)
+    own = {id(parameter) for parameter in backbone.model.parameters()}
+    changed = {
+        name
+        for name, parameter in task.on(backbone).model.named_parameters()
+        if id(parameter) not in own
+    }
+    expected = {f"{head}.{leaf}" for head in task.info.heads for leaf in ("weight", "bias")}
+    expected |= {f"blocks.{i}.{layer}.weight" for i in range(3) for layer in task.info.layers}
+    assert changed == expected
+    assert backbone_of(backbone.model).digest == before
+
+
+def test_adaptformers_folder_is_its_module() -> None:
+    backbone = backbone_of(small_model())
+    tuned = AdaptFormer(3, backbone.model.embed_dim, bottleneck=4, scale=0.3)
+    torch.nn.init.normal_(tuned.up, std=0.1)
+    task = random_task(backbone, scale=0.3)
+    tensors = task.tensors | {"adaptformer.down": tuned.down, "adaptformer.up": tuned.up}
+    info = task.info.model_copy(update={"digest": ""})
+    on = TaskModel(info, tensors).on(backbone)
+    images = pictures(backbone.model)
+    assert torch.equal(
+        forward(on.model, images, 1, adapter=on.adapter),
+        forward(on.model, images, 1, adapter=tuned()),
+    )
+
+
+def test_lora_is_the_weights_plus_the_pairs() -> None:
+    backbone = backbone_of(small_model())
+    task = random_task(backbone, "lora")
+    merged, own = (m.blocks[1].attn.qkv.weight for m in (task.on(backbone).model, backbone.model))
+    pair = [task.tensors[f"lora.blocks.1.attn.qkv.{factor}"] for factor in "BA"]
+    torch.testing.assert_close(merged, own + 0.5 * pair[0] @ pair[1])
+
+
+def test_another_backbone_is_refused() -> None:
+    task = random_task(backbone_of(small_model()))
+    with pytest.raises(TaskError, match="was tuned on small_vit with the weights"):
+        task.on(backbone_of(small_model(seed=1), "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "linear"}, "linear and the rank 4 do not go together"),
+        ({"layers": ("attn.qkv",)}, "adaptformer cannot have attn.qkv"),
+        ({"method": "lora", "layers": ("attn.x",)}, "lora cannot have attn.x"),
+        ({"rank": 5}, r"adaptformer.down must be \[3, 5, 192\], got \[3, 4, 192\]"),
+        ({"class_names": ("one",)}, r"head.weight must be \[1, 192\], got \[3, 192\]"),
+        ({"scale": 0.2}, "does not match its digest"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(change: dict[str, Any], message: str) -> None:
+    task = random_task(backbone_of(small_model()))
+    with pytest.raises(TaskError, match=message):
+        TaskModel(task.info.model_copy(update=change), task.tensors)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format_version", 2, "has task format 2; this version reads format 1"),
+        ("source", -1, "source: Input should be greater than or equal to 0"),
+        ("more", 1, "more: Extra inputs are not permitted"),
+        ("digest", "", "has no digest"),
+    ],
+)
+def test_a_faulty_file_is_named(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    folder = random_task(backbone_of(small_model())).save(tmp_path / "task")
+    said = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(said | {key: value}))
+    with pytest.raises(TaskError, match=message):
+        TaskModel.load(folder)
+
+
+def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
+    task = random_task(backbone_of(small_model()))
+    folder = task.save(tmp_path / "task")
+    with pytest.raises(TaskError, match="exists already"):
+        task.save(folder)
+    file = folder / "task.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(TaskError, match="truncated or corrupted"):
+        TaskModel.load(folder)
+    file.unlink()
+    with pytest.raises(TaskError, match="it has no task.safetensors"):
+        TaskModel.load(folder)

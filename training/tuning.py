@@ -1,0 +1,147 @@
+"""What fine-tuning trains: all weights, a head, LoRA's pairs or AdaptFormer's branches.
+
+The backbone is run, not owned: a checkpoint holds what is tuned and nothing else.
+
+Reference: ToCom, Table 3 (recipes), section 4.1 (AdaptFormer).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adapters import AdaptFormer
+from adapters.task import heads_of
+from tocom import Backbone, ConfigError
+from tocom.vit import embed, outputs
+from training.config import FinetuneConfig, LoraConfig
+from training.data import derive, mixing
+
+#: What PEFT calls the factors of a pair, and what a task folder calls them.
+_FACTORS = {".lora_A.default.weight": ".A", ".lora_B.default.weight": ".B"}
+
+
+class Tuned(nn.Module):
+    """A model at one rate, seen as the parameters that are tuned of it."""
+
+    def __init__(
+        self, model: VisionTransformer, rate: int, adapter: AdaptFormer | None = None
+    ) -> None:
+        """Take the parameters of `model` that require gradients, and those of `adapter`."""
+        super().__init__()
+        self._model = (model,)  # in a tuple it is no submodule
+        self.rate = rate
+        self.adapter = adapter
+        self.weights = nn.ParameterDict(
+            {
+                name.replace(".", "/"): parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
+
+    def train(self, mode: bool = True) -> "Tuned":
+        """Set the mode of the model as well, whose stochastic depth depends on it."""
+        self._model[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, classes] of images [B, 3, H, W]."""
+        (model,) = self._model
+        adapter = self.adapter() if self.adapter is not None else None
+        return outputs(model, embed(model, images), self.rate, adapter=adapter).logits
+
+
+class Finetuning:
+    """The job of `tocom-train finetune`; see `loop.Job`."""
+
+    losses_each = 1
+
+    def __init__(self, backbone: Backbone, config: FinetuneConfig, classes: int) -> None:
+        """Give the backbone a new head and make what the method tunes trainable.
+
+        Raises:
+            ConfigError: if the method needs what is not installed.
+        """
+        model = backbone.model
+        torch.manual_seed(derive(config.loop.seed, "init", 0))
+        adapter = None
+        if config.method == "lora":
+            _add_lora(model, config.lora)
+        elif config.method == "adaptformer":
+            adapter = AdaptFormer(
+                len(model.blocks), model.embed_dim, config.adaptformer.bottleneck,
+                config.adaptformer.scale,
+            ).to(next(model.parameters()))  # fmt: skip
+        else:
+            model.requires_grad_(config.method == "full")
+        model.reset_classifier(classes)
+        self.heads = heads_of(model)
+        for name in self.heads:
+            model.get_submodule(name).to(next(model.parameters())).requires_grad_(True)
+        rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
+        for block, rate in zip(model.blocks, rates, strict=True):
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        self.model = model
+        self.module: nn.Module = Tuned(model, config.source, adapter)
+        self.mixing = mixing(config.augment, classes, config.label_smoothing)
+        self.label_smoothing = config.label_smoothing
+
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        """Yield the cross-entropy at the source rate."""
+        smoothing = self.label_smoothing
+        if self.mixing:  # smooths the labels itself
+            images, labels = self.mixing(images, labels)
+            smoothing = 0.0
+        yield F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def watch(self) -> dict[str, float]:
+        """Nothing: the test pictures are read once, at the end."""
+        return {}
+
+    @torch.no_grad()
+    def tuned(self, backbone: Backbone) -> Backbone:
+        """Return the backbone that was given, as it is now, with its branches."""
+        adapter = self.module.adapter if isinstance(self.module, Tuned) else None
+        return replace(backbone, adapter=adapter() if adapter is not None else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was tuned, under the names of a task folder, in fp16 on the CPU."""
+        found: dict[str, Tensor] = {}
+        for head in self.heads:
+            layer: Any = self.model.get_submodule(head)
+            found |= {f"{head}.weight": layer.weight, f"{head}.bias": layer.bias}
+        if isinstance(self.module, Tuned) and self.module.adapter is not None:
+            adapter = self.module.adapter
+            found |= {"adaptformer.down": adapter.down, "adaptformer.up": adapter.up}
+        for name, parameter in self.model.named_parameters():
+            for ending, factor in _FACTORS.items():
+                if name.endswith(ending):
+                    found[f"lora.{name.removesuffix(ending)}{factor}"] = parameter
+        return {name: tensor.detach().cpu().half() for name, tensor in found.items()}
+
+
+def _add_lora(model: VisionTransformer, config: LoraConfig) -> None:
+    """Let PEFT put its pairs beside the layers; all else is frozen."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("method=lora needs PEFT: pip install 'tocom-serve[train]'") from error
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.layers),
+        ),
+        model,
+    )

@@ -1,0 +1,277 @@
+"""Many tasks, sources, targets and seeds: fine-tuning, measuring and the table of it all.
+
+A run (task, source, seed) has a folder of its own, with what `finetune` and `evaluate` make. What
+is there is not done again. Runs know nothing of each other, so that they may be shared out to
+processes; a table of what there is so far can be made at any time.
+
+Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, mean of the groups.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import open_bank
+from adapters.durable import replace_file
+from tocom import ConfigError, DataError
+from training import tasks
+from training.config import EvaluateConfig, FinetuneConfig, TaskConfig, VtabConfig
+from training.evaluate import evaluate
+from training.finetune import finetune
+from training.plot import plot_matrix
+from training.presets import read_recipe
+from training.tasks import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning and what is measured of it."""
+
+    task: Task
+    source: int
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Return its folder below that of all."""
+        return root / self.task.folder / f"source-{self.source}" / f"seed-{self.seed}"
+
+
+def vtab(config: VtabConfig, folder: Path) -> Path:
+    """Do all runs that are not done yet and return the path of the table.
+
+    Raises:
+        BankError, ConfigError, DataError: before any compute is spent.
+    """
+    chosen = chosen_tasks(config)
+    check(config)
+    if config.bank:
+        open_bank(config.bank)
+    runs = [
+        Run(task, source, seed)
+        for seed in config.seeds
+        for task in chosen
+        for source in config.sources
+    ]
+    for run in runs:
+        _recipe(config, run)  # refuses what no run could begin with
+    if config.jobs == 1:
+        for run in runs:
+            _do(config, run, folder)
+    else:
+        _share_out(config, runs, folder)
+    return report(config, folder)
+
+
+def check(config: VtabConfig) -> str:
+    """Return a line that says that all data is there.
+
+    Raises:
+        DataError: with a line for everything that is missing or wrong.
+    """
+    chosen = chosen_tasks(config)
+    problems = [line for task in chosen for line in tasks.check(Path(config.root), task)]
+    if problems:
+        raise DataError("\n  ".join([f"{config.root} is not complete:", *problems]))
+    return f"{config.root}: {len(chosen)} tasks are complete"
+
+
+def chosen_tasks(config: VtabConfig) -> list[Task]:
+    """Return the tasks of a recipe.
+
+    Raises:
+        ConfigError: naming those that there are, if it names another.
+    """
+    known = {task.folder: task for task in tasks.VTAB}
+    chosen = []
+    for task in config.tasks or known:
+        if isinstance(task, TaskConfig):
+            chosen.append(Task(task.name, task.folder, task.group, task.classes))
+        elif task in known:
+            chosen.append(known[task])
+        else:
+            raise ConfigError(f"VTAB-1k has no task {task!r}; it has: {', '.join(known)}")
+    return chosen
+
+
+def report(config: VtabConfig, folder: Path) -> Path:
+    """Make tables and plots of the runs that are done and return the path of the first.
+
+    Raises:
+        ConfigError: if none is.
+    """
+    rows = list(_rows(config, folder))
+    if not rows:
+        raise ConfigError(f"{folder} holds no finished run")
+    matrix = _mean_over_tasks(rows, chosen_tasks(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_matrix(
+        {
+            "model": f"{len({row['task'] for row in rows})} tasks, {len(config.seeds)} seeds",
+            "pictures": {"name": config.name},
+            "rows": matrix,
+        },
+        folder,
+    )
+    replace_file(folder / "vtab.json", json.dumps({"rows": rows, "mean": matrix}, indent=1) + "\n")
+    path = folder / "vtab.md"
+    replace_file(path, table(rows, chosen_tasks(config)))
+    return path
+
+
+def table(rows: list[dict[str, Any]], chosen: list[Task]) -> str:
+    """Return top-1 by task, group and over all, plain / with the bank: a line a (source, target).
+
+    Args:
+        rows: of task, source, target, seed, plain and, where there is a delta, bank.
+        chosen: the tasks, in the order of their columns.
+    """
+    present = [task for task in chosen if any(row["task"] == task.folder for row in rows)]
+    groups = list(dict.fromkeys(task.group for task in present))
+    header = ["source", "rate", *(task.name for task in present), *groups, "mean of groups"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
+        cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
+        means = {what: _means(cell, what, present) for what in ("plain", "bank")}
+        figures = [
+            " / ".join(f"{means[what][column]:.1f}" for what in means if column in means[what])
+            or "-"
+            for column in [*(task.folder for task in present), *groups, "all"]
+        ]
+        lines.append(f"| {source} | {target} | {' | '.join(figures)} |")
+    seeds = len({row["seed"] for row in rows})
+    return "\n".join(
+        [f"Top-1 in %, plain merging / with the bank; mean of {seeds} seeds.", "", *lines, ""]
+    )
+
+
+def _means(rows: list[dict[str, Any]], what: str, present: list[Task]) -> dict[str, float]:
+    """Return top-1 by task, by group and, as `all`, the mean of the groups."""
+    found: dict[str, float] = {}
+    for task in present:
+        values = [row[what]["top1"] for row in rows if row["task"] == task.folder and what in row]
+        if values:
+            found[task.folder] = statistics.fmean(values)
+    by_group: dict[str, list[float]] = {}
+    for task in present:
+        if task.folder in found:
+            by_group.setdefault(task.group, []).append(found[task.folder])
+    groups = {group: statistics.fmean(values) for group, values in by_group.items()}
+    if groups:
+        found |= groups | {"all": statistics.fmean(groups.values())}
+    return found
+
+
+def _mean_over_tasks(rows: list[dict[str, Any]], chosen: list[Task]) -> list[dict[str, Any]]:
+    """Return a row for each (source, target): the mean over tasks, each the mean of its seeds."""
+    matrix = []
+    for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
+        cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
+        mean: dict[str, Any] = {"source": source, "target": target}
+        for what in ("plain", "bank"):
+            with_it = [row for row in cell if what in row]
+            if with_it:
+                mean[what] = {
+                    measure: _mean_of_tasks(with_it, chosen, lambda row: row[what][measure])  # noqa: B023
+                    for measure in ("top1", "agreement", "kl")
+                }
+        matrix.append(mean)
+    return matrix
+
+
+def _mean_of_tasks(
+    rows: list[dict[str, Any]], chosen: list[Task], value: Callable[[dict[str, Any]], float]
+) -> float:
+    by_task = [[value(row) for row in rows if row["task"] == task.folder] for task in chosen]
+    return statistics.fmean(statistics.fmean(values) for values in by_task if values)
+
+
+def _rows(config: VtabConfig, folder: Path) -> Iterable[dict[str, Any]]:
+    for task in chosen_tasks(config):
+        for source in config.sources:
+            for seed in config.seeds:
+                run = Run(task, source, seed)
+                path = run.folder(folder) / "evaluation" / "evaluation.json"
+                if not path.exists():
+                    continue
+                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                    yield {"task": task.folder, "seed": seed, **row}
+
+
+def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
+    """Return the fine-tuning of a run."""
+    root, task = Path(config.root), run.task
+
+    def lists(**parts: str) -> list[str]:
+        # JSON's strings are TOML's too.
+        sets = []
+        for key, name in parts.items():
+            part = task.pictures(root, name)
+            where = f"path={json.dumps(part.path)}, list={json.dumps(part.list)}"
+            sets.append(f"{key.replace('_', '.')}={{{where}}}")
+        return sets
+
+    given = [
+        *config.changes,
+        *lists(pictures=tasks.ALL, test=tasks.TEST),
+        f"name={task.folder.lower()}",
+        f"classes={task.classes}",
+        f"source={run.source}",
+        f"loop.seed={run.seed}",
+    ]
+    recipe = read_recipe(FinetuneConfig, config.recipe, given)
+    if recipe.search is None:
+        return recipe
+    given += lists(search_train=tasks.TRAIN, search_validation=tasks.VALIDATION)
+    return read_recipe(FinetuneConfig, config.recipe, given)
+
+
+def _do(config: VtabConfig, run: Run, folder: Path) -> None:
+    """Do what is not done yet of a run."""
+    recipe, own = _recipe(config, run), run.folder(folder)
+    finished = finetune(recipe, own)
+    tuned_on = recipe.backbone
+    full = recipe.method == "full"
+    evaluate(
+        EvaluateConfig(
+            name=run.task.folder,
+            backbone=tuned_on.model_copy(update={"name": str(finished), "architecture": None})
+            if full
+            else tuned_on,
+            task=None if full else str(finished),
+            model=f"{run.task.name}, source {run.source}",
+            bank=config.bank,
+            pictures=recipe.test,
+            targets=config.targets,
+            limit=config.limit,
+        ),
+        own / "evaluation",
+    )
+
+
+def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:
+    """Do runs in several processes at once, each with its share of processors and one GPU."""
+    context = multiprocessing.get_context("spawn")
+    numbers: Any = context.Queue()
+    for number in range(config.jobs):
+        numbers.put(number)
+    with ProcessPoolExecutor(
+        config.jobs, context, initializer=_start, initargs=(numbers, config.jobs)
+    ) as pool:
+        for future in [pool.submit(_do, config, run, folder) for run in runs]:
+            future.result()
+
+
+def _start(numbers: Any, jobs: int) -> None:
+    number = numbers.get()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    if gpus := torch.cuda.device_count():
+        # Before CUDA is used: this process sees one GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
