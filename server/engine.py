@@ -239,7 +239,8 @@ class Engine:
             self.check_room()
             now = self.clock()
             due = deadline if due is None else due
-            wait = self._scheduler.wait(work, due, self._taken - len(self._scheduler))
+            unprepared = self._taken - len(self._scheduler)
+            wait = self._scheduler.wait(work, due, unprepared, late=deadline > due)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "

@@ -169,7 +169,7 @@ class Scheduler:
             del self._queues[work]
         return Batch(work.at(rate), reason, batch)
 
-    def wait(self, work: Work, due: float, unprepared: int) -> float:
+    def wait(self, work: Work, due: float, unprepared: int, late: bool) -> float:
         """Return the seconds until one more image could be done, at its cheapest.
 
         Args:
@@ -177,10 +177,12 @@ class Scheduler:
             due: when it is due; what is due later does not keep it waiting.
             unprepared: images that were taken and do not wait here, since they are decoded, or
                 run: they count as this one.
+            late: whether it is wanted after that, too.
         """
         own = _due_until(self._queues.get(work, []), due) + unprepared + 1
-        # In full batches, as those who are late run: nobody is refused who might be in time.
-        each = work.controller.times.image(work.high, min(own, self.max_batch))
+        each = work.controller.seconds(work.high, own)
+        if late:  # then it may run in a full batch
+            each = min(each, work.controller.times.image(work.high, min(own, self.max_batch)))
         return self._backlog(work, due) + own * each
 
     def _backlog(self, work: Work, due: float) -> float:

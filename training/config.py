@@ -205,7 +205,7 @@ class LoraConfig(Recipe):
     """PEFT's low-rank pairs beside linear layers."""
 
     rank: int = Field(8, gt=0)
-    alpha: float = Field(16.0, gt=0, description="the pairs count alpha / rank times")
+    alpha: int = Field(16, gt=0, description="the pairs count alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1)
     layers: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], ...] = Field(
         ("attn.qkv",), min_length=1
