@@ -154,11 +154,15 @@ def _similarity(metric: Tensor) -> Tensor:
 
 
 def _sum_groups(x: Tensor, match: Match) -> Tensor:
-    def expand(index: Tensor) -> Tensor:
-        return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-
-    kept = x.gather(1, expand(match.kept))
-    return kept.scatter_add(1, expand(match.into), x.gather(1, expand(match.merged)))
+    """Add up x [B, N, C] over the groups of a match: [B, M, C]."""
+    batch, tokens, width = x.shape
+    image = torch.arange(batch, device=x.device).unsqueeze(1)
+    # Whole rows, which a CPU copies up to ten times as fast as gather and scatter_add do.
+    rows = x.reshape(batch * tokens, width)
+    kept = rows.index_select(0, (match.kept + tokens * image).flatten())
+    merged = rows.index_select(0, (match.merged + tokens * image).flatten())
+    into = (match.into + match.kept.shape[1] * image).flatten()
+    return kept.index_add_(0, into, merged).view(batch, match.kept.shape[1], width)
 
 
 def _margin(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
