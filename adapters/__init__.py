@@ -14,8 +14,8 @@ from adapters.task import TaskInfo, TaskModel, open_task
 
 __all__ = [
     "AdaptFormer",
-    "Bank",
     "BackboneInfo",
+    "Bank",
     "BankInfo",
     "Geometry",
     "Store",

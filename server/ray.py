@@ -298,7 +298,7 @@ def _run(parsed: argparse.Namespace, settings: Settings, banks: UserConfig) -> N
     with closing(bind(settings.host, settings.port)) as listener:
         port = listener.getsockname()[1]
     # Large requests pass through the object store, and what it cannot hold through files.
-    ray.init("local", include_dashboard=False, object_store_memory=256 * 2**20)
+    ray.init(include_dashboard=False, object_store_memory=256 * 2**20)
     # In place of Ray's own handler, which leaves at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

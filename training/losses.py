@@ -47,8 +47,12 @@ def _regroup(state: State, groups: State) -> Tensor:
     """Return, for each token of `groups`, the mean of what `state` made of its input tokens."""
     assert state.source is not None
     assert groups.source is not None
-    width = state.x.shape[-1]
-    of_inputs = state.x.gather(1, state.source.unsqueeze(-1).expand(-1, -1, width))  # [B, N, D]
-    into = groups.source.unsqueeze(-1).expand_as(of_inputs)
-    means = of_inputs.new_zeros(groups.x.shape)
-    return means.scatter_reduce(1, into, of_inputs, "mean", include_self=False)
+    (batch, tokens, width), count = state.x.shape, groups.x.shape[1]
+    image = torch.arange(batch, device=state.x.device).unsqueeze(1)
+    # Whole rows at a time, as tokens are merged.
+    held = (state.source + tokens * image).flatten()
+    into = (groups.source + count * image).flatten()
+    of_inputs = state.x.reshape(batch * tokens, width).index_select(0, held)
+    sums = of_inputs.new_zeros(batch * count, width).index_add_(0, into, of_inputs)
+    sizes = torch.bincount(into, minlength=batch * count).unsqueeze(1)
+    return (sums / sizes).view(batch, count, width)

@@ -39,7 +39,7 @@ def untouched():
         (["--model", "=x"], "--model =x: expected NAME=BACKBONE"),
         (
             ["--model", "a=x,bnak=y"],
-            "expected KEY=VALUE with one of bank, architecture, source, got 'bnak=y'",
+            "expected KEY=VALUE with one of task, bank, architecture, source, got 'bnak=y'",
         ),
         (["--model", "a=x,bank="], "expected KEY=VALUE"),
         (

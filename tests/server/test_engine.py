@@ -309,3 +309,18 @@ def test_forwards_run_without_gradients_and_with_their_own_threads(make):
     engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
     assert seen == [(True, 3)] * 2
     assert prepared == [1, 1]
+
+
+def test_threads_that_are_yet_to_come_begin_with_the_callers(make):
+    def ask(seen):
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    engine = make(threads=3)
+    engine.start()
+    assert engine.call(torch.get_num_threads).result(PATIENCE) == 3
+    seen = []
+    thread = threading.Thread(target=ask, args=(seen,))
+    thread.start()
+    thread.join()
+    assert seen == [before] == [torch.get_num_threads()]

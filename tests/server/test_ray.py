@@ -109,10 +109,10 @@ def test_banks_are_what_the_user_config_says_whatever_they_were(replica, bank_fo
 
 
 def test_a_replica_whose_engine_is_stuck_is_not_healthy(replica, monkeypatch):
-    replica.check_health()
+    asyncio.run(replica.check_health())
     monkeypatch.setattr(Engine, "silence", 61.0)
     with pytest.raises(UnavailableError, match="the engine has not answered"):
-        replica.check_health()
+        asyncio.run(replica.check_health())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adapters import compose
-from server import ServedModel, models
+from server import ServedModel, shared
 from server.banks import Banks
 from server.engine import Engine
 from server.errors import UnusableBankError
@@ -43,7 +43,7 @@ def test_a_bank_is_attached(admin, registry, served, make_bank, swaps):
 def test_its_weights_are_folded_before_it_is_seen(admin, registry, store, make_bank, monkeypatch):
     store.publish(make_bank())
     attach(admin, "bare", "new")  # bare was tuned at rate 2
-    monkeypatch.setattr(models, "fold", None)
+    monkeypatch.setattr(shared, "fold", None)
     for rate in range(MAX_RATE + 1):
         assert registry.get("bare").at(rate, True)(torch.rand(1, 3, 64, 64))
 
@@ -111,7 +111,7 @@ def test_a_failure_in_the_middle_keeps_the_old_bank(
             raise RuntimeError("out of memory")
         return fold(model, delta)
 
-    monkeypatch.setattr(models, "fold", full)
+    monkeypatch.setattr(shared, "fold", full)
     assert attach(admin, "tiny", "new").status_code == 500
     assert registry.get("tiny") is served
     assert attach(admin, "tiny", "new").status_code == 200
@@ -200,7 +200,7 @@ def test_a_hundred_changes_leave_no_handles_behind(registry, store, make_bank, m
         return fold(model, delta)
 
     monkeypatch.setattr(ServedModel, "with_bank", watched)
-    monkeypatch.setattr(models, "fold", failing)
+    monkeypatch.setattr(shared, "fold", failing)
     failed = 0
     gc.collect()
     gc.disable()  # nothing may be left that only the collector would find

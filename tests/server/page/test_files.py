@@ -62,7 +62,7 @@ def test_nothing_comes_from_elsewhere():
 
 
 def test_the_page_is_light():
-    assert sum((PAGE / name).stat().st_size for name in FILES) < 60 * 1024
+    assert sum((PAGE / name).stat().st_size for name in FILES) < 64 * 1024
 
 
 def test_the_wheel_holds_the_page():

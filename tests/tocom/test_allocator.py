@@ -1,0 +1,36 @@
+import ctypes
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tocom import allocator
+
+PROGRAM = """
+import resource, sys, torch
+from tocom.allocator import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(30):
+    if _ == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**20) for _ in range(4)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's alone")
+def test_freed_memory_is_not_asked_for_again() -> None:
+    def faults(argument: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", PROGRAM, argument]))
+
+    pages = 20 * 4 * 2**22 // resource.getpagesize()
+    assert faults("keep") < 0.05 * pages
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    allocator.keep_freed_memory()
