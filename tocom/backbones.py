@@ -201,6 +201,10 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except FileNotFoundError as error:
+        if (folder / "task.json").exists():
+            raise BackboneError(
+                f"{name} is a task folder: give it as the task of the backbone that it was tuned on"
+            ) from error
         raise BackboneError(
             f"{name}: a model folder holds timm's config.json and model.safetensors; {error}"
         ) from error

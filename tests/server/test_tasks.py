@@ -13,7 +13,7 @@ from server.models import ServedModel, load_model, load_models
 from tests.adapters.banks import backbone_of
 from tests.adapters.test_task import random_task
 from tests.tocom_models import small_model
-from tocom import TaskError, forward, load_backbone
+from tocom import BackboneError, TaskError, forward, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +98,8 @@ def test_a_task_of_another_backbone_is_refused(tiny: ModelSettings, tmp_path: Pa
     task = random_task(backbone_of(small_model(seed=1))).save(tmp_path / "other")
     with pytest.raises(TaskError, match="was tuned on small_vit"):
         load_model(tiny.model_copy(update={"task": str(task)}))
+
+
+def test_a_task_is_no_backbone(tiny: ModelSettings, task_folder: Path) -> None:
+    with pytest.raises(BackboneError, match="is a task folder: give it as the task of"):
+        load_model(tiny.model_copy(update={"backbone": str(task_folder)}))
