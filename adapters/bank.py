@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapters.durable import new_folder
 from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
-from adapters.tensors import check_tensors, content_digest, parse_tensors
+from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
 from tocom import Backbone, BankError
 from tocom.delta import TARGETS
 
@@ -92,13 +92,7 @@ class Bank:
             BankError: if anything about it is wrong; the message names the fault.
         """
         folder = Path(folder)
-        try:
-            info, plugins = ((folder / name).read_bytes() for name in FILES)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing = Path(error.filename).name
-            raise BankError(f"{folder} is no bank: it has no {missing}") from None
-        except OSError as error:
-            raise BankError(f"{folder} cannot be read: {error}") from error
+        info, plugins = read_files(folder, FILES, "bank", BankError)
         return cls.from_bytes(info, plugins, folder)
 
     @classmethod

@@ -23,7 +23,7 @@ from adapters.adaptformer import adapter
 from adapters.bank import NAME
 from adapters.durable import new_folder
 from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
-from adapters.tensors import check_tensors, content_digest, parse_tensors
+from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
 from tocom import Adapter, Backbone, TaskError, bundled_folder
 from tocom.backbones import BUNDLED, parse_calibration
 from tocom.delta import TARGETS
@@ -104,13 +104,7 @@ class TaskModel:
             TaskError: if anything about it is wrong; the message names the fault.
         """
         folder = Path(folder)
-        try:
-            info, tensors = ((folder / name).read_bytes() for name in (_INFO, _TENSORS))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            missing = Path(error.filename).name
-            raise TaskError(f"{folder} is no task model: it has no {missing}") from None
-        except OSError as error:
-            raise TaskError(f"{folder} cannot be read: {error}") from error
+        info, tensors = read_files(folder, (_INFO, _TENSORS), "task model", TaskError)
         parsed = _parse(info, folder / _INFO)
         return cls(parsed, parse_tensors(tensors, folder / _TENSORS, TaskError))
 

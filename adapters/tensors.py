@@ -1,4 +1,4 @@
-"""Named tensors in files: strict to read, and named by their content."""
+"""Folders of a description and named tensors: strict to read, and named by their content."""
 
 import hashlib
 import json
@@ -14,6 +14,19 @@ from torch import Tensor
 from tocom import TocomError
 
 _DTYPES = (torch.float32, torch.float16)
+
+
+def read_files(
+    folder: Path, names: Sequence[str], what: str, fault: type[TocomError]
+) -> list[bytes]:
+    """Return the contents of the files that make a folder `what`; raise `fault` if it is none."""
+    try:
+        return [(folder / name).read_bytes() for name in names]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename).name
+        raise fault(f"{folder} is no {what}: it has no {missing}") from None
+    except OSError as error:
+        raise fault(f"{folder} cannot be read: {error}") from error
 
 
 def parse_tensors(content: bytes, file: Path, fault: type[TocomError]) -> dict[str, Tensor]:

@@ -241,12 +241,21 @@ def _save_task(
 def _accuracy(
     backbone: Backbone, rate: int, part: PicturesConfig, keys: Keys | None = None
 ) -> float:
-    """Return the share of right answers at a rate, of all pictures or of those of these keys."""
+    """Return the share of right answers at a rate, of all pictures or of those of these keys.
+
+    Raises:
+        DataError: if a picture has a class that the model lacks.
+    """
     device = next(backbone.model.parameters()).device
     correct = total = 0
     for images, labels in evaluation_batches(backbone, [part], keys):
         tokens = embed(backbone.model, images.to(device))
         logits = outputs(backbone.model, tokens, rate, adapter=backbone.adapter).logits
+        if (highest := int(labels.max())) >= logits.shape[1]:
+            raise DataError(
+                f"{part.list or part.path} has the class {highest}; the model has "
+                f"{logits.shape[1]}, from 0"
+            )
         correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
         total += len(labels)
     return round(correct / total, 4)

@@ -195,3 +195,15 @@ def test_a_search_of_what_is_not_there_is_refused(pictures: Path, model_folder: 
     search = {"key": "adaptformer.scal", "values": [1.0]}
     with pytest.raises(ValueError, match=r"the recipe has no adaptformer\.scal"):
         recipe(pictures, model_folder, search=search)
+
+
+def test_a_test_class_that_the_head_lacks_is_told(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    root = write_lists(tmp_path / "data", "colours", pictures)
+    folder = root / "colours"
+    (folder / "test.txt").write_text("images/red/7.png 3\n")
+    test = {"path": str(folder), "list": "test.txt"}
+    config = recipe(pictures, model_folder, method="linear", test=test)
+    with pytest.raises(DataError, match="test.txt has the class 3; the model has 3, from 0"):
+        finetune(config, tmp_path / "run")
