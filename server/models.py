@@ -32,7 +32,7 @@ from tocom import (
     cost,
 )
 from tocom.backbones import Calibration
-from tocom.vit import embed, encode, head, pool
+from tocom.vit import embed, encode, head, outputs, pool
 
 logger = logging.getLogger(__name__)
 
@@ -194,14 +194,18 @@ class RateWork:
     def __call__(self, images: Tensor) -> list[Output]:
         """Run images [B, 3, H, W], from any device, to an output each."""
         delta = self.model.folded(self.rate) if self.compensate else None
-        model = self.model.backbone.model
+        model, adapter = self.model.backbone.model, self.model.backbone.adapter
         tokens = embed(model, images.to(self.model.device))
-        adapter = self.model.backbone.adapter
-        x, size, traced = encode(model, tokens, self.rate, delta, self.trace, adapter=adapter)
-        logits = head(model, x, size).float().cpu()
-        features = pool(model, x, size).float().cpu()
-        sources = [None] * len(images) if traced is None else list(traced.source.cpu())
-        return [Output(*row) for row in zip(logits, features, sources, strict=True)]
+        sources: Sequence[Tensor | None] = [None] * len(images)
+        if self.trace:
+            x, size, traced = encode(model, tokens, self.rate, delta, True, adapter=adapter)
+            assert traced is not None
+            features, logits = pool(model, x, size), head(model, x, size)
+            sources = list(traced.source.cpu())
+        else:  # of the last block only what the head reads
+            features, logits, _ = outputs(model, tokens, self.rate, delta, adapter=adapter)
+        rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
+        return [Output(*row) for row in rows]
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Run batches of these sizes on blank images, and take note of how long they take.

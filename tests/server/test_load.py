@@ -107,5 +107,5 @@ def test_mixed_rates_from_eight_threads(app, address, served):
     assert weights_digest(model) == digest
     for index, data in enumerate(PICTURES):
         stock = model(served.transform(decode(data, 10**6))[None])[0]
-        assert torch.equal(at_source[index], stock)
-        assert torch.equal(returned[index], stock)
+        torch.testing.assert_close(at_source[index], stock)
+        assert torch.equal(returned[index], at_source[index])
