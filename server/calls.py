@@ -43,9 +43,6 @@ MAX_PER_REQUEST = 256
 #: What Pillow writes as PNG as it is.
 _PNG_MODES = frozenset(("1", "I;16", "L", "LA", "P", "RGB", "RGBA"))
 
-#: Statuses after which the same request may succeed.
-_TRANSIENT = (429, 503)
-
 
 class RateOptions(TypedDict, total=False):
     """Which model to ask, at which rate and by when; all as the server's parameters."""
@@ -216,16 +213,10 @@ def encode_line(image: Image) -> bytes:
     return to_json(_in_json(image)) + b"\n"
 
 
-def seconds_to_retry(response: httpx.Response, tries_left: int) -> float:
-    """Return the seconds after which to try a request again that was refused.
-
-    Raises:
-        ToComServerError: if it should not be, or not once more.
-    """
+def refusal(response: httpx.Response) -> ToComServerError:
+    """Return what an answer says that is not the one that was asked for."""
     after = response.headers.get("Retry-After", "")
     retry_after = float(after) if after.isdecimal() else None
-    if tries_left and response.status_code in _TRANSIENT:
-        return 1.0 if retry_after is None else retry_after
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
@@ -239,7 +230,7 @@ def seconds_to_retry(response: httpx.Response, tries_left: int) -> float:
             error=detail,
             request_id=response.headers.get("X-Request-Id", ""),
         )
-    raise ToComServerError(problem, retry_after)
+    return ToComServerError(problem, retry_after)
 
 
 def _single(

@@ -10,7 +10,7 @@ cannot be reached is one of httpx's errors.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
 import httpx
@@ -27,6 +27,7 @@ from server.schemas import (
     Problem,
     Status,
 )
+from server.tries import LOST, Tries
 
 __all__ = ["AsyncClient", "Client", "Image", "ToComServerError"]
 
@@ -52,12 +53,15 @@ class Client:
         Args:
             url: of the server.
             api_key: if the server wants one.
-            retries: how often a call is tried again, after the time that the server names, that
-                found it full (503) or its quota used up (429).
+            retries: how often a call is tried again: one that found the server full (503) or its
+                quota used up (429) after the time that the server names, and one whose connection
+                was refused, or lost before its answer came, soon, while its `deadline_ms` and the
+                timeout last.
             timeout: seconds without a sign of the server after which a call fails.
             transport: in place of the network.
         """
         self._retries = retries
+        self._timeout = timeout
         self._http = httpx.Client(
             base_url=url, headers=_headers(api_key), timeout=timeout, transport=transport
         )
@@ -116,7 +120,7 @@ class Client:
         """
         batch = calls.Batch(images, per_request, options)
         for call in batch.calls():
-            with self._open(call) as response:
+            with closing(self._ask(call)) as response:
                 for line in response.iter_lines():
                     yield batch.read(line)
 
@@ -143,19 +147,23 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        with self._open(call) as response:
-            return call.parse(response.read())
+        return call.parse(self._ask(call).content)
 
-    @contextmanager
-    def _open(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        for tries_left in range(self._retries, -1, -1):
+    def _ask(self, call: Call[Any]) -> httpx.Response:
+        """Return the answer to a call: all of it, or its head if it comes line by line."""
+        tries = Tries(call, self._retries, self._timeout)
+        while True:
             lines = map(calls.encode_line, call.images) if call.images else call.body
-            with self._http.stream(**_request(call), content=lines) as response:
+            request = self._http.build_request(**_request(tries.call), content=lines)
+            try:
+                response = self._http.send(request, stream=bool(call.images))
                 if response.is_success:
-                    yield response
-                    return
+                    return response
                 response.read()
-                delay = calls.seconds_to_retry(response, tries_left)
+            except LOST as error:
+                delay = tries.after_loss(error)
+            else:
+                delay = tries.after_refusal(response)
             time.sleep(delay)
 
 
@@ -173,6 +181,7 @@ class AsyncClient:
     ) -> None:
         """See `Client`."""
         self._retries = retries
+        self._timeout = timeout
         self._http = httpx.AsyncClient(
             base_url=url, headers=_headers(api_key), timeout=timeout, transport=transport
         )
@@ -207,7 +216,7 @@ class AsyncClient:
         """See `Client`."""
         batch = calls.Batch(images, per_request, options)
         for call in batch.calls():
-            async with self._open(call) as response:
+            async with aclosing(await self._ask(call)) as response:
                 async for line in response.aiter_lines():
                     yield batch.read(line)
 
@@ -234,19 +243,22 @@ class AsyncClient:
         await self.close()
 
     async def _send(self, call: Call[T]) -> T:
-        async with self._open(call) as response:
-            return call.parse(await response.aread())
+        return call.parse((await self._ask(call)).content)
 
-    @asynccontextmanager
-    async def _open(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
-        for tries_left in range(self._retries, -1, -1):
+    async def _ask(self, call: Call[Any]) -> httpx.Response:
+        tries = Tries(call, self._retries, self._timeout)
+        while True:
             lines = _lines(call.images) if call.images else call.body
-            async with self._http.stream(**_request(call), content=lines) as response:
+            request = self._http.build_request(**_request(tries.call), content=lines)
+            try:
+                response = await self._http.send(request, stream=bool(call.images))
                 if response.is_success:
-                    yield response
-                    return
+                    return response
                 await response.aread()
-                delay = calls.seconds_to_retry(response, tries_left)
+            except LOST as error:
+                delay = tries.after_loss(error)
+            else:
+                delay = tries.after_refusal(response)
             await asyncio.sleep(delay)
 
 

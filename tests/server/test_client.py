@@ -2,9 +2,12 @@
 
 import asyncio
 import io
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from types import SimpleNamespace
 
@@ -166,16 +169,19 @@ def test_both_clients_have_the_same_methods():
 
 
 class Answers:
-    """Answers one after the other, and what was asked."""
+    """Answers one after the other, or errors in their place, and what was asked."""
 
-    def __init__(self, *answers: httpx.Response):
+    def __init__(self, *answers: httpx.Response | httpx.TransportError):
         self.answers = list(answers)
         self.asked: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         request.read()
         self.asked.append(request)
-        return self.answers.pop(0)
+        answer = self.answers.pop(0)
+        if isinstance(answer, httpx.TransportError):
+            raise answer
+        return answer
 
     async def asynchronous(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
@@ -215,13 +221,68 @@ def test_a_client_tries_again_when_the_server_says(naps, status):
     assert naps == [7, 1, 7]
 
 
-def test_a_stream_is_sent_whole_when_it_is_sent_again(naps, photo):
-    answers = Answers(httpx.Response(**FULL), httpx.Response(200, text=""))
+@pytest.mark.parametrize("failure", [httpx.Response(**FULL), httpx.WriteError("gone")])
+def test_a_stream_is_sent_whole_when_it_is_sent_again(naps, photo, failure):
+    answers = Answers(failure, httpx.Response(200, text=""))
     client = Client(retries=1, transport=httpx.MockTransport(answers))
     assert list(client.stream_batch([photo, photo])) == []
     first, second = answers.asked
     assert first.content == second.content
     assert first.content.count(b"\n") == 2
+
+
+def broken(*last: httpx.Response) -> Answers:
+    full = httpx.Response(**FULL)
+    return Answers(httpx.ConnectError("refused"), full, httpx.ReadError("gone"), *last)
+
+
+def test_a_client_tries_again_what_was_lost(naps):
+    answers = broken(httpx.Response(**MODELS))
+    assert Client(retries=3, transport=httpx.MockTransport(answers)).models() == []
+    assert naps == [pytest.approx(0.125, abs=0.026), 7, pytest.approx(0.25, abs=0.051)]
+
+    answers = broken(httpx.Response(**MODELS))
+    transport = httpx.MockTransport(answers.asynchronous)
+    assert asyncio.run(AsyncClient(retries=3, transport=transport).models()) == []
+    assert len(naps) == 6
+
+    client = Client(retries=2, transport=httpx.MockTransport(broken()))
+    with pytest.raises(httpx.ReadError, match="gone"):
+        client.models()
+
+
+def test_a_connection_that_ends_in_the_middle_of_an_answer(naps, photo):
+    """Half of an answer is none, unless it is the first lines of a stream."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
+    with breaking(b"", head + b'{"mod', head + b'{"models":[]}') as url:
+        assert Client(url, retries=2).models() == []
+    assert len(naps) == 2
+
+    line = b'{"index":0,"name":null,"done":1,"total":null}\n'
+    with breaking(head.replace(b"13", b"99") + line) as url:
+        stream = Client(url, retries=2).stream_batch([photo])
+        assert next(stream).index == 0
+        with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message"):
+            next(stream)
+    assert len(naps) == 2
+
+
+@contextmanager
+def breaking(*answers: bytes) -> Iterator[str]:
+    """Listen for as many connections as there are answers, and end each after its own."""
+
+    def answer():
+        for each in answers:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(each)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
 
 
 @pytest.mark.parametrize(("retries", "refusals"), [(0, 1), (2, 3)])
@@ -237,9 +298,11 @@ def test_a_client_gives_up(naps, retries, refusals):
 
 
 def test_only_what_may_pass_is_tried_again(naps):
-    answers = Answers(httpx.Response(500, text="broken"))
+    answers = Answers(httpx.Response(500, text="broken"), httpx.ReadTimeout("too long"))
     client = Client(retries=3, transport=httpx.MockTransport(answers))
     with pytest.raises(ToComServerError, match="500 Internal Server Error: broken"):
+        client.models()
+    with pytest.raises(httpx.ReadTimeout, match="too long"):
         client.models()
     assert naps == []
 

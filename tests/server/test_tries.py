@@ -1,0 +1,75 @@
+"""When a call is tried again, by a clock that stands still."""
+
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from server import calls
+from server.tries import BACKOFF, Tries
+
+FULL = {"status_code": 503, "headers": {"Retry-After": "7"}}
+GONE = httpx.ReadError("gone")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("server.tries.time", clock)
+    monkeypatch.setattr("server.tries.random.uniform", lambda low, high: low)
+    return clock
+
+
+def tries(retries: int = 9, timeout: float = 60.0, **options) -> Tries:
+    return Tries(calls.classify(b"photo", options), retries, timeout)
+
+
+def full() -> httpx.Response:
+    request = httpx.Request("POST", "http://host/v1/classify")
+    return httpx.Response(**FULL, request=request)
+
+
+def test_a_loss_is_waited_for_twice_as_long_as_the_one_before(clock):
+    made = tries()
+    assert [made.after_loss(GONE) / BACKOFF for _ in range(4)] == [1, 2, 4, 8]
+    assert made.call.params == {}
+
+
+def test_losses_and_refusals_use_up_the_same_retries(clock):
+    made = tries(retries=2)
+    made.after_loss(GONE)
+    assert made.after_refusal(full()) == 7
+    with pytest.raises(httpx.ReadError, match="gone"):
+        made.after_loss(GONE)
+    with pytest.raises(calls.ToComServerError, match="503"):
+        made.after_refusal(full())
+
+
+def test_what_is_lost_is_not_asked_again_past_the_timeout(clock):
+    made = tries(timeout=5)
+    clock.now += 4.8
+    made.after_loss(GONE)
+    with pytest.raises(httpx.ReadError, match="gone"):
+        made.after_loss(GONE)
+
+
+def test_what_is_asked_again_has_what_is_left_of_its_deadline(clock):
+    made = tries(deadline_ms=1000, rate=8)
+    clock.now += 0.5
+    made.after_loss(GONE)
+    assert made.call.params == {"deadline_ms": 400, "rate": 8}
+    clock.now += 0.3
+    with pytest.raises(httpx.ReadError, match="gone"):
+        made.after_loss(GONE)
+
+
+def test_a_request_after_a_refusal_has_all_of_its_time(clock):
+    made = tries(deadline_ms=1000)
+    clock.now += 0.5
+    made.after_loss(GONE)
+    made.after_refusal(full())
+    assert made.call.params == {"deadline_ms": 1000}
+    clock.now += 7.5
+    assert made.after_loss(GONE) == 2 * BACKOFF
+    assert made.call.params == {"deadline_ms": 300}
