@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from server import calls
-from server.calls import Call
+from server.calls import Call, ToComServerError
 
 #: How a call is lost: nobody listens, or who did is gone before the answer was there. Not by a
 #: timeout, after which the caller no longer wants to wait.
@@ -24,6 +24,11 @@ BACKOFF = 0.1
 
 #: Statuses after which the same request may succeed.
 _TRANSIENT = (429, 503)
+
+#: What a proxy (Ray's 500, others' 502) says when the server behind it is gone.
+_LOST_BEHIND_PROXY = (500, 502)
+
+_PROBLEM = "application/problem+json"
 
 
 class Tries:
@@ -52,6 +57,10 @@ class Tries:
             ToComServerError: if the server would refuse it again, or too often.
         """
         refusal = calls.refusal(response)
+        # What the server says itself is a problem.
+        kind: str = response.headers.get("Content-Type", "")
+        if response.status_code in _LOST_BEHIND_PROXY and not kind.startswith(_PROBLEM):
+            return self.after_loss(refusal)
         if not self._left or response.status_code not in _TRANSIENT:
             raise refusal
         self._left -= 1
@@ -61,7 +70,7 @@ class Tries:
         self._began = time.monotonic() + delay
         return delay
 
-    def after_loss(self, error: httpx.TransportError) -> float:
+    def after_loss(self, error: httpx.TransportError | ToComServerError) -> float:
         """Return the seconds after which to try again, or raise the error.
 
         That is raised if it has come too often, or if the call's time would be over by then.

@@ -298,7 +298,9 @@ def test_a_client_gives_up(naps, retries, refusals):
 
 
 def test_only_what_may_pass_is_tried_again(naps):
-    answers = Answers(httpx.Response(500, text="broken"), httpx.ReadTimeout("too long"))
+    ours = {"Content-Type": "application/problem+json"}
+    broken = httpx.Response(500, text="broken", headers=ours)
+    answers = Answers(broken, httpx.ReadTimeout("too long"))
     client = Client(retries=3, transport=httpx.MockTransport(answers))
     with pytest.raises(ToComServerError, match="500 Internal Server Error: broken"):
         client.models()

@@ -8,7 +8,6 @@ import pytest
 from server import calls
 from server.tries import BACKOFF, Tries
 
-FULL = {"status_code": 503, "headers": {"Retry-After": "7"}}
 GONE = httpx.ReadError("gone")
 
 
@@ -25,9 +24,13 @@ def tries(retries: int = 9, timeout: float = 60.0, **options) -> Tries:
     return Tries(calls.classify(b"photo", options), retries, timeout)
 
 
-def full() -> httpx.Response:
+def answer(status_code: int, **headers: str) -> httpx.Response:
     request = httpx.Request("POST", "http://host/v1/classify")
-    return httpx.Response(**FULL, request=request)
+    return httpx.Response(status_code, headers=headers, request=request)
+
+
+def full() -> httpx.Response:
+    return answer(503, **{"Retry-After": "7"})
 
 
 def test_a_loss_is_waited_for_twice_as_long_as_the_one_before(clock):
@@ -73,3 +76,20 @@ def test_a_request_after_a_refusal_has_all_of_its_time(clock):
     clock.now += 7.5
     assert made.after_loss(GONE) == 2 * BACKOFF
     assert made.call.params == {"deadline_ms": 300}
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_proxy_that_lost_its_server_is_a_loss(clock, status):
+    made = tries(retries=2)
+    text = {"Content-Type": "text/plain; charset=utf-8"}
+    assert [made.after_refusal(answer(status, **text)) / BACKOFF for _ in range(2)] == [1, 2]
+    with pytest.raises(calls.ToComServerError, match=str(status)):
+        made.after_refusal(answer(status, **text))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(500, "application/problem+json"), (504, "text/html")]
+)
+def test_what_will_not_pass_is_not_asked_again(clock, status, kind):
+    with pytest.raises(calls.ToComServerError, match=str(status)):
+        tries().after_refusal(answer(status, **{"Content-Type": kind}))
