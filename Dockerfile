@@ -2,6 +2,7 @@
 #
 #     docker build -t tocom-serve .                                  # for processors
 #     docker build -t tocom-serve:cuda --build-arg TORCH=cu128 .     # for NVIDIA GPUs
+#     docker build -t tocom-serve:ray --build-arg EXTRAS=otel,ray .  # with extras of pyproject.toml
 #     docker run --rm -p 8000:8000 [--gpus all] tocom-serve
 
 ARG PYTHON=3.12
@@ -11,6 +12,8 @@ FROM python:${PYTHON}-slim AS build
 # The build of torch by uv's name. CUDA's libraries come inside the wheels, so one
 # base image serves both; the host brings the driver.
 ARG TORCH=cpu
+# Extras of pyproject.toml, with commas between them: otel sends traces, ray is for `server.ray`.
+ARG EXTRAS=
 
 RUN pip install --no-cache-dir 'uv>=0.7' && uv venv /opt/tocom
 ENV VIRTUAL_ENV=/opt/tocom \
@@ -20,7 +23,9 @@ ENV VIRTUAL_ENV=/opt/tocom \
 WORKDIR /src
 # Dependencies first: they change rarely, and torch is most of the image.
 COPY pyproject.toml ./
-RUN uv pip install --torch-backend "${TORCH}" --requirements pyproject.toml
+# uv takes one extra an option.
+RUN uv pip install --torch-backend "${TORCH}" --requirements pyproject.toml \
+    $(echo "${EXTRAS}" | sed 's/^./--extra &/; s/,/ --extra /g')
 COPY . .
 RUN uv pip install --no-deps .
 

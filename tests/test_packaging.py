@@ -61,3 +61,11 @@ def test_every_sample_photograph_has_its_licence():
     photographs = sorted(path.name for path in SAMPLES.glob("*.jpg"))
     assert len(photographs) >= 6
     assert sorted(listed) == photographs
+
+
+@pytest.mark.parametrize("page", ["Dockerfile", "docs/operating.md"])
+def test_images_are_built_with_extras_that_there_are(page):
+    named = re.findall(r"EXTRAS=(\w\S*)", (ROOT / page).read_text("utf-8"))
+    assert named
+    there = PYPROJECT["project"]["optional-dependencies"].keys()
+    assert {extra for names in named for extra in names.split(",")} <= there

@@ -1,7 +1,9 @@
 """What is deployed beside the server knows it: its routes, settings and metrics."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from server.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "operating.md").read_text("utf-8")
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text("utf-8"))
 MANIFEST = {
     each["kind"]: each
@@ -167,4 +170,19 @@ def test_requests_are_taken_until_the_service_knows_better(configured):
 
 def test_the_user_is_that_of_the_image():
     user = POD["spec"]["securityContext"]["runAsUser"]
-    assert f"USER {user}" in (ROOT / "Dockerfile").read_text("utf-8")
+    assert f"USER {user}" in DOCKERFILE
+
+
+@pytest.mark.parametrize(
+    ("extras", "options"),
+    [("", []), ("otel", ["--extra", "otel"]), ("otel,ray", ["--extra", "otel", "--extra", "ray"])],
+)
+def test_the_image_gets_the_extras_that_are_asked_for(extras, options):
+    (command,) = re.findall(r"^RUN (uv .*--requirements (?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE)
+    done = subprocess.run(
+        ["sh", "-c", f'uv() {{ printf "%s\\n" "$@"; }}\n{command}'],
+        env=os.environ | {"TORCH": "cpu", "EXTRAS": extras},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    _, asked = done.stdout.split("pyproject.toml\n")
+    assert asked.split() == options
