@@ -72,6 +72,15 @@ def test_what_cannot_be_answered_is_told_and_the_rest_goes_on(client, photo):
     assert {error["instance"] for error in errors} == {PATH}
 
 
+def test_a_line_that_is_nested_too_deeply_costs_one_image(client, photo):
+    body = b"[" * 10**5 + b"\n" + b'{"b64":' * 10**5 + b"\n" + line(photo)
+    answered = {each["index"]: each for each in lines(post(client, body))}
+    assert "result" in answered[2]
+    for index in (0, 1):
+        assert answered[index]["error"]["status"] == 422
+        assert "recursion limit exceeded" in answered[index]["error"]["detail"]
+
+
 def test_no_images(client):
     assert lines(post(client, b"")) == []
 

@@ -19,6 +19,10 @@ def part(data: bytes, name: str | None = "file", filename: str = "photo.png") ->
     return head.encode() + data + b"\r\n"
 
 
+def nested(depth: int) -> list:
+    return json.loads("[" * depth + "]" * depth)
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
@@ -93,6 +97,12 @@ def part(data: bytes, name: str | None = "file", filename: str = "photo.png") ->
             400,
             "the body is not JSON: Invalid JSON: EOF",
         ),
+        (
+            {"content": b"[" * 10**5, "headers": {"Content-Type": "application/json"}},
+            400,
+            "the body is not JSON: Invalid JSON: recursion limit exceeded",
+        ),
+        ({"json": {"images": [nested(150)]}}, 422, "images.0: Input should be an object"),
         (
             {"content": iter([b""]), "headers": {"Content-Type": "image/png"}},
             400,

@@ -134,6 +134,15 @@ def test_a_choice_that_is_none(admin, choice):
     problem(answer)
 
 
+@pytest.mark.parametrize(("depth", "status"), [(100, 422), (100_000, 400)])
+def test_a_choice_that_is_nested_deeply(admin, depth, status):
+    body = b'{"bank":' + b"[" * depth + b"]" * depth + b"}"
+    headers = {"Content-Type": "application/json"}
+    answer = admin.put("/v1/models/tiny/bank", content=body, headers=headers)
+    assert answer.status_code == status
+    problem(answer)
+
+
 # What is deleted
 
 
