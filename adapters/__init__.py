@@ -9,6 +9,7 @@ from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.geometry import BackboneInfo, Geometry
 from adapters.peft import export_peft, import_reference
+from adapters.runtimes import export_model
 from adapters.store import Store, Version, open_bank, use_bank
 from adapters.task import TaskInfo, TaskModel, open_task
 
@@ -24,6 +25,7 @@ __all__ = [
     "Version",
     "compose",
     "compose_steps",
+    "export_model",
     "export_peft",
     "import_reference",
     "model_card",

@@ -1,4 +1,4 @@
-"""`tocom-bank`: look at banks, publish them, share them."""
+"""`tocom-bank`: look at banks, publish them, share them, take them elsewhere."""
 
 import argparse
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 from adapters.card import facts, model_card, notes
 from adapters.geometry import BackboneInfo
 from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
+from adapters.runtimes import export_model
 from adapters.store import Store, open_bank
+from adapters.task import open_task
 from tocom import TocomError, load_backbone
 
 _BANK = "a bank folder, bundled:NAME, hf://ORG/NAME[@REVISION], or NAME or NAME@DIGEST in the store"
@@ -72,6 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--source", type=int, required=True, help="rate the model was tuned at")
     command.add_argument("--target", type=int, required=True, help="rate it will run at")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "export-model", parents=[store], help="write a model at one rate for another runtime"
+    )
+    command.add_argument("model", help="as tocom-serve takes it")
+    command.add_argument("output", help="the new file: .onnx, or .xml for OpenVINO")
+    command.add_argument("--rate", type=int, required=True, help="rate it will run at")
+    command.add_argument("--bank", help=f"{_BANK}; default: it runs without compensation")
+    command.add_argument("--task", metavar="FOLDER", help="task to put on the model")
+    command.add_argument("--source", type=int, help="rate it was tuned at; default: its own")
+    command.add_argument("--architecture", help="timm's name, if MODEL is a .safetensors file")
+    command.set_defaults(run=_export_model)
 
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--license", metavar="ID", help="such as apache-2.0; default: none claimed")
@@ -162,6 +176,14 @@ def _delete(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     bank = open_bank(arguments.bank, arguments.store)
     print(export_peft(bank, arguments.source, arguments.target, arguments.folder))
+
+
+def _export_model(arguments: argparse.Namespace) -> None:
+    backbone = load_backbone(arguments.model, arguments.architecture)
+    if arguments.task is not None:
+        backbone = open_task(arguments.task).on(backbone)
+    bank = open_bank(arguments.bank, arguments.store) if arguments.bank is not None else None
+    print(export_model(backbone, arguments.rate, arguments.output, bank, arguments.source))
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -37,6 +37,34 @@ def new_folder(folder: Path, fault: type[TocomError] = BankError) -> Iterator[Pa
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def new_files(*paths: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write files of one folder into, each under its name.
+
+    They appear in their order at the end, unless an error came: what leads to the others goes
+    last. One that was not written is left out.
+
+    Raises:
+        TocomError: if one of them exists; what is written is never changed.
+    """
+    for path in paths:
+        if path.exists():
+            raise TocomError(f"{path} exists already and is never overwritten")
+    folder = paths[-1].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = _beside(paths[-1])
+    beside.mkdir()
+    try:
+        yield beside
+        for path in paths:
+            if (written := beside / path.name).exists():
+                sync(written)
+                written.rename(path)
+        sync(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Give a file a new content in one step: a reader sees the old one or the new one."""
     beside = _beside(path)

@@ -338,8 +338,7 @@ def _costs(backbone: Backbone, max_rate: int) -> tuple[Cost, ...]:
 
 def _max_rate(name: str, backbone: Backbone, bank: Bank | None, source: int) -> int:
     """Return the highest rate that can be asked for."""
-    model = backbone.model
-    max_rate = bank.info.max_rate if bank else model.patch_embed.num_patches // len(model.blocks)
+    max_rate = bank.info.max_rate if bank else backbone.max_rate
     if source > max_rate:
         raise ConfigError(f"model {name!r}: its source rate must be in 0..{max_rate}, got {source}")
     return max_rate

@@ -92,6 +92,12 @@ class Backbone:
         """The pictures that the model wants, in timm's words (size, crop, mean, std)."""
         return dict(resolve_model_data_config(self.model))
 
+    @property
+    def max_rate(self) -> int:
+        """The highest rate where no bank says one: all patches, shared among the blocks."""
+        patches: int = self.model.patch_embed.num_patches
+        return patches // len(self.model.blocks)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights as fp32, whatever precision they were stored in."""
