@@ -122,11 +122,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server as the README starts it, on a free port."""
+    """The server that the README starts with a task beside the bundled model, on a free port."""
+    starts = [block for block in blocks(ROOT / "README.md", "sh") if "task=bundled:" in block]
+    _, *arguments = shlex.split(starts[0].replace("\\\n", " "))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = os.environ | {"TOCOM_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "server.cli"], cwd=ROOT, env=environment)
+    command = [sys.executable, "-m", "server.cli", *arguments]
+    server = subprocess.Popen(command, cwd=ROOT, env=environment)
     for _ in range(240):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
@@ -164,6 +167,8 @@ def test_curl_examples_answer(line: str, address: str) -> None:
     if "cat.jpg" in line:
         assert answer["predictions"][0]["label"] in ("wild_cat", "cougar_face")
         assert not answer["compensate"]
+    if "textures" in line:
+        assert answer["model"] == "textures" and answer["compensate"]
 
 
 def test_every_setting_and_route_is_in_the_guides() -> None:
