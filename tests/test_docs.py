@@ -168,7 +168,7 @@ def test_curl_examples_answer(line: str, address: str) -> None:
         assert answer["predictions"][0]["label"] in ("wild_cat", "cougar_face")
         assert not answer["compensate"]
     if "textures" in line:
-        assert answer["model"] == "textures" and answer["compensate"]
+        assert (answer["model"], answer["compensate"]) == ("textures", True)
 
 
 def test_every_setting_and_route_is_in_the_guides() -> None:
