@@ -82,24 +82,25 @@ def test_light_and_dark(page):
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         return sum(map(int, re.findall(r"\d+", colour)))
 
-    def seam() -> int:
-        return (
-            lane(page)
-            .locator("canvas")
-            .evaluate(
-                """(canvas) => canvas.getContext("2d")
-                .getImageData(canvas.width - 1, canvas.height - 1, 1, 1).data[0]"""
-            )
+    def wait_for_seam(dark: bool) -> None:
+        # The map is drawn again a frame after the page has changed.
+        page.wait_for_function(
+            """([canvas, dark]) => {
+                const { data: [red] } = canvas.getContext("2d")
+                    .getImageData(canvas.width - 1, canvas.height - 1, 1, 1);
+                return dark ? red < 60 : red > 200;
+            }""",
+            arg=[lane(page).locator("canvas").element_handle(), dark],
         )
 
     assert brightness() > 600
-    assert seam() > 200
+    wait_for_seam(dark=False)
     page.emulate_media(color_scheme="dark")
     assert brightness() < 100
-    assert seam() < 60
+    wait_for_seam(dark=True)
     page.get_by_role("button", name="Light or dark").click()
     assert brightness() > 600
-    assert seam() > 200
+    wait_for_seam(dark=False)
     page.reload()
     assert brightness() > 600  # what was chosen is kept
 
