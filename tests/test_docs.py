@@ -130,7 +130,7 @@ def address() -> Iterator[str]:
     environment = os.environ | {"TOCOM_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "server.cli", *arguments]
     server = subprocess.Popen(command, cwd=ROOT, env=environment)
-    for _ in range(240):
+    for _ in range(600):  # two models are warmed, on a machine that may be busy
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
             break
