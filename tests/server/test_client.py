@@ -254,13 +254,15 @@ def test_a_client_tries_again_what_was_lost(naps):
 def test_a_connection_that_ends_in_the_middle_of_an_answer(naps, photo):
     """Half of an answer is none, unless it is the first lines of a stream."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n"
-    with breaking(b"", head + b'{"mod', head + b'{"models":[]}') as url:
-        assert Client(url, retries=2).models() == []
+    answers = b"", head + b'{"mod', head + b'{"models":[]}'
+    with breaking(*answers) as url, Client(url, retries=2) as client:
+        assert client.models() == []
     assert len(naps) == 2
 
     line = b'{"index":0,"name":null,"done":1,"total":null}\n'
-    with breaking(head.replace(b"13", b"99") + line) as url:
-        stream = Client(url, retries=2).stream_batch([photo])
+    answers = (head.replace(b"13", b"99") + line,)
+    with breaking(*answers) as url, Client(url, retries=2) as client:
+        stream = client.stream_batch([photo])
         assert next(stream).index == 0
         with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message"):
             next(stream)
