@@ -2,7 +2,7 @@
 #
 #     docker build -t tocom-serve .                                  # for processors
 #     docker build -t tocom-serve:cuda --build-arg TORCH=cu128 .     # for NVIDIA GPUs
-#     docker build -t tocom-serve:ray --build-arg EXTRAS=otel,ray .  # with extras of pyproject.toml
+#     docker build -t tocom-serve:ray --build-arg EXTRAS=openvino,otel,ray .  # with extras of pyproject.toml
 #     docker run --rm -p 8000:8000 [--gpus all] tocom-serve
 
 ARG PYTHON=3.12
@@ -12,8 +12,9 @@ FROM python:${PYTHON}-slim AS build
 # The build of torch by uv's name. CUDA's libraries come inside the wheels, so one
 # base image serves both; the host brings the driver.
 ARG TORCH=cpu
-# Extras of pyproject.toml, with commas between them: otel sends traces, ray is for `server.ray`.
-ARG EXTRAS=
+# Extras of pyproject.toml, with commas between them: openvino compiles forwards for processors,
+# otel sends traces, ray is for `server.ray`.
+ARG EXTRAS=openvino
 
 RUN pip install --no-cache-dir 'uv>=0.7' && uv venv /opt/tocom
 ENV VIRTUAL_ENV=/opt/tocom \

@@ -27,7 +27,7 @@ help:
 	@echo 'make clean    remove what was built and cached ($(VENV) stays)'
 
 $(BASE): pyproject.toml scripts/install.sh
-	@sh scripts/install.sh '$(VENV)'
+	@sh scripts/install.sh '$(VENV)' openvino
 	@touch $@
 
 # The base is part of it.

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -29,6 +30,9 @@ from server.threads import set_torch_threads
 from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
+
+#: Seconds between two lines that say how far the warm-up is.
+PROGRESS = 2.0
 
 DESCRIPTION = """
 Classify images with vision transformers at any token-merging rate: 0 is the stock model,
@@ -69,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
         version="1",
         description=DESCRIPTION,
         redoc_url=None,
-        lifespan=_lifespan(serving),
+        lifespan=_lifespan(serving, threads),
         telemetry=tracing.telemetry(provider),
     )
     app.state.serving = serving
@@ -92,10 +96,13 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    serving: Serving, threads: int
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         serving.engine.start()
+        serving.models.get(None).graphs.start(serving.engine.call, threads)
         try:
             await asyncio.to_thread(warm_up, serving)
             yield
@@ -106,18 +113,24 @@ def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManag
 
 
 def warm_up(serving: Serving) -> None:
-    """Run every model at every rate and size of batch: what is slow at first is slow now.
+    """Run every model at every rate: what is slow at first is slow now.
 
-    It is also how the engine gets to know how long batches take.
+    It is also how the engine gets to know how long batches take: those of one image and full
+    ones, between which it estimates.
     """
-    sizes = [1]
-    while 2 * sizes[-1] <= serving.settings.max_batch:
-        sizes.append(2 * sizes[-1])
+    sizes = sorted({1, serving.settings.max_batch})
+    said = time.monotonic()
     for model in serving.models.all():
-        for rate in range(model.max_rate + 1):
+        rates = range(model.max_rate + 1)
+        for rate in rates:
             if serving.stopping.is_set():
                 return
             work = model.at(rate, compensate=True)
             serving.engine.call(partial(work.warm_up, sizes)).result()
+            if time.monotonic() - said > PROGRESS:
+                said = time.monotonic()
+                logger.info(
+                    "model %s: %d of %d rates are warm", model.name, rate + 1, model.max_rate + 1
+                )
         logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
     serving.warm.set()

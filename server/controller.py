@@ -56,6 +56,13 @@ class ServiceTimes:
         self._pace *= ratio**0.2
         self._cells[key] *= ratio**0.1
 
+    def forget(self, rate: int) -> list[int]:
+        """Forget a rate, which has become faster by itself; return the sizes that were known."""
+        sizes = [size for known, size in self._cells if known == rate]
+        for size in sizes:
+            del self._cells[rate, size]
+        return sizes
+
     def batch(self, rate: int, images: int) -> float:
         """Return the seconds to expect of a batch; 0 before anything was measured."""
         bucket = _bucket(images)

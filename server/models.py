@@ -20,6 +20,7 @@ from torch import Tensor
 from adapters import Bank, Store, TaskInfo, open_bank, open_task
 from adapters.geometry import first_fault
 from server.controller import Controller, ServiceTimes
+from server.graphs import Forward, Graphs
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
 from server.shared import Backbones, Folds
@@ -32,7 +33,7 @@ from tocom import (
     cost,
 )
 from tocom.backbones import Calibration
-from tocom.vit import embed, encode, head, outputs, pool
+from tocom.vit import embed, encode, head, pool
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class ServedModel:
         costs: at index r what an image costs at rate r.
         controller: chooses rates for it where requests leave that to the server.
         folds: weights folded for a rate, which models on one backbone share.
+        graphs: compiled forwards, which all models of a server share.
         evaluation: what was measured of it, if its folder says so.
         task: the task that was put on the backbone, if any.
     """
@@ -66,6 +68,7 @@ class ServedModel:
     costs: tuple[Cost, ...]
     controller: Controller
     folds: Folds
+    graphs: Graphs
     evaluation: Evaluation | None = None
     task: TaskInfo | None = None
     _folded: dict[int, FoldedWeights] = field(default_factory=dict, repr=False)
@@ -195,15 +198,16 @@ class RateWork:
         """Run images [B, 3, H, W], from any device, to an output each."""
         delta = self.model.folded(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
-        tokens = embed(model, images.to(self.model.device))
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
+            tokens = embed(model, images.to(self.model.device))
             x, size, traced = encode(model, tokens, self.rate, delta, True, adapter=adapter)
             assert traced is not None
             features, logits = pool(model, x, size), head(model, x, size)
             sources = list(traced.source.cpu())
-        else:  # of the last block only what the head reads
-            features, logits, _ = outputs(model, tokens, self.rate, delta, adapter=adapter)
+        else:
+            forward = Forward(model, self.rate, delta, adapter)
+            features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
         rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
         return [Output(*row) for row in rows]
 
@@ -219,6 +223,10 @@ class RateWork:
                 began = time.perf_counter()
                 self(images)
                 self.controller.times.measured(self.rate, size, time.perf_counter() - began)
+
+    def _measure_again(self) -> None:
+        """Forget how long batches took before, and take note of how long they take now."""
+        self.warm_up(self.controller.times.forget(self.rate))
 
 
 @dataclass(frozen=True)
@@ -262,7 +270,7 @@ def load_models(settings: Settings) -> list[ServedModel]:
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
-    backbones = Backbones(device)
+    backbones = Backbones(device, Graphs(settings.max_graphs))
     return [load_model(each, backbones, batch, slo, store) for each in settings.models]
 
 
@@ -285,7 +293,8 @@ def load_model(
     Raises:
         TocomError: if one cannot be loaded or they do not fit together.
     """
-    backbone, folds = (backbones or Backbones()).get(settings.backbone, settings.architecture)
+    backbones = backbones or Backbones()
+    backbone, folds = backbones.get(settings.backbone, settings.architecture)
     task = open_task(settings.task) if settings.task is not None else None
     if task is not None:
         backbone = task.on(backbone)
@@ -320,6 +329,7 @@ def load_model(
         costs=_costs(backbone, max_rate),
         controller=Controller(times, max_batch, slo),
         folds=folds,
+        graphs=backbones.graphs,
         task=task.info if task is not None else None,
         evaluation=_evaluation(settings.name, backbone),
     )

@@ -143,6 +143,12 @@ class Settings(BaseSettings):
         "the model wants them",
     )
     max_batch: int = Field(default=16, ge=1, description="images in one forward")
+    max_graphs: int = Field(
+        default=16,
+        ge=0,
+        description="forwards kept compiled by OpenVINO, where that is installed, of those that "
+        "run often and are faster so; 60 to 100 MB each; 0: none",
+    )
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"
     )

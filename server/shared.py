@@ -4,6 +4,7 @@ import threading
 from weakref import WeakValueDictionary
 
 from adapters import Bank, compose
+from server.graphs import Graphs
 from tocom import Backbone, FoldedWeights, fold, load_backbone
 
 
@@ -35,11 +36,16 @@ class Folds:
 
 
 class Backbones:
-    """The backbones of one server, each loaded once, however many tasks there are on it."""
+    """The backbones of one server, each loaded once, however many tasks there are on it.
 
-    def __init__(self, device: str = "cpu") -> None:
+    Attributes:
+        graphs: compiled forwards of them.
+    """
+
+    def __init__(self, device: str = "cpu", graphs: Graphs | None = None) -> None:
         """Load nothing yet; `device` is where weights go."""
         self._device = device
+        self.graphs = graphs or Graphs()
         self._loaded: dict[tuple[str, str | None], tuple[Backbone, Folds]] = {}
 
     def get(self, name: str, architecture: str | None) -> tuple[Backbone, Folds]:

@@ -161,7 +161,7 @@ def pool(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
         size: [B, M, 1] input tokens that each stands for; None: one each.
     """
     features: Tensor
-    if not _pools_patches(model) or size is None or model.global_pool != "avg":
+    if not pools_patches(model) or size is None or model.global_pool != "avg":
         features = model.forward_head(x, pre_logits=True)
         return features
     first = 0 if model.pool_include_prefix else model.num_prefix_tokens
@@ -182,7 +182,16 @@ def head(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
     return logits
 
 
-def _pools_patches(model: VisionTransformer) -> bool:
+def read(model: VisionTransformer, x: Tensor, size: Tensor | None) -> "Outputs":
+    """Return features and logits of the tokens x [B, M, D] after the last block.
+
+    Of a model without pooling the prefix tokens are enough; sizes as in `pool`.
+    """
+    final = model.norm(x)
+    return Outputs(pool(model, final, size), head(model, final, size))
+
+
+def pools_patches(model: VisionTransformer) -> bool:
     """Return whether the head reads patch tokens, not prefix tokens alone."""
     return not isinstance(model, VisionTransformerDistilled) and model.global_pool != "token"
 
@@ -223,12 +232,10 @@ def outputs(
     way. Arguments as in `forward`.
     """
     steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
-    prefix_only = not _pools_patches(model)
+    prefix_only = not pools_patches(model)
     blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only, adapter)
     *before, last = deque(blocks, maxlen=None if trace else 1)
-    final = model.norm(last.x)
-    features, logits = pool(model, final, last.size), head(model, final, last.size)
-    return Outputs(features, logits, tuple(before))
+    return read(model, last.x, last.size)._replace(states=tuple(before))
 
 
 def encode(

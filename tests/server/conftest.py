@@ -64,7 +64,8 @@ def tiny(model_folder: Path, bank_folder: Path) -> ModelSettings:
 @pytest.fixture(scope="session")
 def settings(tiny: ModelSettings) -> Settings:
     bare = ModelSettings(name="bare", backbone=tiny.backbone, source=2)
-    return Settings(models=(tiny, bare), device="cpu", max_pixels=1_000_000, max_body_bytes=2**20)
+    limits = {"max_pixels": 1_000_000, "max_body_bytes": 2**20, "max_graphs": 0}
+    return Settings(models=(tiny, bare), device="cpu", **limits)
 
 
 @pytest.fixture(scope="session")

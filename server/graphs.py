@@ -1,0 +1,205 @@
+"""Compiled graphs: made of the forwards that are worth it, used where they are faster.
+
+A forward runs eagerly at first. Once that has taken longer than compiling does, a thread compiles
+a graph beside the service; where batches run, both are tried and the faster one is kept. A graph
+is for one rate and one number of images: a batch is cut into pieces of those numbers.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from server.errors import UnavailableError
+from tocom import Adapter, FoldedWeights
+from tocom.vit import Outputs, embed, outputs
+
+logger = logging.getLogger(__name__)
+
+#: Images that graphs are made for, the largest first. More at once are hardly faster an image.
+SIZES = (4, 1)
+#: Seconds that a forward runs eagerly before it is worth a graph, which takes half a second.
+WORTH = 2.0
+#: Seconds after which a graph that did not run may have to give way to another.
+IDLE = 30.0
+
+#: Runs something where batches run, between two of them.
+Call: TypeAlias = Callable[[Callable[[], None]], Future[None]]
+
+
+class Forward(NamedTuple):
+    """What is run, but for the images."""
+
+    model: VisionTransformer
+    rate: int
+    delta: FoldedWeights | None
+    adapter: Adapter | None
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Run images [B, 3, H, W], from any device, eagerly."""
+        device = self.model.patch_embed.proj.weight.device
+        tokens = embed(self.model, images.to(device))
+        return outputs(self.model, tokens, self.rate, self.delta, adapter=self.adapter)
+
+    @property
+    def bottleneck(self) -> int | None:
+        """Width of the adapter's branches, if there is one."""
+        return None if self.adapter is None else self.adapter.branches[0].down.shape[0]
+
+
+@dataclass(eq=False)
+class _Cell:
+    """What is known of the forwards that share a graph."""
+
+    spent: float = 0.0  # seconds that they ran eagerly
+    used: float = 0.0  # when the graph ran last
+    graph: Callable[..., Outputs] | None = None
+    making: bool = False
+    eager: bool = False  # it has no graph, or that is not faster
+
+
+class Graphs:
+    """See the module. Until `start`, and without OpenVINO, everything runs eagerly.
+
+    All but `start` is to be called where batches run.
+    """
+
+    def __init__(self, limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Keep at most `limit` graphs."""
+        self._limit = limit
+        self._clock = clock
+        self._cells: dict[tuple[object, ...], _Cell] = {}
+        self._engine: Any = None  # the module that makes graphs
+
+    def start(self, call: Call, threads: int) -> None:
+        """Begin to make graphs.
+
+        Args:
+            call: runs something where batches run.
+            threads: how many run a graph.
+        """
+        if not self._limit:
+            return
+        try:
+            self._engine = import_module("tocom.engines.openvino")
+        except ImportError:
+            logger.info("forwards are not compiled: pip install 'tocom-serve[openvino]'")
+            return
+        self._call = call
+        self._threads = threads
+
+    def run(self, forward: Forward, images: Tensor, faster: Callable[[], None]) -> Outputs:
+        """Run images [B, 3, H, W], by graphs where there are some.
+
+        Args:
+            forward: what to do with them.
+            images: any number.
+            faster: is called between two batches once a graph has made this forward faster.
+        """
+        done, rest = [], images
+        for size in SIZES:
+            cell = self._cell(forward, size)
+            while len(rest) >= size and cell.graph is not None:
+                cell.used = self._clock()
+                done.append(cell.graph(rest[:size], forward.delta, forward.adapter))
+                rest = rest[size:]
+            if len(rest) >= size:
+                began = self._clock()
+                done.append(forward(rest))
+                cell.spent += self._clock() - began
+                if self._is_worth_it(cell):
+                    self._make(forward, size, cell, faster)
+                break
+        features, logits = zip(*((each.features, each.logits) for each in done), strict=True)
+        return Outputs(torch.cat(features), torch.cat(logits))
+
+    def _cell(self, forward: Forward, size: int) -> _Cell:
+        key = forward.model, forward.rate, forward.bottleneck, size
+        return self._cells.setdefault(key, _Cell())
+
+    def _is_worth_it(self, cell: _Cell) -> bool:
+        """Return whether a graph is to be made; another may have given way to it then."""
+        if self._engine is None or cell.eager or cell.making or cell.spent < WORTH:
+            return False
+        taken = [cell for cell in self._cells.values() if cell.making or cell.graph is not None]
+        if len(taken) < self._limit:
+            return True
+        idle = [cell for cell in taken if not cell.making and self._clock() - cell.used > IDLE]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda cell: cell.used)
+        oldest.graph, oldest.spent = None, 0.0
+        return True
+
+    def _make(self, forward: Forward, size: int, cell: _Cell, faster: Callable[[], None]) -> None:
+        cell.making = True
+        arguments = self._engine, forward, size, cell, faster
+        threading.Thread(target=self._compile, args=arguments, name="compile").start()
+
+    def _compile(
+        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Callable[[], None]
+    ) -> None:
+        """Compile a graph, beside the service, and have it tried."""
+        try:
+            if (reason := engine.unsupported(forward.model)) is not None:
+                logger.info("rate %d runs eagerly: %s", forward.rate, reason)
+                cell.eager = True
+                return
+            bottleneck, threads = forward.bottleneck, self._threads
+            graph = engine.Graph(forward.model, forward.rate, size, bottleneck, threads)
+            with suppress(UnavailableError):  # the server ends
+                self._call(partial(self._try, forward, size, cell, graph, faster)).result()
+        except Exception:  # whatever it is, the service goes on without the graph
+            logger.exception("rate %d runs eagerly: its graph cannot be had", forward.rate)
+            cell.eager = True
+        finally:
+            cell.making = False
+
+    def _try(
+        self,
+        forward: Forward,
+        size: int,
+        cell: _Cell,
+        graph: Callable[..., Outputs],
+        faster: Callable[[], None],
+    ) -> None:
+        """Take a graph if it is faster."""
+        images = torch.zeros(size, *_input_size(forward.model))
+        with torch.inference_mode():
+            eager = self._seconds(lambda: forward(images))
+            compiled = self._seconds(lambda: graph(images, forward.delta, forward.adapter))
+            cell.eager = compiled >= eager
+            logger.info(
+                "rate %d, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
+                forward.rate, size, 1000 * compiled, 1000 * eager,
+                "stays eager" if cell.eager else "compiled from now on",
+            )  # fmt: skip
+            if not cell.eager:
+                cell.graph, cell.used = graph, self._clock()
+                faster()
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        """Return how long something takes that has run before."""
+        run()
+        times = []
+        for _ in range(2):
+            began = self._clock()
+            run()
+            times.append(self._clock() - began)
+        return min(times)
+
+
+def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
+    embedding = model.patch_embed
+    height, width = embedding.img_size
+    return embedding.proj.in_channels, height, width

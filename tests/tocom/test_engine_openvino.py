@@ -1,0 +1,121 @@
+"""OpenVINO's graphs against the golden cases and against the eager forward."""
+
+import pytest
+import timm
+import torch
+
+from adapters import open_bank
+from adapters.compose import compose
+from tests import oracle_case
+from tests.tocom_models import KINDS, pictures, small_model
+from tocom import Adapter, FoldedWeights, LowRank, fold, load_backbone
+from tocom.delta import target_layers
+from tocom.engines.openvino import Graph, unsupported
+from tocom.vit import embed, outputs
+
+BOTTLENECK = 5
+
+
+def adapter(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    width = model.embed_dim
+
+    def drawn(*shape):
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    return Adapter(
+        [LowRank(drawn(BOTTLENECK, width), drawn(width, BOTTLENECK)) for _ in model.blocks]
+    )
+
+
+def delta(model, seed=0):
+    """Return changes of every weight that can be changed."""
+    generator = torch.Generator().manual_seed(seed)
+    return FoldedWeights(
+        {
+            name: layer.weight + 0.02 * torch.randn(layer.weight.shape, generator=generator)
+            for name, layer in target_layers(model).items()
+        }
+    )
+
+
+def agree(graph, model, images, rate, delta=None, adapter=None):
+    with torch.inference_mode():
+        expected = outputs(model, embed(model, images), rate, delta, adapter=adapter)
+        found = graph(images, delta, adapter)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)
+    return found.logits
+
+
+@pytest.mark.parametrize("name", ["vit_class", "vit_deep", "vit_distilled"])
+def test_every_rate_agrees_with_the_reference(name):
+    case, tensors = oracle_case.read(name)
+    model, images = oracle_case.build(case, tensors), tensors["images"]
+    for i, rate in enumerate(oracle_case.rates(case)):
+        logits = Graph(model, rate, len(images))(images).logits
+        torch.testing.assert_close(logits, tensors[f"r{i}.logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0, 3, 99])
+def test_every_kind_of_model_agrees_with_the_eager_forward(kind, rate):
+    model = small_model(kind)
+    assert unsupported(model) is None
+    agree(Graph(model, rate, images=3), model, pictures(model), rate)
+
+
+@pytest.mark.parametrize("rate", [0, 4])
+def test_one_graph_serves_every_delta_and_every_task(rate):
+    model = small_model("deit3_small")
+    images = pictures(model)
+    plain, tuned = Graph(model, rate, 3), Graph(model, rate, 3, BOTTLENECK)
+    seen = []
+    for change in (None, delta(model, 1), delta(model, 2), None):
+        seen.append(agree(plain, model, images, rate, change))
+        tasks = [adapter(model, seed) for seed in (1, 2)]
+        seen += [agree(tuned, model, images, rate, change, task) for task in tasks]
+    first, last = seen[:3], seen[-3:]
+    for before, after in zip(first, last, strict=True):
+        assert torch.equal(before, after)
+    # That they agree would mean little if nothing had changed.
+    assert min((a - b).abs().max() for i, a in enumerate(seen[:9]) for b in seen[:i]) > 1e-3
+
+
+def test_the_bundled_model_with_its_bank():
+    backbone = load_backbone("bundled:deit_tiny_caltech101")
+    bank = open_bank("bundled:deit_tiny_bank")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 224, 224, generator=generator)
+    for rate in (0, 8, 16):
+        folded = fold(backbone.model, compose(bank, 16, rate)) if rate != 16 else None
+        agree(Graph(backbone.model, rate, 2, threads=1), backbone.model, images, rate, folded)
+
+
+def test_what_it_returns_is_not_overwritten_by_the_next_call():
+    model = small_model()
+    graph = Graph(model, 2, 3)
+    with torch.inference_mode():
+        first = graph(pictures(model))
+        kept = first.features.clone(), first.logits.clone()
+        graph(1 + pictures(model))
+    assert torch.equal(first.features, kept[0])
+    assert torch.equal(first.logits, kept[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"mlp_layer": timm.layers.SwiGLU}, "two layers and an activation"),
+        ({"act_layer": "relu"}, "not GELU"),
+        ({"norm_layer": "rmsnorm"}, "is not LayerNorm"),
+        ({"dynamic_img_size": True}, "any size"),
+    ],
+)
+def test_models_without_graphs_say_why(arguments, reason):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, **arguments)
+    assert reason in unsupported(model)
+
+
+def test_graphs_are_for_fp32():
+    assert "fp32" in unsupported(small_model().bfloat16())

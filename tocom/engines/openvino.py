@@ -1,0 +1,279 @@
+"""Graphs for CPUs, compiled by OpenVINO.
+
+The graph is built operation by operation from timm's modules: that takes 30 ms, tracing and
+conversion took seconds. Which models it can run is decided by `unsupported`. It gives the answers
+of `vit.outputs` but for rounding. OpenVINO is an extra and is imported only here.
+
+Reference: as in `attention` and `merging`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from openvino import opset15 as ops
+from timm.layers import LayerScale, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tocom.adapter import Adapter
+from tocom.delta import FoldedWeights, parts, target_layers
+from tocom.schedule import Rate, plan
+from tocom.vit import Outputs, pools_patches, read
+
+#: The end of a slice that goes up to the last element.
+_END = np.array([np.iinfo(np.int32).max], np.int32)
+
+
+def unsupported(model: VisionTransformer) -> str | None:
+    """Return why a model has no graphs; None if it has."""
+    weight = model.patch_embed.proj.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return "graphs are for fp32 on a CPU"
+    if model.dynamic_img_size:
+        return "its pictures may be of any size"
+    for block in model.blocks:
+        if type(block.mlp) is not Mlp:
+            return "its MLPs are not two layers and an activation"
+        if not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none":
+            return "its activation is not GELU"
+    for name, module in model.named_modules():
+        if "norm" in name and not isinstance(module, nn.LayerNorm | nn.Identity):
+            return f"its {name} is not LayerNorm"
+    return None
+
+
+class Graph:
+    """The forward of a model at one rate for a number of images, compiled.
+
+    Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        rate: Rate,
+        images: int,
+        bottleneck: int | None = None,
+        threads: int = 0,
+    ) -> None:
+        """Compile, which takes a second at most.
+
+        Args:
+            model: one that is not `unsupported`. Weights that a delta can change are not copied.
+            rate: tokens merged per block.
+            images: how many it takes at once.
+            bottleneck: width of the branches of the adapters that it runs with; None: it runs
+                without.
+            threads: how many run it; 0: OpenVINO's own choice.
+        """
+        self._model = model
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",  # where a CPU has bf16, the default would be that
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        graph = _Builder(model, images, bottleneck).build(rate)
+        self._compiled = openvino.Core().compile_model(graph, "CPU", options)
+        self._request = self._compiled.create_infer_request()
+        self._bound: tuple[object, object] | None = None
+
+    def __call__(
+        self, images: Tensor, delta: FoldedWeights | None = None, adapter: Adapter | None = None
+    ) -> Outputs:
+        """Return features and logits of the images [B, 3, H, W], as many as it was made for."""
+        self._bind(delta, adapter)
+        self._request.set_input_tensor(0, _shared(images))
+        self._request.infer()
+        x, *size = (torch.from_numpy(tensor.data) for tensor in self._request.output_tensors)
+        return read(self._model, x, size[0] if size else None)
+
+    def _bind(self, delta: FoldedWeights | None, adapter: Adapter | None) -> None:
+        """Point the graph at the weights of a call, unless it was the last one's."""
+        if self._bound is not None and self._bound[0] is delta and self._bound[1] is adapter:
+            return
+        tensors = list(_weights(self._model, delta).values())
+        for branch in adapter.branches if adapter is not None else ():
+            tensors += branch
+        for index, tensor in enumerate(tensors, start=1):
+            self._request.set_input_tensor(index, _shared(tensor))
+        self._bound = delta, adapter  # also keeps alive what OpenVINO only points at
+
+
+def _weights(model: VisionTransformer, delta: FoldedWeights | None) -> dict[str, Tensor]:
+    """Return what a delta can change, as it is with this one: q, k and v apart."""
+    folded: Mapping[str, Tensor] = {} if delta is None else delta.weights
+    weights = {}
+    for name, layer in target_layers(model).items():
+        weight = folded.get(name, layer.weight)
+        for part, rows in parts(name, layer.out_features):
+            weights[part] = weight[rows]
+    return weights
+
+
+def _shared(tensor: Tensor) -> Any:
+    """Return OpenVINO's view of a tensor's memory."""
+    return openvino.Tensor(tensor.detach().contiguous().numpy(), shared_memory=True)
+
+
+def _constant(tensor: Tensor) -> Any:
+    return ops.constant(tensor.detach().numpy())
+
+
+class _Builder:
+    """Builds the graph of a forward."""
+
+    def __init__(self, model: VisionTransformer, images: int, bottleneck: int | None) -> None:
+        self._model = model
+        self._images = images
+        self._prefix = model.num_prefix_tokens
+        convolution = model.patch_embed.proj
+        size = convolution.in_channels, *model.patch_embed.img_size
+        self._pixels = self._parameter(images, *size)
+        self._weights = {
+            name: self._parameter(*weight.shape) for name, weight in _weights(model, None).items()
+        }
+        width = model.embed_dim
+        self._branches = []
+        if bottleneck is not None:
+            self._branches = [
+                (self._parameter(bottleneck, width), self._parameter(width, bottleneck))
+                for _ in model.blocks
+            ]
+
+    def _parameter(self, *shape: int) -> Any:
+        return ops.parameter(list(shape), openvino.Type.f32)
+
+    def build(self, rate: Rate) -> Any:
+        """Return the graph from pixels and weights to the tokens after the last block.
+
+        Of these only what the head reads; and their sizes where it needs them.
+        """
+        model = self._model
+        x, size = self._embed(), None
+        tokens = x.shape[1]
+        steps = plan(rate, len(model.blocks), tokens, self._prefix)
+        for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
+            is_last = i == len(model.blocks) - 1
+            queries = self._prefix if is_last and not pools_patches(model) else None
+            y, keys = self._attention(block, f"blocks.{i}.attn", x, size, queries)
+            x = ops.add(self._first(x, queries), self._scaled(block.ls1, y))
+            if removed and queries is None:
+                x, size = self._merge(x, size, keys, removed)
+            y = self._scaled(
+                block.ls2, self._mlp(block.mlp, f"blocks.{i}.mlp", self._norm(block.norm2, x))
+            )
+            y = ops.add(x, y)
+            x = ops.add(y, self._branch(i, x)) if self._branches else y
+        results = [x] if size is None or not pools_patches(model) else [x, size]
+        inputs = [self._pixels, *self._weights.values()]
+        for branch in self._branches:
+            inputs += branch
+        return openvino.Model(results, inputs, f"rate {rate}")
+
+    def _embed(self) -> Any:
+        """All of it that does not depend on the pixels is one constant: what zeros give."""
+        model, convolution = self._model, self._model.patch_embed.proj
+        with torch.inference_mode():
+            pixels = torch.zeros(1, *self._pixels.shape[1:])
+            fixed = model._pos_embed(model.patch_embed(pixels))
+        weight, stride = _constant(convolution.weight), list(convolution.stride)
+        y = ops.convolution(self._pixels, weight, stride, [0, 0], [0, 0], [1, 1])
+        y = ops.transpose(ops.reshape(y, [0, 0, -1], True), [0, 2, 1])
+        x = ops.add(y, _constant(fixed[:, self._prefix :]))
+        if self._prefix:
+            front = fixed[:, : self._prefix].expand(self._images, -1, -1)
+            x = ops.concat([_constant(front), x], 1)
+        return self._norm(model.norm_pre, x)
+
+    def _attention(
+        self, block: Block, name: str, x: Any, size: Any, queries: int | None
+    ) -> tuple[Any, Any]:
+        """Return the output and the mean of the keys over the heads [B, N, D / H]."""
+        attention = block.attn
+        heads, width = attention.num_heads, attention.head_dim
+        x = self._norm(block.norm1, x)
+        bias = attention.qkv.bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        # Three products, as OpenVINO would copy the parts of one.
+        q = self._linear(f"{name}.q", self._first(x, queries), biases[0])
+        k = self._linear(f"{name}.k", x, biases[1])
+        v = self._linear(f"{name}.v", x, biases[2])
+        q, k, v = (ops.reshape(t, [0, 0, heads, width], True) for t in (q, k, v))
+        q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
+        # The mean as a product takes half the time of OpenVINO's own.
+        mean = _constant(torch.eye(width).repeat(heads, 1) / heads)
+        keys = ops.matmul(ops.reshape(k, [0, 0, heads * width], True), mean, False, False)
+        q, k, v = (ops.transpose(t, [0, 2, 1, 3]) for t in (q, k, v))
+        log = None if size is None else ops.unsqueeze(ops.log(ops.squeeze(size, [2])), [1, 2])
+        y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(attention.scale))
+        y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, heads * width], True)
+        y = self._linear(f"{name}.proj", self._norm(attention.norm, y), attention.proj.bias)
+        return y, keys
+
+    def _mlp(self, mlp: Mlp, name: str, x: Any) -> Any:
+        hidden = ops.gelu(self._linear(f"{name}.fc1", x, mlp.fc1.bias), "erf")
+        return self._linear(f"{name}.fc2", self._norm(mlp.norm, hidden), mlp.fc2.bias)
+
+    def _branch(self, block: int, x: Any) -> Any:
+        down, up = self._branches[block]
+        return ops.matmul(ops.relu(ops.matmul(x, down, False, True)), up, False, True)
+
+    def _merge(self, x: Any, size: Any, keys: Any, removed: int) -> tuple[Any, Any]:
+        """Match and merge as `merging` does; only tokens of set B can change."""
+        length = ops.maximum(ops.reduce_l2(keys, [2], True), np.float32(1e-12))
+        keys = ops.divide(keys, length)
+        top = ops.topk(ops.matmul(self._a(keys), self._b(keys), False, True), 1, -1, "max", "none")
+        best, partner = top.outputs()  # [B, A, 1]
+        order = ops.topk(best, best.shape[1], 1, "max", "value").output(1)
+        chosen = ops.slice(order, [0], [removed], [1], [1])
+        rest = ops.slice(order, [removed], _END, [1], [1])
+        if self._prefix:  # in their order; without a prefix as they are, as `match` has it
+            rest = ops.topk(rest, rest.shape[1], 1, "min", "value").output(0)
+        if size is None:
+            size = ops.constant(np.ones((*x.shape[:2], 1), np.float32))
+
+        into = ops.gather_elements(partner, chosen, 1)  # [B, r, 1]
+        moved_size = ops.gather_elements(self._a(size), chosen, 1)
+        moved = ops.multiply(self._rows(self._a(x), chosen), moved_size)
+        size_b = ops.scatter_elements_update(self._b(size), into, moved_size, 1, "sum")
+        x_b = ops.multiply(self._b(x), self._b(size))
+        x_b = ops.scatter_elements_update(x_b, ops.broadcast(into, moved.shape), moved, 1, "sum")
+        tokens = [self._rows(self._a(x), rest), ops.divide(x_b, size_b)]
+        sizes = [ops.gather_elements(self._a(size), rest, 1), size_b]
+        if self._prefix:
+            tokens.insert(0, self._first(x, self._prefix))
+            sizes.insert(0, self._first(size, self._prefix))
+        return ops.concat(tokens, 1), ops.concat(sizes, 1)
+
+    def _a(self, x: Any) -> Any:
+        """Return the tokens of set A, those at even positions, without prefix tokens."""
+        return ops.slice(x, [self._prefix + self._prefix % 2], _END, [2], [1])
+
+    def _b(self, x: Any) -> Any:
+        """Return the tokens of set B, those at odd positions, without prefix tokens."""
+        return ops.slice(x, [self._prefix + 1 - self._prefix % 2], _END, [2], [1])
+
+    def _first(self, x: Any, tokens: int | None) -> Any:
+        return x if tokens is None else ops.slice(x, [0], [tokens], [1], [1])
+
+    def _rows(self, x: Any, index: Any) -> Any:
+        """Return the tokens of x [B, N, D] at index [B, r, 1]."""
+        return ops.gather(x, ops.squeeze(index, [2]), 1, 1)
+
+    def _linear(self, name: str, x: Any, bias: Tensor | None) -> Any:
+        y = ops.matmul(x, self._weights[name], False, True)
+        return y if bias is None else ops.add(y, _constant(bias))
+
+    def _norm(self, norm: nn.Module, x: Any) -> Any:
+        if isinstance(norm, nn.Identity):
+            return x
+        assert isinstance(norm, nn.LayerNorm)
+        y = ops.mvn(x, [-1], True, norm.eps, "inside_sqrt")
+        y = y if norm.weight is None else ops.multiply(y, _constant(norm.weight))
+        return y if norm.bias is None else ops.add(y, _constant(norm.bias))
+
+    def _scaled(self, scale: nn.Module, y: Any) -> Any:
+        return ops.multiply(y, _constant(scale.gamma)) if isinstance(scale, LayerScale) else y
