@@ -87,7 +87,7 @@ class Offline:
         if question not in self._known:
             delta = None
             if question.digest is not None:
-                delta = self.handles[question.digest].folded(question.rate)
+                delta = self.handles[question.digest].delta(question.rate)
             image = self.images[question.picture]
             with torch.inference_mode():
                 logits, trace = forward(

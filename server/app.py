@@ -121,16 +121,15 @@ def warm_up(serving: Serving) -> None:
     sizes = sorted({1, serving.settings.max_batch})
     said = time.monotonic()
     for model in serving.models.all():
-        rates = range(model.max_rate + 1)
-        for rate in rates:
+        # From the highest, whose delta is the dearest one if it cannot be folded for want of room.
+        rates = range(model.max_rate, -1, -1)
+        for done, rate in enumerate(rates, start=1):
             if serving.stopping.is_set():
                 return
             work = model.at(rate, compensate=True)
             serving.engine.call(partial(work.warm_up, sizes)).result()
             if time.monotonic() - said > PROGRESS:
                 said = time.monotonic()
-                logger.info(
-                    "model %s: %d of %d rates are warm", model.name, rate + 1, model.max_rate + 1
-                )
+                logger.info("model %s: %d of %d rates are warm", model.name, done, len(rates))
         logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
     serving.warm.set()

@@ -234,10 +234,11 @@ class Banks:
         result = "failed"
         try:
             new = old.with_bank(load())
-            # Before it is seen: no request shall wait for weights to be folded.
-            for rate in range(new.max_rate + 1):
+            # Before it is seen: no request shall wait for weights to be folded. High rates first,
+            # as their deltas have the highest rank: if room ends, others run low-rank.
+            for rate in reversed(range(new.max_rate + 1)):
                 if new.at(rate, compensate=True).compensate:
-                    new.folded(rate)
+                    new.delta(rate)
             self._models.replace(new)
             result = "ok"
         except StoreError as error:  # gone since it was found

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from server.errors import UnavailableError
-from tocom import Adapter, FoldedWeights
+from tocom import Adapter, AnyDelta, Delta
 from tocom.vit import Outputs, embed, outputs
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Forward(NamedTuple):
 
     model: VisionTransformer
     rate: int
-    delta: FoldedWeights | None
+    delta: AnyDelta | None
     adapter: Adapter | None
 
     def __call__(self, images: Tensor) -> Outputs:
@@ -50,6 +50,11 @@ class Forward(NamedTuple):
         device = self.model.patch_embed.proj.weight.device
         tokens = embed(self.model, images.to(device))
         return outputs(self.model, tokens, self.rate, self.delta, adapter=self.adapter)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether a graph can run it: deltas are none of a graph's own business."""
+        return not isinstance(self.delta, Delta)
 
     @property
     def bottleneck(self) -> int | None:
@@ -109,7 +114,7 @@ class Graphs:
         done, rest = [], images
         for size in SIZES:
             cell = self._cell(forward, size)
-            while len(rest) >= size and cell.graph is not None:
+            while len(rest) >= size and cell.graph is not None and forward.is_folded:
                 cell.used = self._clock()
                 done.append(cell.graph(rest[:size], forward.delta, forward.adapter))
                 rest = rest[size:]
@@ -117,7 +122,7 @@ class Graphs:
                 began = self._clock()
                 done.append(forward(rest))
                 cell.spent += self._clock() - began
-                if self._is_worth_it(cell):
+                if forward.is_folded and self._is_worth_it(cell):
                     self._make(forward, size, cell, faster)
                 break
         features, logits = zip(*((each.features, each.logits) for each in done), strict=True)

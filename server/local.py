@@ -12,6 +12,7 @@ from server.errors import ImageError
 from server.models import RateWork, ServedModel, load_models
 from server.schemas import Prediction
 from server.settings import Settings
+from tocom import FoldedWeights
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def check(settings: Settings) -> Iterator[Checked]:
         tensors = [*model.backbone.model.parameters(), *model.backbone.model.buffers()]
         folded = 0
         if model.bank is not None:
-            one = model.folded(0 if model.source else model.max_rate).weights.values()
-            folded = model.max_rate * sum(tensor.nbytes for tensor in one)
+            rates = [rate for rate in range(model.max_rate + 1) if rate != model.source]
+            deltas = [model.delta(rate) for rate in rates]
+            folded = sum(delta.nbytes for delta in deltas if isinstance(delta, FoldedWeights))
         yield Checked(model, sum(tensor.nbytes for tensor in tensors), folded)
 
 

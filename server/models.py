@@ -1,6 +1,6 @@
 """Served models: immutable handles of a backbone, its bank and what a request needs of both.
 
-A handle never changes; what it makes on demand (weights folded for a rate) is kept, for all
+A handle never changes; what it makes on demand (the delta for a rate) is kept, for all
 threads. Where a handle ends, requests that run on it still end on it.
 """
 
@@ -23,12 +23,12 @@ from server.controller import Controller, ServiceTimes
 from server.graphs import Forward, Graphs
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
-from server.shared import Backbones, Folds
+from server.shared import Backbones, Deltas
 from tocom import (
+    AnyDelta,
     Backbone,
     ConfigError,
     Cost,
-    FoldedWeights,
     RateError,
     cost,
 )
@@ -52,7 +52,7 @@ class ServedModel:
         transform: from an RGB picture to the image [3, H, W] that the model wants.
         costs: at index r what an image costs at rate r.
         controller: chooses rates for it where requests leave that to the server.
-        folds: weights folded for a rate, which models on one backbone share.
+        deltas: for any rate, which models on one backbone share.
         graphs: compiled forwards, which all models of a server share.
         evaluation: what was measured of it, if its folder says so.
         task: the task that was put on the backbone, if any.
@@ -67,11 +67,11 @@ class ServedModel:
     transform: Any
     costs: tuple[Cost, ...]
     controller: Controller
-    folds: Folds
+    deltas: Deltas
     graphs: Graphs
     evaluation: Evaluation | None = None
     task: TaskInfo | None = None
-    _folded: dict[int, FoldedWeights] = field(default_factory=dict, repr=False)
+    _made: dict[int, AnyDelta] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def parse_rate(self, text: str) -> int:
@@ -115,18 +115,18 @@ class ServedModel:
             calibration=_calibration(self.name, self.backbone, bank, self.source),
             max_rate=max_rate,
             costs=_costs(self.backbone, max_rate),
-            _folded={},
+            _made={},
             _lock=threading.Lock(),
         )
 
-    def folded(self, rate: int) -> FoldedWeights:
-        """Return the weights with Δ(source→rate) folded in: made once, then kept."""
+    def delta(self, rate: int) -> AnyDelta:
+        """Return Δ(source→rate): made once, then kept."""
         assert self.bank is not None
         with self._lock:
-            if rate not in self._folded:
+            if rate not in self._made:
                 scale = self.calibration.scale(rate) if self.calibration else None
-                self._folded[rate] = self.folds.get(self.bank, self.source, rate, scale)
-            return self._folded[rate]
+                self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
+            return self._made[rate]
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +196,7 @@ class RateWork:
 
     def __call__(self, images: Tensor) -> list[Output]:
         """Run images [B, 3, H, W], from any device, to an output each."""
-        delta = self.model.folded(self.rate) if self.compensate else None
+        delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
@@ -270,7 +270,7 @@ def load_models(settings: Settings) -> list[ServedModel]:
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
-    backbones = Backbones(device, Graphs(settings.max_graphs))
+    backbones = Backbones(device, Graphs(settings.max_graphs), settings.max_folded_bytes)
     return [load_model(each, backbones, batch, slo, store) for each in settings.models]
 
 
@@ -294,12 +294,12 @@ def load_model(
         TocomError: if one cannot be loaded or they do not fit together.
     """
     backbones = backbones or Backbones()
-    backbone, folds = backbones.get(settings.backbone, settings.architecture)
+    backbone, deltas = backbones.get(settings.backbone, settings.architecture)
     task = open_task(settings.task) if settings.task is not None else None
     if task is not None:
         backbone = task.on(backbone)
         if task.info.method == "lora":  # it has changed weights that deltas are added to
-            folds = Folds(backbone)
+            deltas = backbones.deltas(backbone)
     if not backbone.class_names:
         raise ConfigError(
             f"model {settings.name!r}: {settings.backbone} has no classification head; "
@@ -328,7 +328,7 @@ def load_model(
         transform=create_transform(**backbone.data_config, is_training=False),
         costs=_costs(backbone, max_rate),
         controller=Controller(times, max_batch, slo),
-        folds=folds,
+        deltas=deltas,
         graphs=backbones.graphs,
         task=task.info if task is not None else None,
         evaluation=_evaluation(settings.name, backbone),

@@ -149,6 +149,12 @@ class Settings(BaseSettings):
         description="forwards kept compiled by OpenVINO, where that is installed, of those that "
         "run often and are faster so; 60 to 100 MB each; 0: none",
     )
+    max_folded_bytes: int = Field(
+        default=768 * 2**20,
+        ge=0,
+        description="bytes of weights that deltas are folded into ahead, for each backbone; what "
+        "has no room there is added while a forward runs",
+    )
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"
     )

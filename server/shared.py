@@ -1,24 +1,36 @@
-"""What models of one server share: backbones, and weights that are folded for a rate."""
+"""What models of one server share: backbones, and deltas for a rate."""
 
+import math
 import threading
 from weakref import WeakValueDictionary
 
 from adapters import Bank, compose
 from server.graphs import Graphs
-from tocom import Backbone, FoldedWeights, fold, load_backbone
+from tocom import AnyDelta, Backbone, FoldedWeights, fold, load_backbone
+from tocom.delta import folded_bytes
 
 
-class Folds:
-    """Folded weights of one backbone: made on demand, there as long as somebody holds them."""
+class Deltas:
+    """Deltas of one backbone: made on demand, there as long as somebody holds them.
 
-    def __init__(self, backbone: Backbone) -> None:
-        """Hold nothing yet; `backbone` has the weights that deltas are added to."""
+    Folded while there is room for that, which makes a forward up to a third slower otherwise;
+    nobody waits for weights in either form.
+    """
+
+    def __init__(self, backbone: Backbone, max_bytes: float = math.inf) -> None:
+        """Hold nothing yet.
+
+        Args:
+            backbone: has the weights that deltas are added to.
+            max_bytes: what folded weights may take.
+        """
         self._model = backbone.model
-        self._made: WeakValueDictionary[tuple[object, ...], FoldedWeights] = WeakValueDictionary()
+        self._max_bytes = max_bytes
+        self._made: WeakValueDictionary[tuple[object, ...], AnyDelta] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, bank: Bank, source: int, rate: int, scale: float | None) -> FoldedWeights:
-        """Return the weights with Δ(source→rate) folded in.
+    def get(self, bank: Bank, source: int, rate: int, scale: float | None) -> AnyDelta:
+        """Return Δ(source→rate), folded or low-rank.
 
         Args:
             bank: whose delta.
@@ -28,11 +40,18 @@ class Folds:
         """
         key = bank.info.digest, source, rate, scale
         with self._lock:
-            folded = self._made.get(key)
-            if folded is None:
-                folded = fold(self._model, compose(bank, source, rate, scale))
-                self._made[key] = folded
-            return folded
+            made = self._made.get(key)
+            if made is None:
+                made = compose(bank, source, rate, scale)
+                if self.folded_bytes() + folded_bytes(self._model, made) <= self._max_bytes:
+                    made = fold(self._model, made)
+                self._made[key] = made
+            return made
+
+    def folded_bytes(self) -> int:
+        """Return what folded weights take."""
+        held = list(self._made.values())
+        return sum(delta.nbytes for delta in held if isinstance(delta, FoldedWeights))
 
 
 class Backbones:
@@ -42,14 +61,20 @@ class Backbones:
         graphs: compiled forwards of them.
     """
 
-    def __init__(self, device: str = "cpu", graphs: Graphs | None = None) -> None:
-        """Load nothing yet; `device` is where weights go."""
+    def __init__(
+        self,
+        device: str = "cpu",
+        graphs: Graphs | None = None,
+        max_folded_bytes: float = math.inf,
+    ) -> None:
+        """Load nothing yet; `device` is where weights go, the rest as in `Deltas` and `Graphs`."""
         self._device = device
+        self._max_folded_bytes = max_folded_bytes
         self.graphs = graphs or Graphs()
-        self._loaded: dict[tuple[str, str | None], tuple[Backbone, Folds]] = {}
+        self._loaded: dict[tuple[str, str | None], tuple[Backbone, Deltas]] = {}
 
-    def get(self, name: str, architecture: str | None) -> tuple[Backbone, Folds]:
-        """Return a backbone and what is folded of it.
+    def get(self, name: str, architecture: str | None) -> tuple[Backbone, Deltas]:
+        """Return a backbone and its deltas.
 
         Raises:
             BackboneError: if it cannot be loaded.
@@ -57,5 +82,9 @@ class Backbones:
         key = name, architecture
         if key not in self._loaded:
             backbone = load_backbone(name, architecture, self._device)
-            self._loaded[key] = backbone, Folds(backbone)
+            self._loaded[key] = backbone, self.deltas(backbone)
         return self._loaded[key]
+
+    def deltas(self, backbone: Backbone) -> Deltas:
+        """Return the deltas of weights that no other model has; there are none yet."""
+        return Deltas(backbone, self._max_folded_bytes)

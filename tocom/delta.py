@@ -49,11 +49,16 @@ class Delta:
     dropout: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoldedWeights:
     """Weights that stand in for a model's own: from `blocks.{i}.attn.qkv` to W + ΔW [out, in]."""
 
     weights: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(weight.nbytes for weight in self.weights.values())
 
 
 AnyDelta: TypeAlias = Delta | FoldedWeights
@@ -111,6 +116,15 @@ def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
                 weight = weights.setdefault(name, layer.weight.detach().clone())
                 weight[rows] += (pair.up @ pair.down).to(weight)
     return FoldedWeights(weights)
+
+
+def folded_bytes(model: VisionTransformer, delta: Delta) -> int:
+    """Return the bytes that `fold` would take."""
+    return sum(
+        layer.weight.nbytes
+        for name, layer in target_layers(model).items()
+        if any(part in delta.pairs for part, _ in parts(name, layer.out_features))
+    )
 
 
 def check_delta(model: VisionTransformer, delta: Delta) -> None:

@@ -61,7 +61,7 @@ def test_the_engine_runs_warm_while_the_application_does(settings):
         assert engine.running
         # At every rate the model has run, so its weights have been folded, its times taken.
         tiny = app.state.serving.models.get("tiny")
-        assert list(tiny._folded) == [1, 2, 3, 4, 5]
+        assert list(tiny._made) == [5, 4, 3, 2, 1]
         assert tiny.controller.times.batch(4, 16) > tiny.controller.times.batch(4, 1) > 0
     assert not engine.running
 

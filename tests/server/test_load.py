@@ -61,7 +61,7 @@ def address(app) -> Iterator[str]:
 
 def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
     image = served.transform(decode(data, 10**6))[None]
-    delta = served.folded(rate) if compensate and rate != served.source else None
+    delta = served.delta(rate) if compensate and rate != served.source else None
     logits, trace = forward(served.backbone.model, image, rate, delta, trace=True)
     return Expected(logits[0], bool(trace.margin[0] < TIE))
 

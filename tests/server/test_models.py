@@ -135,7 +135,7 @@ def test_another_bank_is_another_handle_of_the_same_weights(served, bank_folder,
 def test_a_warm_model_knows_how_long_it_takes(tiny):
     model = load_model(tiny)
     model.at(3, True).warm_up([1, 2])
-    assert list(model._folded) == [3]
+    assert list(model._made) == [3]
     assert model.controller.times.batch(3, 2) > 0
 
 
@@ -149,7 +149,7 @@ def test_where_no_delta_applies_the_work_is_the_uncompensated_one(served, model_
 def test_weights_are_folded_once_for_all_threads(tiny):
     served = load_model(tiny)
     with ThreadPoolExecutor(8) as pool:
-        folded = list(pool.map(lambda i: served.folded(1 + i % MAX_RATE), range(40)))
+        folded = list(pool.map(lambda i: served.delta(1 + i % MAX_RATE), range(40)))
     assert len({id(weights) for weights in folded}) == MAX_RATE
 
 

@@ -222,7 +222,7 @@ def test_a_failing_forward_fails_its_request_only(settings, photo, monkeypatch, 
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("server.models.outputs", lambda *_: 1 / 0)
+            patch.setattr("server.graphs.outputs", lambda *_: 1 / 0)
             answer = ask(client, photo)
         assert answer.status_code == 500
         assert problem(answer) == "the server failed on this request; its log has the request id"

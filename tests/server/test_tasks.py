@@ -10,10 +10,11 @@ from PIL import Image
 from adapters import TaskModel, compose, open_bank
 from server import ModelSettings, Settings, create_app
 from server.models import ServedModel, load_model, load_models
+from server.shared import Backbones
 from tests.adapters.banks import backbone_of
 from tests.adapters.test_task import random_task
 from tests.tocom_models import small_model
-from tocom import BackboneError, TaskError, forward, load_backbone
+from tocom import BackboneError, Delta, FoldedWeights, TaskError, forward, load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,16 @@ def test_tasks_share_weights_and_what_is_folded(served: list[ServedModel]) -> No
     own = {id(each) for each in stock.backbone.model.parameters()}
     others = [name for name, each in task.backbone.model.named_parameters() if id(each) not in own]
     assert others == ["head.weight", "head.bias"]
-    assert task.folded(4) is twin.folded(4)
-    assert task.folded(4) is not stock.folded(4)  # of another source
+    assert task.delta(4) is twin.delta(4)
+    assert task.delta(4) is not stock.delta(4)  # of another source
 
 
 def test_folded_weights_go_with_the_last_who_holds_them(tiny: ModelSettings) -> None:
     model = load_model(tiny)
-    model.folded(3)
-    assert len(model.folds._made) == 1
-    del model._folded[3]
-    assert len(model.folds._made) == 0
+    model.delta(3)
+    assert len(model.deltas._made) == 1
+    del model._made[3]
+    assert len(model.deltas._made) == 0
 
 
 def test_lora_has_weights_of_its_own(tiny: ModelSettings, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_lora_has_weights_of_its_own(tiny: ModelSettings, tmp_path: Path) -> Non
     models = tiny, tiny.model_copy(update={"name": "lora", "task": str(task), "source": 0})
     stock, lora = load_models(Settings(models=models, device="cpu"))
     name = "blocks.0.attn.qkv"
-    assert not torch.equal(stock.folded(3).weights[name], lora.folded(3).weights[name])
+    assert not torch.equal(stock.delta(3).weights[name], lora.delta(3).weights[name])
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,15 @@ def test_a_task_of_another_backbone_is_refused(tiny: ModelSettings, tmp_path: Pa
 def test_a_task_is_no_backbone(tiny: ModelSettings, task_folder: Path) -> None:
     with pytest.raises(BackboneError, match="is a task folder: give it as the task of"):
         load_model(tiny.model_copy(update={"backbone": str(task_folder)}))
+
+
+def test_what_has_no_room_is_added_on_the_fly(tiny: ModelSettings) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ample = load_model(tiny)
+    one = ample.delta(5).nbytes
+    tight = load_model(tiny, Backbones(max_folded_bytes=2 * one))
+    kinds = [type(tight.delta(rate)) for rate in (5, 4, 3, 5)]
+    assert kinds == [FoldedWeights, FoldedWeights, Delta, FoldedWeights]
+    for rate in (3, 4):
+        for a, b in zip(ample.at(rate, True)(images), tight.at(rate, True)(images), strict=True):
+            torch.testing.assert_close(a.logits, b.logits)
