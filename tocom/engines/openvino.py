@@ -88,7 +88,13 @@ class Graph:
         self._request.set_input_tensor(0, _shared(images))
         self._request.infer()
         x, *size = (torch.from_numpy(tensor.data) for tensor in self._request.output_tensors)
-        return read(self._model, x, size[0] if size else None)
+        threads = torch.get_num_threads()
+        # Torch's other threads would wait awake, on the cores that the next call wants.
+        torch.set_num_threads(1)
+        try:
+            return read(self._model, x, size[0] if size else None)
+        finally:
+            torch.set_num_threads(threads)
 
     def _bind(self, delta: FoldedWeights | None, adapter: Adapter | None) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""
