@@ -1,0 +1,215 @@
+"""How much of the multiply-adds that merging saves becomes time: forwards, side by side.
+
+    python -m benchmarks.forward_speed
+    python -m benchmarks.forward_speed --models deit_base_patch16_224 --batches 8 --precision bf16
+
+All kinds of forward take turns on the same noise, in one process: timm's own model, ToMe as its
+paper writes it (and its authors' package, where installed), ours run eagerly by torch, and ours
+compiled, as the server does it, in pieces of four images and one. A turn is two runs, of which
+the second counts. A product of large matrices
+takes its turn too: what it reaches is the roof. Weights are drawn, not loaded: time does not
+depend on them.
+"""
+
+import argparse
+import copy
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.plain_tome import plain_tome
+from server.graphs import SIZES
+from tocom import cost
+from tocom.allocator import keep_freed_memory
+from tocom.merging import match, merge
+from tocom.schedule import plan
+from tocom.vit import embed, outputs
+
+MODELS = "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"
+Run = Callable[[Tensor], object]
+
+
+def kinds(model: VisionTransformer, rate: int, batch: int, threads: int) -> dict[str, Run]:
+    """Return the ways to run a model at a rate."""
+    found: dict[str, Run] = {"stock": model}
+    if rate:
+        found["plain ToMe"] = lambda images: plain_tome(model, images, rate)
+        if find_spec("tome") is not None:
+            found["authors' ToMe"] = _authors(model, rate)
+    found["eager"] = lambda images: outputs(model, embed(model, images), rate)
+    if find_spec("openvino") is not None and model.head.weight.dtype == torch.float32:
+        found["compiled"] = _compiled(model, rate, batch, threads)
+    return found
+
+
+def _authors(model: VisionTransformer, rate: int) -> Run:
+    import tome
+
+    patched: Any = copy.deepcopy(model)
+    tome.patch.timm(patched, prop_attn=True)
+    patched.r = rate
+    run: Run = patched
+    return run
+
+
+def _compiled(model: VisionTransformer, rate: int, batch: int, threads: int) -> Run:
+    from tocom.engines.openvino import Graph
+
+    pieces = [size for size in SIZES if size <= batch]
+    graphs = {size: Graph(model, rate, size, threads=threads) for size in pieces}
+
+    def run(images: Tensor) -> None:
+        while len(images):
+            size = next(size for size in pieces if size <= len(images))
+            graphs[size](images[:size])
+            images = images[size:]
+
+    return run
+
+
+def roof(size: int, dtype: torch.dtype) -> Iterator[float]:
+    """Yield the multiply-adds a second of a product of square matrices, again and again."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    a @ b
+    while True:
+        began = time.perf_counter()
+        a @ b
+        yield size**3 / (time.perf_counter() - began)
+
+
+def take_turns(
+    runs: Mapping[str, Run], images: Tensor, repeats: int, roofs: Iterator[float]
+) -> tuple[dict[str, list[float]], float]:
+    """Return the seconds of each kind, and the roof in multiply-adds a second."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    reached = []
+    for _ in range(repeats):
+        for name, run in runs.items():
+            run(images)  # for itself, with caches and threads as it leaves them
+            began = time.perf_counter()
+            run(images)
+            seconds[name].append(time.perf_counter() - began)
+        reached.append(next(roofs))
+    return seconds, statistics.median(reached)
+
+
+def matching_seconds(model: VisionTransformer, rate: int, images: Tensor) -> float:
+    """Return what matching and merging of a forward take by themselves, run eagerly."""
+    steps = plan(rate, len(model.blocks), model.patch_embed.num_patches + 1, 1)
+    total = 0.0
+    x = embed(model, images)
+    tokens = x.shape[1]
+    width = model.embed_dim // model.blocks[0].attn.num_heads
+    # The last block merges nothing that its head reads.
+    for removed in steps.removed[:-1]:
+        x = x[:, :tokens].contiguous()
+        size = torch.ones(len(x), tokens, 1)
+        began = time.perf_counter()
+        merge(x, size, match(x[..., :width], removed, 1))
+        total += time.perf_counter() - began
+        tokens -= removed
+    return total
+
+
+def measure(
+    model: VisionTransformer, batch: int, options: argparse.Namespace, roofs: Iterator[float]
+) -> list[list[object]]:
+    """Return a row for each rate."""
+    size = model.patch_embed.img_size
+    dtype = model.head.weight.dtype
+    images = torch.randn(batch, 3, *size).to(dtype)
+    rows = []
+    for rate in options.rates:
+        runs = kinds(model, rate, batch, torch.get_num_threads())
+        seconds, reached = take_turns(runs, images, options.repeats, roofs)
+        macs = cost(model, rate, size).macs
+        saved = cost(model, 0, size).macs / macs
+        share = 0.0
+        if rate:
+            matching = [matching_seconds(model, rate, images) for _ in range(options.repeats + 1)]
+            share = min(matching[1:]) / min(seconds["eager"])
+        for name, times in seconds.items():
+            if name == "stock" and rate:
+                continue
+            gain = statistics.median(ratios(seconds["stock"], times))
+            against = "plain ToMe" if rate else "stock"
+            rows.append(
+                [
+                    batch, rate, name, spread([1000 * each for each in times], ".1f"),
+                    f"{gain:.2f}", f"{saved:.2f}", f"{gain / saved:.2f}",
+                    f"{statistics.median(ratios(seconds[against], times)):.2f}",
+                    f"{batch * macs / statistics.median(times) / reached:.2f}",
+                    f"{share:.0%}" if name == "eager" and rate else "",
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def compiling(model: VisionTransformer, rates: Sequence[int]) -> None:
+    """Print what graphs cost: seconds and memory."""
+    from tocom.engines.openvino import Graph
+
+    images = torch.zeros(SIZES[0], 3, *model.patch_embed.img_size)
+    before, seconds, graphs = _resident(), [], []
+    for rate in rates:
+        began = time.perf_counter()
+        graphs.append(Graph(model, rate, SIZES[0], threads=torch.get_num_threads()))
+        seconds.append(time.perf_counter() - began)
+        graphs[-1](images)
+    used = (_resident() - before) / len(graphs)
+    print(f"a graph of {SIZES[0]} images: {spread(seconds)} s to compile, {used:.0f} MiB\n")
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS, help="timm's names")
+    parser.add_argument("--rates", nargs="+", type=int, default=[0, 4, 8, 12, 16])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args(argv)
+
+    keep_freed_memory()
+    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    roofs = roof(2048, dtype)
+    print(machine.describe(), end="\n\n")
+    with torch.inference_mode():
+        for name in options.models:
+            model = timm.create_model(name).eval().to(dtype)
+            print(f"{name}, {options.precision}\n", flush=True)
+            if options.precision == "fp32" and find_spec("openvino") is not None:
+                compiling(model, options.rates)
+            rows = list(
+                itertools.chain(
+                    *(measure(model, batch, options, roofs) for batch in options.batches)
+                )
+            )
+            header = (
+                "batch", "rate", "forward", "ms", "over stock", "MAC ratio", "efficiency",
+                "over plain ToMe or stock", "of the roof", "matching",
+            )  # fmt: skip
+            print(markdown(header, rows), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
