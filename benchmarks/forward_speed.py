@@ -49,7 +49,7 @@ def kinds(model: VisionTransformer, rate: int, batch: int, threads: int) -> dict
         if find_spec("tome") is not None:
             found["authors' ToMe"] = _authors(model, rate)
     found["eager"] = lambda images: outputs(model, embed(model, images), rate)
-    if find_spec("openvino") is not None and model.head.weight.dtype == torch.float32:
+    if find_spec("openvino") is not None:
         found["compiled"] = _compiled(model, rate, batch, threads)
     return found
 
@@ -67,10 +67,14 @@ def _authors(model: VisionTransformer, rate: int) -> Run:
 def _compiled(model: VisionTransformer, rate: int, batch: int, threads: int) -> Run:
     from tocom.engines.openvino import Graph
 
+    dtype = model.head.weight.dtype
+    if dtype != torch.float32:  # graphs are made of fp32 and convert it themselves
+        model = copy.deepcopy(model).float()
     pieces = [size for size in SIZES if size <= batch]
-    graphs = {size: Graph(model, rate, size, threads=threads) for size in pieces}
+    graphs = {size: Graph(model, rate, size, threads=threads, dtype=dtype) for size in pieces}
 
     def run(images: Tensor) -> None:
+        images = images.float()
         while len(images):
             size = next(size for size in pieces if size <= len(images))
             graphs[size](images[:size])

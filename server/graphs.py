@@ -79,9 +79,15 @@ class Graphs:
     All but `start` is to be called where batches run.
     """
 
-    def __init__(self, limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        """Keep at most `limit` graphs."""
+    def __init__(
+        self,
+        limit: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Keep at most `limit` graphs, which compute in `dtype`."""
         self._limit = limit
+        self._dtype = dtype
         self._clock = clock
         self._cells: dict[tuple[object, ...], _Cell] = {}
         self._engine: Any = None  # the module that makes graphs
@@ -160,8 +166,9 @@ class Graphs:
                 logger.info("rate %d runs eagerly: %s", forward.rate, reason)
                 cell.eager = True
                 return
-            bottleneck, threads = forward.bottleneck, self._threads
-            graph = engine.Graph(forward.model, forward.rate, size, bottleneck, threads)
+            graph = engine.Graph(
+                forward.model, forward.rate, size, forward.bottleneck, self._threads, self._dtype
+            )
             with suppress(UnavailableError):  # the server ends
                 self._call(partial(self._try, forward, size, cell, graph, faster)).result()
         except Exception:  # whatever it is, the service goes on without the graph

@@ -270,7 +270,11 @@ def load_models(settings: Settings) -> list[ServedModel]:
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
-    backbones = Backbones(device, Graphs(settings.max_graphs), settings.max_folded_bytes)
+    backbones = Backbones(
+        device,
+        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype)),
+        settings.max_folded_bytes,
+    )
     return [load_model(each, backbones, batch, slo, store) for each in settings.models]
 
 

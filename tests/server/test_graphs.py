@@ -34,9 +34,10 @@ class Double:
     def unsupported(self, model):
         return self.reason
 
-    def Graph(self, model, rate, images, bottleneck, threads):  # noqa: N802
+    def Graph(self, model, rate, images, bottleneck, threads, dtype):  # noqa: N802
         if self.error:
             raise self.error
+        assert dtype == torch.float32
         self.made.append((rate, images, bottleneck, threads))
 
         def graph(batch, delta, adapter):

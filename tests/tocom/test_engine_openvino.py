@@ -119,3 +119,14 @@ def test_models_without_graphs_say_why(arguments, reason):
 
 def test_graphs_are_for_fp32():
     assert "fp32" in unsupported(small_model().bfloat16())
+
+
+def test_bfloat16_stays_within_what_it_rounds():
+    """Each layer rounds to 8 bits; over three blocks that adds up to a few thousandths."""
+    model = small_model()
+    images = pictures(model)
+    exact = Graph(model, 0, 3)(images).features
+    rough = Graph(model, 0, 3, dtype=torch.bfloat16)(images, delta(model), adapter=None).features
+    assert not torch.allclose(exact, rough, rtol=0, atol=0.1)  # the delta was not forgotten
+    changed = Graph(model, 0, 3)(images, delta(model)).features
+    assert (rough - changed).abs().max() < 2**-8 * 8 * changed.abs().max()

@@ -23,6 +23,9 @@ from tocom.delta import FoldedWeights, parts, target_layers
 from tocom.schedule import Rate, plan
 from tocom.vit import Outputs, pools_patches, read
 
+#: What graphs compute in.
+_TYPES = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}
+
 #: The end of a slice that goes up to the last element.
 _END = np.array([np.iinfo(np.int32).max], np.int32)
 
@@ -58,33 +61,39 @@ class Graph:
         images: int,
         bottleneck: int | None = None,
         threads: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Compile, which takes a second at most.
 
         Args:
-            model: one that is not `unsupported`. Weights that a delta can change are not copied.
+            model: one that is not `unsupported`. Weights that a delta can change are not copied,
+                unless they are converted.
             rate: tokens merged per block.
             images: how many it takes at once.
             bottleneck: width of the branches of the adapters that it runs with; None: it runs
                 without.
             threads: how many run it; 0: OpenVINO's own choice.
+            dtype: what it computes in, torch.bfloat16 or torch.float32.
         """
         self._model = model
+        self._dtype = dtype
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # where a CPU has bf16, the default would be that
+            # Said in either case: where a CPU has bf16, the default would be that.
+            "INFERENCE_PRECISION_HINT": _TYPES[dtype],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
-        graph = _Builder(model, images, bottleneck).build(rate)
+        graph = _Builder(model, images, bottleneck, _TYPES[dtype]).build(rate)
         self._compiled = openvino.Core().compile_model(graph, "CPU", options)
         self._request = self._compiled.create_infer_request()
-        self._bound: tuple[object, object] | None = None
+        self._bound: tuple[object, ...] | None = None
 
     def __call__(
         self, images: Tensor, delta: FoldedWeights | None = None, adapter: Adapter | None = None
     ) -> Outputs:
         """Return features and logits of the images [B, 3, H, W], as many as it was made for."""
         self._bind(delta, adapter)
+        images = images.contiguous()
         self._request.set_input_tensor(0, _shared(images))
         self._request.infer()
         x, *size = (torch.from_numpy(tensor.data) for tensor in self._request.output_tensors)
@@ -103,9 +112,10 @@ class Graph:
         tensors = list(_weights(self._model, delta).values())
         for branch in adapter.branches if adapter is not None else ():
             tensors += branch
+        tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
         for index, tensor in enumerate(tensors, start=1):
             self._request.set_input_tensor(index, _shared(tensor))
-        self._bound = delta, adapter  # also keeps alive what OpenVINO only points at
+        self._bound = delta, adapter, tensors  # kept alive, as OpenVINO only points at them
 
 
 def _weights(model: VisionTransformer, delta: FoldedWeights | None) -> dict[str, Tensor]:
@@ -120,37 +130,49 @@ def _weights(model: VisionTransformer, delta: FoldedWeights | None) -> dict[str,
 
 
 def _shared(tensor: Tensor) -> Any:
-    """Return OpenVINO's view of a tensor's memory."""
-    return openvino.Tensor(tensor.detach().contiguous().numpy(), shared_memory=True)
+    """Return OpenVINO's view of a contiguous tensor's memory."""
+    if tensor.dtype == torch.float32:
+        return openvino.Tensor(tensor.numpy(), shared_memory=True)
+    # numpy knows no bf16: its bits go by another name.
+    bits = tensor.view(torch.int16).numpy()
+    return openvino.Tensor(bits, openvino.Shape(list(tensor.shape)), _TYPES[tensor.dtype])
 
 
 def _constant(tensor: Tensor) -> Any:
     return ops.constant(tensor.detach().numpy())
 
 
+def _product(x: Any, weight: Any) -> Any:
+    """Return x weightᵀ, in the precision that the graph is compiled for."""
+    return ops.matmul(x, ops.convert(weight, openvino.Type.f32), False, True)
+
+
 class _Builder:
     """Builds the graph of a forward."""
 
-    def __init__(self, model: VisionTransformer, images: int, bottleneck: int | None) -> None:
+    def __init__(
+        self, model: VisionTransformer, images: int, bottleneck: int | None, weights: Any
+    ) -> None:
         self._model = model
         self._images = images
         self._prefix = model.num_prefix_tokens
         convolution = model.patch_embed.proj
         size = convolution.in_channels, *model.patch_embed.img_size
-        self._pixels = self._parameter(images, *size)
+        self._pixels = ops.parameter([images, *size], openvino.Type.f32)
         self._weights = {
-            name: self._parameter(*weight.shape) for name, weight in _weights(model, None).items()
+            name: ops.parameter(list(weight.shape), weights)
+            for name, weight in _weights(model, None).items()
         }
         width = model.embed_dim
         self._branches = []
         if bottleneck is not None:
             self._branches = [
-                (self._parameter(bottleneck, width), self._parameter(width, bottleneck))
+                (
+                    ops.parameter([bottleneck, width], weights),
+                    ops.parameter([width, bottleneck], weights),
+                )
                 for _ in model.blocks
             ]
-
-    def _parameter(self, *shape: int) -> Any:
-        return ops.parameter(list(shape), openvino.Type.f32)
 
     def build(self, rate: Rate) -> Any:
         """Return the graph from pixels and weights to the tokens after the last block.
@@ -225,7 +247,7 @@ class _Builder:
 
     def _branch(self, block: int, x: Any) -> Any:
         down, up = self._branches[block]
-        return ops.matmul(ops.relu(ops.matmul(x, down, False, True)), up, False, True)
+        return _product(ops.relu(_product(x, down)), up)
 
     def _merge(self, x: Any, size: Any, keys: Any, removed: int) -> tuple[Any, Any]:
         """Match and merge as `merging` does; only tokens of set B can change."""
@@ -270,7 +292,7 @@ class _Builder:
         return ops.gather(x, ops.squeeze(index, [2]), 1, 1)
 
     def _linear(self, name: str, x: Any, bias: Tensor | None) -> Any:
-        y = ops.matmul(x, self._weights[name], False, True)
+        y = _product(x, self._weights[name])
         return y if bias is None else ops.add(y, _constant(bias))
 
     def _norm(self, norm: nn.Module, x: Any) -> Any:
