@@ -151,7 +151,7 @@ class Settings(BaseSettings):
     )
     graph_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="what compiled forwards compute in; bfloat16 is two to three times as fast on "
+        description="what compiled forwards compute in; bfloat16 is about twice as fast on "
         "CPUs that have it, and answers differ by as much as bfloat16 rounds",
     )
     max_folded_bytes: int = Field(

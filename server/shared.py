@@ -13,8 +13,8 @@ from tocom.delta import folded_bytes
 class Deltas:
     """Deltas of one backbone: made on demand, there as long as somebody holds them.
 
-    Folded while there is room for that, which makes a forward up to a third slower otherwise;
-    nobody waits for weights in either form.
+    Folded while there is room for that; a forward with a low-rank delta takes a sixth to a half more
+    time (docs/speed.md).
     """
 
     def __init__(self, backbone: Backbone, max_bytes: float = math.inf) -> None:
