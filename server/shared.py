@@ -13,8 +13,8 @@ from tocom.delta import folded_bytes
 class Deltas:
     """Deltas of one backbone: made on demand, there as long as somebody holds them.
 
-    Folded while there is room for that; a forward with a low-rank delta takes a sixth to a half more
-    time (docs/speed.md).
+    Folded while there is room for that; with a low-rank delta a forward takes a sixth to a half
+    longer (docs/speed.md).
     """
 
     def __init__(self, backbone: Backbone, max_bytes: float = math.inf) -> None:
