@@ -161,6 +161,25 @@ def measure(
     return rows
 
 
+def draw(tables: Mapping[str, Sequence[Sequence[object]]], batch: int, path: Path) -> None:
+    """Draw the speed-up over stock against the ratio of multiply-adds, a panel for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(tables), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for panel, (name, rows) in zip(panels, tables.items(), strict=True):
+        for kind in dict.fromkeys(str(row[2]) for row in rows if row[2] != "stock"):
+            points = [row for row in rows if row[2] == kind and row[0] == batch]
+            x, y = ([float(str(row[i])) for row in points] for i in (5, 4))
+            panel.plot(x, y, marker="o", label=kind)
+        panel.axline((1, 1), slope=1, color="grey", linestyle=":", label="all that is saved")
+        panel.set_title(f"{name}, {batch} images")
+        panel.set_xlabel("times fewer multiply-adds")
+    panels[0].set_ylabel("times as fast as stock timm")
+    panels[0].legend()
+    figure.savefig(path)
+
+
 def compiling(model: VisionTransformer, rates: Sequence[int]) -> None:
     """Print what graphs cost: seconds and memory."""
     from tocom.engines.openvino import Graph
@@ -191,12 +210,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--plot", type=Path, help="draw those of the middle size of batch")
     options = parser.parse_args(argv)
 
     keep_freed_memory()
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     roofs = roof(2048, dtype)
     print(machine.describe(), end="\n\n")
+    tables = {}
     with torch.inference_mode():
         for name in options.models:
             model = timm.create_model(name).eval().to(dtype)
@@ -208,11 +229,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     *(measure(model, batch, options, roofs) for batch in options.batches)
                 )
             )
+            tables[name] = rows
             header = (
                 "batch", "rate", "forward", "ms", "over stock", "MAC ratio", "efficiency",
                 "over plain ToMe or stock", "of the roof", "matching",
             )  # fmt: skip
             print(markdown(header, rows), end="\n\n", flush=True)
+    if options.plot is not None:
+        batch = sorted(options.batches)[len(options.batches) // 2]
+        draw(tables, batch, options.plot)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{arguments.concurrency} requests at once, {arguments.rounds} rounds.")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with serving(log, models=what.served) as served:
+        # Without graphs: everyone here runs the same forward.
+        with serving(log, models=what.served, max_graphs=0) as served:
             bench = Bench(what, served, arguments)
             throughput(bench, arguments.rounds)
             latency(bench, arguments.rounds, arguments.single)
