@@ -122,7 +122,12 @@ class Graphs:
             cell = self._cell(forward, size)
             while len(rest) >= size and cell.graph is not None and forward.is_folded:
                 cell.used = self._clock()
-                done.append(cell.graph(rest[:size], forward.delta, forward.adapter))
+                try:
+                    done.append(cell.graph(rest[:size], forward.delta, forward.adapter))
+                except Exception:
+                    logger.exception("rate %d runs eagerly: its graph failed", forward.rate)
+                    cell.graph, cell.eager = None, True
+                    break
                 rest = rest[size:]
             if len(rest) >= size:
                 began = self._clock()

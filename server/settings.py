@@ -157,8 +157,8 @@ class Settings(BaseSettings):
     max_folded_bytes: int = Field(
         default=768 * 2**20,
         ge=0,
-        description="bytes of weights that deltas are folded into ahead, for each backbone; what "
-        "has no room there is added while a forward runs",
+        description="bytes of weights that deltas are folded into ahead, for each bank on each "
+        "backbone; what has no room there is added while a forward runs",
     )
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"

@@ -22,7 +22,8 @@ class Deltas:
 
         Args:
             backbone: has the weights that deltas are added to.
-            max_bytes: what folded weights may take.
+            max_bytes: what folded weights may take, for each bank: one that takes the place of
+                another must not find its room taken.
         """
         self._model = backbone.model
         self._max_bytes = max_bytes
@@ -43,14 +44,15 @@ class Deltas:
             made = self._made.get(key)
             if made is None:
                 made = compose(bank, source, rate, scale)
-                if self.folded_bytes() + folded_bytes(self._model, made) <= self._max_bytes:
+                needed = folded_bytes(self._model, made)
+                if self._folded_bytes(bank) + needed <= self._max_bytes:
                     made = fold(self._model, made)
                 self._made[key] = made
             return made
 
-    def folded_bytes(self) -> int:
-        """Return what folded weights take."""
-        held = list(self._made.values())
+    def _folded_bytes(self, bank: Bank) -> int:
+        """Return what weights take that have deltas of a bank folded in."""
+        held = [delta for key, delta in self._made.items() if key[0] == bank.info.digest]
         return sum(delta.nbytes for delta in held if isinstance(delta, FoldedWeights))
 
 

@@ -133,6 +133,19 @@ def test_what_is_not_faster_or_has_no_graph_stays_eager(monkeypatch, clock, mode
     assert len(engine.ran) == tried
 
 
+def test_a_graph_that_fails_is_not_asked_again(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine)
+    image = pictures(model, 1)
+    expected = run(made, model, image)
+    (cell,) = (cell for cell in made._cells.values() if cell.graph)
+    cell.graph = lambda *_: 1 / 0
+    for _ in range(2):
+        torch.testing.assert_close(run(made, model, image), expected)
+    assert cell.graph is None
+    assert len(engine.made) == 1
+
+
 def test_who_has_not_run_for_long_gives_way(monkeypatch, clock, model):
     engine = Double(clock)
     made = started(monkeypatch, clock, engine, limit=1)

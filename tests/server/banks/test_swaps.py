@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from adapters import compose
-from server import ServedModel, shared
+from server import ServedModel, load_model, shared
 from server.banks import Banks
 from server.engine import Engine
 from server.errors import UnusableBankError
+from server.shared import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem
-from tocom import fold, forward
+from tocom import FoldedWeights, fold, forward
 
 
 def test_a_bank_is_attached(admin, registry, served, make_bank, swaps):
@@ -268,3 +269,10 @@ def test_no_answer_is_a_mixture(admin, registry, served, make_bank):
         expected = forward(model, images[i % 8][None], rate, delta)[0]
         torch.testing.assert_close(answer.output.logits, expected, atol=1e-3, rtol=1e-3)
     assert seen == known.keys()
+
+
+def test_a_bank_that_replaces_another_finds_room(tiny, make_bank):
+    one = load_model(tiny).delta(5).nbytes
+    model = load_model(tiny, Backbones(max_folded_bytes=one))
+    assert isinstance(model.delta(5), FoldedWeights)
+    assert isinstance(model.with_bank(make_bank(2)).delta(5), FoldedWeights)
