@@ -7,6 +7,7 @@ of `vit.outputs` but for rounding. OpenVINO is an extra and is imported only her
 Reference: as in `attention` and `merging`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ class Graph:
             "INFERENCE_NUM_THREADS": threads,
         }
         graph = _Builder(model, images, bottleneck, _TYPES[dtype]).build(rate)
-        self._compiled = openvino.Core().compile_model(graph, "CPU", options)
+        self._compiled = _core().compile_model(graph, "CPU", options)
         self._request = self._compiled.create_infer_request()
         self._bound: tuple[object, ...] | None = None
 
@@ -116,6 +117,16 @@ class Graph:
         for index, tensor in enumerate(tensors, start=1):
             self._request.set_input_tensor(index, _shared(tensor))
         self._bound = delta, adapter, tensors  # kept alive, as OpenVINO only points at them
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the process's one core, which stays.
+
+    A core gives the thread that loads its CPU plugin another stack for signals and at its end the one
+    before, which may have gone with another core: the next Ctrl-C would crash.
+    """
+    return openvino.Core()
 
 
 def _weights(model: VisionTransformer, delta: FoldedWeights | None) -> dict[str, Tensor]:
