@@ -1,9 +1,6 @@
 """OpenVINO's graphs against the golden cases and against the eager forward."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import openvino
 import pytest
 import timm
 import torch
@@ -18,7 +15,6 @@ from tocom.engines.openvino import Graph, unsupported
 from tocom.vit import embed, outputs
 
 BOTTLENECK = 5
-ROOT = Path(__file__).parents[2]
 
 
 def adapter(model, seed=0):
@@ -137,20 +133,10 @@ def test_bfloat16_stays_within_what_it_rounds():
     assert (rough - changed).abs().max() < 2**-8 * 8 * changed.abs().max()
 
 
-def test_a_process_that_has_had_graphs_outlives_a_signal():
-    program = """
-import gc, signal, torch
-from tests.tocom_models import pictures, small_model
-from tocom.engines.openvino import Graph
-model = small_model()
-graphs = [Graph(model, rate, 3, dtype=torch.bfloat16) for rate in range(3)]
-for graph in graphs:
-    graph(pictures(model))
-del graph
-graphs.clear()
-gc.collect()
-signal.signal(signal.SIGINT, lambda *_: print("alive"))
-signal.raise_signal(signal.SIGINT)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "alive\n")
+def test_all_graphs_of_a_process_have_one_core(monkeypatch):
+    """With several of them, one Ctrl-C in two crashed this suite."""
+    made, core = [], openvino.Core
+    monkeypatch.setattr(openvino, "Core", lambda: made.append(core()) or made[-1])
+    for rate in range(3):
+        Graph(small_model(), rate, 1)
+    assert len(made) <= 1  # another test may have made it

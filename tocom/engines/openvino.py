@@ -123,8 +123,8 @@ class Graph:
 def _core() -> Any:
     """Return the process's one core, which stays.
 
-    A core gives the thread that loads its CPU plugin another stack for signals and at its end the one
-    before, which may have gone with another core: the next Ctrl-C would crash.
+    A core gives the thread that loads its CPU plugin another stack for signals, and at its end the
+    one before, which may have gone with another core: the next Ctrl-C would crash.
     """
     return openvino.Core()
 
