@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapters.bank import Bank
 from adapters.compose import compose
 from adapters.durable import new_files
-from tocom import Backbone, BackboneError, ConfigError, FoldedWeights, RateError, TocomError, fold
+from tocom import Backbone, ConfigError, FoldedWeights, RateError, TocomError, fold
 from tocom.vit import embed, outputs
 
 #: Suffix -> what writes such a file.
@@ -58,7 +58,7 @@ def export_model(
     _import_writers(path)
     source = backbone.source if source is None else source
     scale, folded = _fold(backbone, source, rate, bank)
-    example = torch.zeros(2, *_input_size(backbone))  # of one image, its 1 would be a constant
+    example = torch.zeros(2, *backbone.input_size)  # of one image, its 1 would be a constant
     used = {"name": bank.info.name, "digest": bank.info.digest, "scale": scale} if bank else None
     about = _describe(backbone) | {"source": source, "rate": rate, "bank": used}
     with new_files(*(path.with_suffix(suffix) for suffix in _FILES[path.suffix])) as beside:
@@ -116,18 +116,6 @@ def _fold(
         scale = searched.scale(rate)
     scale = bank.info.scale if scale is None else scale
     return scale, fold(backbone.model, compose(bank, source, rate, scale))
-
-
-def _input_size(backbone: Backbone) -> tuple[int, int, int]:
-    """Return channels, height and width of the images that the model wants."""
-    model, (channels, height, width) = backbone.model, backbone.data_config["input_size"]
-    own = tuple(model.patch_embed.img_size)
-    if own != (height, width) and not model.dynamic_img_size:
-        raise BackboneError(
-            f"{backbone.name}: its weights are for pictures of {own} pixels, its configuration "
-            f"says {(height, width)}"
-        )
-    return channels, height, width
 
 
 def _describe(backbone: Backbone) -> dict[str, Any]:

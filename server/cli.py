@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import server.imports  # noqa: F401  # isort: split
 from server import local, process
 from server.serving import Serving
 from server.settings import Settings, load_settings

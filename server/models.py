@@ -137,8 +137,7 @@ class ServedModel:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of the image that the model wants."""
-        channels, height, width = self.backbone.data_config["input_size"]
-        return channels, height, width
+        return self.backbone.input_size
 
     @property
     def least_side(self) -> int:
@@ -210,6 +209,11 @@ class RateWork:
             features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
         rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
         return [Output(*row) for row in rows]
+
+    def make_delta(self) -> None:
+        """Make what the first batch would make."""
+        if self.compensate:
+            self.model.delta(self.rate)
 
     def warm_up(self, sizes: Sequence[int]) -> None:
         """Run batches of these sizes on blank images, and take note of how long they take.
@@ -313,15 +317,10 @@ def load_model(
     if settings.bank is not None:
         bank = open_bank(settings.bank, store)
         _check_fits(bank, backbone)
-    own, wanted = tuple(backbone.model.patch_embed.img_size), _input_size(backbone)
-    if own != wanted and not backbone.model.dynamic_img_size:
-        raise ConfigError(
-            f"model {settings.name!r}: its weights are for pictures of {own} pixels, its "
-            f"configuration says {wanted}"
-        )
+    size = backbone.input_size[1:]
     source = backbone.source if settings.source is None else settings.source
     max_rate = _max_rate(settings.name, backbone, bank, source)
-    times = ServiceTimes(lambda rate: cost(backbone.model, rate, wanted).macs)
+    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size).macs)
     return ServedModel(
         name=settings.name,
         backbone=backbone,
@@ -339,14 +338,8 @@ def load_model(
     )
 
 
-def _input_size(backbone: Backbone) -> tuple[int, int]:
-    """Return height and width of the images that the model wants."""
-    _, height, width = backbone.data_config["input_size"]
-    return height, width
-
-
 def _costs(backbone: Backbone, max_rate: int) -> tuple[Cost, ...]:
-    size = _input_size(backbone)
+    size = backbone.input_size[1:]
     return tuple(cost(backbone.model, rate, size) for rate in range(max_rate + 1))
 
 

@@ -20,7 +20,7 @@ class Serving:
     Attributes:
         started: when, in the engine's time.
         stopping: set once a signal has asked for the end: not ready, and still serving.
-        warm: set once every rate of every model has run.
+        warm: set once every model has run, and the deltas of its rates are made.
     """
 
     settings: Settings

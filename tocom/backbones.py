@@ -93,6 +93,22 @@ class Backbone:
         return dict(resolve_model_data_config(self.model))
 
     @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures that it wants.
+
+        Raises:
+            BackboneError: if its configuration says others than its weights are for.
+        """
+        channels, height, width = self.data_config["input_size"]
+        own = tuple(self.model.patch_embed.img_size)
+        if own != (height, width) and not self.model.dynamic_img_size:
+            raise BackboneError(
+                f"{self.name}: its weights are for pictures of {own} pixels, its configuration "
+                f"says {(height, width)}"
+            )
+        return channels, height, width
+
+    @property
     def max_rate(self) -> int:
         """The highest rate where no bank says one: all patches, shared among the blocks."""
         patches: int = self.model.patch_embed.num_patches

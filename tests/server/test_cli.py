@@ -32,6 +32,26 @@ def untouched():
     signal.signal(signal.SIGTERM, handler)
 
 
+def test_it_starts_without_torchs_compiler_which_works_all_the_same():
+    program = """if True:
+        import sys
+        from server.cli import main
+
+        photo, = sys.argv[1:]
+        assert main(["classify", photo, "--rate", "8"]) == 0
+        assert "torch._dynamo" not in sys.modules
+
+        import torch
+        from torchvision.ops import roi_align
+
+        compiled = torch.compile(lambda x: x + 1, backend="eager")
+        assert compiled(torch.ones(1)) == 2
+        assert roi_align(torch.ones(1, 3, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).sum() == 12
+    """
+    photo = min((ROOT / "tocom" / "bundled" / "samples").glob("*.jpg"))
+    subprocess.run([sys.executable, "-c", program, photo], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -189,7 +189,7 @@ def test_a_model_whose_configuration_disagrees_with_its_weights(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["pretrained_cfg"] |= {"input_size": [3, 224, 224], "fixed_input_size": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"pictures of \(64, 64\) pixels, .* \(224, 224\)"):
+    with pytest.raises(BackboneError, match=r"pictures of \(64, 64\) pixels, .* \(224, 224\)"):
         load_model(ModelSettings(name="m", backbone=str(tmp_path)))
 
 
