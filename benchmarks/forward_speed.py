@@ -5,10 +5,9 @@
 
 All kinds of forward take turns on the same noise, in one process: timm's own model, ToMe as its
 paper writes it (and its authors' package, where installed), ours run eagerly by torch, and ours
-compiled, as the server does it, in pieces of four images and one. A turn is two runs, of which
-the second counts. A product of large matrices
-takes its turn too: what it reaches is the roof. Weights are drawn, not loaded: time does not
-depend on them.
+compiled, as the server does it, in pieces of 16 images, 8, 4 and one. A turn is two runs, of
+which the second counts. A product of large matrices takes its turn too: what it reaches is the
+roof. Weights are drawn, not loaded: time does not depend on them.
 """
 
 import argparse

@@ -27,7 +27,7 @@ from tocom.vit import Outputs, embed, outputs
 logger = logging.getLogger(__name__)
 
 #: Images that graphs are made for, the largest first. More at once are hardly faster an image.
-SIZES = (4, 1)
+SIZES = (16, 8, 4, 1)
 #: Seconds that a forward runs eagerly before it is worth a graph, which takes half a second.
 WORTH = 2.0
 #: Seconds after which a graph that did not run may have to give way to another.
