@@ -1,6 +1,7 @@
 """The application: models, engine, routes and how they start and stop together."""
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -135,5 +136,7 @@ def warm_up(serving: Serving) -> None:
             if time.monotonic() - said > PROGRESS:
                 said = time.monotonic()
                 logger.info("model %s: %d of %d rates are warm", model.name, done, len(rates))
+        for rate, size in itertools.product(rates, sizes):
+            model.controller.times.settle(rate, size)
         logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
     serving.warm.set()

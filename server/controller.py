@@ -56,6 +56,14 @@ class ServiceTimes:
         self._pace *= ratio**0.2
         self._cells[key] *= ratio**0.1
 
+    def settle(self, rate: int, images: int) -> None:
+        """Keep what is expected of a batch that was not measured.
+
+        It shall not follow from another rate any more, which may become faster by itself.
+        """
+        key = rate, _bucket(images)
+        self._cells[key] = self._cell(*key) / self._pace
+
     def forget(self, rate: int) -> list[int]:
         """Forget a rate, which has become faster by itself; return the sizes that were known."""
         sizes = [size for known, size in self._cells if known == rate]

@@ -1,14 +1,17 @@
 """Compiled graphs: made of the forwards that are worth it, used where they are faster.
 
 A forward runs eagerly at first. Once that has taken longer than compiling does, a thread compiles
-a graph beside the service; where batches run, both are tried and the faster one is kept. A graph
-is for one rate and one number of images: a batch is cut into pieces of those numbers.
+a graph beside the service; where batches run, it is tried and kept if it is faster. A graph is for
+one rate and one number of images: a batch is cut into pieces of those numbers. Who waits for an
+answer meanwhile should not notice: one graph is made at a time, with pauses, and tried in single
+runs between batches.
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,9 +35,15 @@ SIZES = (16, 8, 4, 1)
 WORTH = 2.0
 #: Seconds after which a graph that did not run may have to give way to another.
 IDLE = 30.0
+#: The pause after a graph was made, in times of what that took.
+PAUSE = 20.0
+#: How often a graph runs when it is tried.
+TRIES = 3
 
 #: Runs something where batches run, between two of them.
-Call: TypeAlias = Callable[[Callable[[], None]], Future[None]]
+Call: TypeAlias = Callable[[Callable[[], Any]], Future[Any]]
+#: Is told that a forward has become faster; returns what measures it again.
+Faster: TypeAlias = Callable[[], Sequence[Callable[[], None]]]
 
 
 class Forward(NamedTuple):
@@ -67,6 +76,7 @@ class _Cell:
     """What is known of the forwards that share a graph."""
 
     spent: float = 0.0  # seconds that they ran eagerly
+    seconds: float = math.inf  # the least that its number of images took
     used: float = 0.0  # when the graph ran last
     graph: Callable[..., Outputs] | None = None
     making: bool = False
@@ -91,12 +101,13 @@ class Graphs:
         self._clock = clock
         self._cells: dict[tuple[object, ...], _Cell] = {}
         self._engine: Any = None  # the module that makes graphs
+        self._pause = 0.0  # when the next graph may be made
 
     def start(self, call: Call, threads: int) -> None:
         """Begin to make graphs.
 
         Args:
-            call: runs something where batches run.
+            call: runs something where batches run, between two of them.
             threads: how many run a graph.
         """
         if not self._limit:
@@ -109,13 +120,14 @@ class Graphs:
         self._call = call
         self._threads = threads
 
-    def run(self, forward: Forward, images: Tensor, faster: Callable[[], None]) -> Outputs:
+    def run(self, forward: Forward, images: Tensor, faster: Faster) -> Outputs:
         """Run images [B, 3, H, W], by graphs where there are some.
 
         Args:
             forward: what to do with them.
             images: any number.
-            faster: is called between two batches once a graph has made this forward faster.
+            faster: is called between two batches once a graph has made this forward faster, and
+                so is each of what it returns.
         """
         done, rest = [], images
         for size in SIZES:
@@ -132,7 +144,9 @@ class Graphs:
             if len(rest) >= size:
                 began = self._clock()
                 done.append(forward(rest))
-                cell.spent += self._clock() - began
+                took = self._clock() - began
+                cell.spent += took
+                cell.seconds = min(cell.seconds, took * size / len(rest))
                 if forward.is_folded and self._is_worth_it(cell):
                     self._make(forward, size, cell, faster)
                 break
@@ -145,7 +159,9 @@ class Graphs:
 
     def _is_worth_it(self, cell: _Cell) -> bool:
         """Return whether a graph is to be made; another may have given way to it then."""
-        if self._engine is None or cell.eager or cell.making or cell.spent < WORTH:
+        if self._engine is None or cell.eager or cell.spent < WORTH:
+            return False
+        if self._clock() < self._pause:
             return False
         taken = [cell for cell in self._cells.values() if cell.making or cell.graph is not None]
         if len(taken) < self._limit:
@@ -157,15 +173,16 @@ class Graphs:
         oldest.graph, oldest.spent = None, 0.0
         return True
 
-    def _make(self, forward: Forward, size: int, cell: _Cell, faster: Callable[[], None]) -> None:
-        cell.making = True
+    def _make(self, forward: Forward, size: int, cell: _Cell, faster: Faster) -> None:
+        cell.making, self._pause = True, math.inf
         arguments = self._engine, forward, size, cell, faster
         threading.Thread(target=self._compile, args=arguments, name="compile").start()
 
     def _compile(
-        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Callable[[], None]
+        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Faster
     ) -> None:
-        """Compile a graph, beside the service, and have it tried."""
+        """Compile a graph, beside the service, and take it if it is faster."""
+        began = self._clock()
         try:
             if (reason := engine.unsupported(forward.model)) is not None:
                 logger.info("rate %d runs eagerly: %s", forward.rate, reason)
@@ -175,45 +192,39 @@ class Graphs:
                 forward.model, forward.rate, size, forward.bottleneck, self._threads, self._dtype
             )
             with suppress(UnavailableError):  # the server ends
-                self._call(partial(self._try, forward, size, cell, graph, faster)).result()
+                tries = (self._call(partial(self._try, forward, size, graph)) for _ in range(TRIES))
+                compiled = min(each.result() for each in tries)
+                self._call(partial(self._take, forward, size, cell, graph, compiled)).result()
+                if cell.graph is not None:
+                    for measure in self._call(faster).result():
+                        self._call(measure).result()
         except Exception:  # whatever it is, the service goes on without the graph
             logger.exception("rate %d runs eagerly: its graph cannot be had", forward.rate)
             cell.eager = True
         finally:
+            self._pause = self._clock() + PAUSE * (self._clock() - began)
             cell.making = False
 
-    def _try(
-        self,
-        forward: Forward,
-        size: int,
-        cell: _Cell,
-        graph: Callable[..., Outputs],
-        faster: Callable[[], None],
+    def _try(self, forward: Forward, size: int, graph: Callable[..., Outputs]) -> float:
+        """Return how long a graph takes."""
+        images = torch.zeros(size, *_input_size(forward.model))
+        began = self._clock()
+        with torch.inference_mode():
+            graph(images, forward.delta, forward.adapter)
+        return self._clock() - began
+
+    def _take(
+        self, forward: Forward, size: int, cell: _Cell, graph: Callable[..., Outputs], took: float
     ) -> None:
         """Take a graph if it is faster."""
-        images = torch.zeros(size, *_input_size(forward.model))
-        with torch.inference_mode():
-            eager = self._seconds(lambda: forward(images))
-            compiled = self._seconds(lambda: graph(images, forward.delta, forward.adapter))
-            cell.eager = compiled >= eager
-            logger.info(
-                "rate %d, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
-                forward.rate, size, 1000 * compiled, 1000 * eager,
-                "stays eager" if cell.eager else "compiled from now on",
-            )  # fmt: skip
-            if not cell.eager:
-                cell.graph, cell.used = graph, self._clock()
-                faster()
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        """Return how long something takes that has run before."""
-        run()
-        times = []
-        for _ in range(2):
-            began = self._clock()
-            run()
-            times.append(self._clock() - began)
-        return min(times)
+        cell.eager = took >= cell.seconds
+        if not cell.eager:
+            cell.graph, cell.used = graph, self._clock()
+        logger.info(
+            "rate %d, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
+            forward.rate, size, 1000 * took, 1000 * cell.seconds,
+            "stays eager" if cell.eager else "compiled from now on",
+        )  # fmt: skip
 
 
 def _input_size(model: VisionTransformer) -> tuple[int, int, int]:

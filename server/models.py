@@ -8,8 +8,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -228,9 +229,10 @@ class RateWork:
                 self(images)
                 self.controller.times.measured(self.rate, size, time.perf_counter() - began)
 
-    def _measure_again(self) -> None:
-        """Forget how long batches took before, and take note of how long they take now."""
-        self.warm_up(self.controller.times.forget(self.rate))
+    def _measure_again(self) -> list[Callable[[], None]]:
+        """Forget how long batches took before; return what takes note of how long they take now."""
+        sizes = self.controller.times.forget(self.rate)
+        return [partial(self.warm_up, [size]) for size in sizes]
 
 
 @dataclass(frozen=True)

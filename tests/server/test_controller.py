@@ -134,6 +134,18 @@ def test_times_that_were_not_measured_follow_the_multiply_adds():
     assert times.batch(0, 8) == 16
 
 
+def test_what_is_settled_no_longer_follows_another_rate():
+    times = ServiceTimes(lambda rate: 100 - rate)
+    times.measured(0, 4, 1.0)
+    times.measured(0, 4, 2.0)  # the pace of all changes
+    expected = times.batch(10, 4)
+    times.settle(10, 4)
+    assert times.batch(10, 4) == pytest.approx(expected)
+    assert times.forget(0) == [4]
+    times.measured(0, 4, 0.1)
+    assert times.batch(10, 4) == pytest.approx(expected)
+
+
 def test_a_machine_that_slows_down_does_so_at_every_rate():
     times = ServiceTimes(lambda rate: 1)
     for rate in (0, 8, 16):

@@ -26,7 +26,7 @@ class Clock:
 class Double:
     """An engine whose forwards, and the eager ones, take the time that a test says."""
 
-    def __init__(self, clock, seconds=1.0, reason=None, error=None):
+    def __init__(self, clock, seconds=0.5, reason=None, error=None):
         self.clock, self.seconds, self.reason, self.error = clock, seconds, reason, error
         self.made = []
         self.ran = []
@@ -73,14 +73,15 @@ def model():
     return small_model()
 
 
-def started(monkeypatch, clock, engine, limit=2, call=at_once):
+def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0):
     monkeypatch.setattr(graphs, "import_module", lambda name: engine)
+    monkeypatch.setattr(graphs, "PAUSE", pause)
     made = Graphs(limit, clock)
     made.start(call, threads=3)
     return made
 
 
-def run(made, model, images, rate=2, faster=lambda: None):
+def run(made, model, images, rate=2, faster=lambda: ()):
     """Run and let what is being compiled become ready; return the logits."""
     logits = made.run(Forward(model, rate, None, None), images, faster).logits
     wait_for_compiler()
@@ -99,7 +100,7 @@ def test_what_runs_often_is_compiled_and_answers_the_same(monkeypatch, clock, mo
     images, calls = pictures(model, 6), []
     expected = run(Graphs(), model, images)
     for _ in range(3):
-        logits = run(made, model, images, faster=lambda: calls.append(1))
+        logits = run(made, model, images, faster=lambda: [lambda: calls.append(1)])
         torch.testing.assert_close(logits, expected)
     # First for fours, then for what is left of six; each is tried before it is used.
     assert engine.made == [(2, 4, None, 3), (2, 1, None, 3)]
@@ -188,8 +189,43 @@ def test_without_openvino_all_runs_eagerly(monkeypatch, clock, model, caplog):
 def eager_is_slow(monkeypatch):
     """Every graph is made at once and counts as faster."""
     monkeypatch.setattr(graphs, "WORTH", 0.0)
-    falling = iter(range(1000, 0, -1))  # the graph is tried second
-    monkeypatch.setattr(Graphs, "_seconds", lambda self, run: run() and next(falling))
+    monkeypatch.setattr(graphs, "PAUSE", 0.0)
+    monkeypatch.setattr(Graphs, "_try", lambda *_: 0.0)
+
+
+def test_after_a_graph_there_is_a_pause(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine, pause=10.0)
+    image = pictures(model, 1)
+    run(made, model, image, rate=1)
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1]
+    clock.now += 10 * graphs.TRIES * engine.seconds
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1, 2]
+
+
+def test_one_graph_is_made_at_a_time_and_tried_in_single_runs(monkeypatch, clock, model):
+    engine, calls = Double(clock), []
+
+    def later(function):
+        calls.append((function, Future()))
+        return calls[-1][1]
+
+    made = started(monkeypatch, clock, engine, call=later)
+    image = pictures(model, 1)
+    for rate in (1, 2):
+        made.run(Forward(model, rate, None, None), image, lambda: ())
+    answered = 0
+    while any(thread.name == "compile" for thread in threading.enumerate()):
+        if len(calls) > answered:
+            before = len(engine.ran)
+            function, future = calls[answered]
+            future.set_result(function())
+            assert len(engine.ran) - before <= 1
+            answered += 1
+    assert [rate for rate, *_ in engine.made] == [1]
+    assert len(engine.ran) == graphs.TRIES
 
 
 def test_a_forward_that_became_faster_is_measured_again(monkeypatch, eager_is_slow, settings):
@@ -201,11 +237,11 @@ def test_a_forward_that_became_faster_is_measured_again(monkeypatch, eager_is_sl
     measured = []
     times = tiny.controller.times
     monkeypatch.setattr(times, "measured", lambda *cell: measured.append(cell[:2]))
-    times._cells[3, 2] = times._cells[4, 2] = 1.0
+    times._cells[3, 2] = times._cells[3, 16] = times._cells[4, 2] = 1.0
     with torch.inference_mode():
         tiny.at(3, compensate=True)(torch.zeros(1, *tiny.input_size))
     wait_for_compiler()
-    assert measured == [(3, 2)]
+    assert measured == [(3, 2), (3, 16)]
     assert list(times._cells) == [(4, 2)]
 
 
