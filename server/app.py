@@ -1,7 +1,6 @@
 """The application: models, engine, routes and how they start and stop together."""
 
 import asyncio
-import itertools
 import logging
 import math
 import time
@@ -136,7 +135,7 @@ def warm_up(serving: Serving) -> None:
             if time.monotonic() - said > PROGRESS:
                 said = time.monotonic()
                 logger.info("model %s: %d of %d rates are warm", model.name, done, len(rates))
-        for rate, size in itertools.product(rates, sizes):
-            model.controller.times.settle(rate, size)
+        # Where batches run, as graphs may already measure there.
+        serving.engine.call(partial(model.controller.times.settle, rates, sizes)).result()
         logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
     serving.warm.set()

@@ -8,6 +8,7 @@ is SlackFit's (SuperServe, NSDI 2025).
 Knows nothing of threads, clocks or models: times are arguments, in seconds.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -56,13 +57,14 @@ class ServiceTimes:
         self._pace *= ratio**0.2
         self._cells[key] *= ratio**0.1
 
-    def settle(self, rate: int, images: int) -> None:
-        """Keep what is expected of a batch that was not measured.
+    def settle(self, rates: Sequence[int], sizes: Sequence[int]) -> None:
+        """Keep what is expected of batches that were not measured.
 
         It shall not follow from another rate any more, which may become faster by itself.
         """
-        key = rate, _bucket(images)
-        self._cells[key] = self._cell(*key) / self._pace
+        for rate, images in itertools.product(rates, sizes):
+            key = rate, _bucket(images)
+            self._cells[key] = self._cell(*key) / self._pace
 
     def forget(self, rate: int) -> list[int]:
         """Forget a rate, which has become faster by itself; return the sizes that were known."""

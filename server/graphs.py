@@ -79,7 +79,6 @@ class _Cell:
     seconds: float = math.inf  # the least that its number of images took
     used: float = 0.0  # when the graph ran last
     graph: Callable[..., Outputs] | None = None
-    making: bool = False
     eager: bool = False  # it has no graph, or that is not faster
 
 
@@ -163,10 +162,10 @@ class Graphs:
             return False
         if self._clock() < self._pause:
             return False
-        taken = [cell for cell in self._cells.values() if cell.making or cell.graph is not None]
+        taken = [cell for cell in self._cells.values() if cell.graph is not None]
         if len(taken) < self._limit:
             return True
-        idle = [cell for cell in taken if not cell.making and self._clock() - cell.used > IDLE]
+        idle = [cell for cell in taken if self._clock() - cell.used > IDLE]
         if not idle:
             return False
         oldest = min(idle, key=lambda cell: cell.used)
@@ -174,7 +173,7 @@ class Graphs:
         return True
 
     def _make(self, forward: Forward, size: int, cell: _Cell, faster: Faster) -> None:
-        cell.making, self._pause = True, math.inf
+        self._pause = math.inf  # until it is made
         arguments = self._engine, forward, size, cell, faster
         threading.Thread(target=self._compile, args=arguments, name="compile").start()
 
@@ -203,7 +202,6 @@ class Graphs:
             cell.eager = True
         finally:
             self._pause = self._clock() + PAUSE * (self._clock() - began)
-            cell.making = False
 
     def _try(self, forward: Forward, size: int, graph: Callable[..., Outputs]) -> float:
         """Return how long a graph takes."""

@@ -139,7 +139,7 @@ def test_what_is_settled_no_longer_follows_another_rate():
     times.measured(0, 4, 1.0)
     times.measured(0, 4, 2.0)  # the pace of all changes
     expected = times.batch(10, 4)
-    times.settle(10, 4)
+    times.settle([10], [4])
     assert times.batch(10, 4) == pytest.approx(expected)
     assert times.forget(0) == [4]
     times.measured(0, 4, 0.1)
