@@ -38,6 +38,7 @@ from training.data import (
     train_transform,
 )
 from training.losses import kd_loss, token_error
+from training.run_folder import refuse_other_run
 
 #: Pictures that tell what plain merging costs: the order of magnitude is what matters.
 PLAIN_PICTURES = 24
@@ -229,6 +230,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
         BackboneError, DataError, ConfigError: before any compute is spent.
         loop.TrainingError: if training cannot go on.
     """
+    refuse_other_run(folder, config)
     if (finished := folder / "bank").exists():
         return finished
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)

@@ -26,6 +26,7 @@ from training import loop
 from training.config import FinetuneConfig, PicturesConfig
 from training.data import Pictures, derive, evaluation_batches, train_transform
 from training.pictures import class_names, open_pictures
+from training.run_folder import refuse_other_run
 from training.tuning import Finetuning
 
 Keys = Sequence[tuple[int, int]]
@@ -38,17 +39,19 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
         BackboneError, DataError, ConfigError: before any compute is spent.
         loop.TrainingError: if training cannot go on.
     """
+    refuse_other_run(folder, config)
     finished = folder / ("model" if config.method == "full" else "task")
     if (finished / ("config.json" if config.method == "full" else "task.json")).exists():
         return finished
     classes = _check(config)
+    asked = config
     if config.search and config.search.values:
         config = _searched(config, classes, folder / "search")
     backbone = _load(config)
     described = BackboneInfo.of(backbone)  # before its weights change
     pictures = _pictures(config, config.pictures, backbone)
     keys = pictures.keys()
-    job, accelerator = _train(config, backbone, pictures, keys, classes, folder)
+    job, accelerator = _train(config, asked, backbone, pictures, keys, classes, folder)
     if accelerator.is_main_process:
         notes = _notes(config, backbone, len(keys), folder)
         if config.method == "full":
@@ -111,10 +114,13 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
     for value in config.search.values:
         candidate, run = config.candidate(value), folder / f"{config.search.key}={value:g}"
         result = run / "result.json"
+        refuse_other_run(run, candidate)
         if not result.exists():
             backbone = _load(candidate)
             train, train_keys, validation, validation_keys = _split(candidate, config, backbone)
-            job, accelerator = _train(candidate, backbone, train, train_keys, classes, run)
+            job, accelerator = _train(
+                candidate, candidate, backbone, train, train_keys, classes, run
+            )
             if accelerator.is_main_process:
                 tuned = job.tuned(backbone)
                 top1 = _accuracy(tuned, candidate.source, validation, validation_keys)
@@ -147,18 +153,22 @@ def _split(
 
 def _train(
     config: FinetuneConfig,
+    asked: FinetuneConfig,
     backbone: Backbone,
     pictures: Pictures,
     keys: Keys,
     classes: list[str],
     folder: Path,
 ) -> tuple[Finetuning, Any]:
-    """Train on the pictures of these keys; return the job and the devices."""
+    """Train on the pictures of these keys; return the job and the devices.
+
+    The run folder is told `asked`, the recipe before its search.
+    """
     schedule = config.loop.over(len(keys))
     accelerator = loop.start(schedule, folder)
     backbone.model.to(accelerator.device)
     job = Finetuning(backbone, config, len(classes))
-    loop.run(accelerator, job, schedule, config, pictures, list(keys), folder, config.augment)
+    loop.run(accelerator, job, schedule, asked, pictures, list(keys), folder, config.augment)
     return job, accelerator
 
 

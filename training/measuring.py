@@ -32,6 +32,7 @@ from tocom.vit import embed, outputs
 from training.config import BackboneConfig, PicturesConfig, Recipe
 from training.data import evaluation_batches
 from training.pictures import class_names, open_pictures
+from training.run_folder import refuse_other_recipe
 
 MEASURES = ("top1", "agreement", "kl")
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
@@ -265,12 +266,7 @@ def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    before, recipe = then.get("recipe", then), now["recipe"]
-    if keys := [key for key in {**recipe, **before} if before.get(key) != recipe.get(key)]:
-        raise ConfigError(
-            f"{folder} holds a run of another recipe (other: {', '.join(keys)}); "
-            "choose another run folder"
-        )
+    refuse_other_recipe(folder, then.get("recipe", then), now["recipe"])
     for key, what in (
         ("weights_digest", "backbone"),
         ("bank_digest", "bank"),

@@ -29,6 +29,30 @@ class TrainingError(TocomError):
     """A run that cannot go on; the last good checkpoint is kept."""
 
 
+def refuse_other_recipe(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse a folder whose recipe is not the one that is asked for.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    if keys := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
+        raise ConfigError(
+            f"{folder} holds a run of another recipe (other: {', '.join(keys)}); "
+            "choose another run folder"
+        )
+
+
+def refuse_other_run(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds a run of another recipe, done or not.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    if (path := folder / "config.json").exists():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        refuse_other_recipe(folder, then, recipe.model_dump(mode="json"))
+
+
 class RunFolder:
     """What a run leaves on disk, and its progress bar."""
 
@@ -45,14 +69,10 @@ class RunFolder:
         """
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_other_run(self.folder, recipe)
             values = recipe.model_dump(mode="json")
             resolved = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            path = self.folder / "config.json"
-            if path.exists() and path.read_text(encoding="utf-8") != resolved:
-                raise ConfigError(
-                    f"{self.folder} holds a run of another recipe; choose another run folder"
-                )
-            path.write_text(resolved, encoding="utf-8")
+            (self.folder / "config.json").write_text(resolved, encoding="utf-8")
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:

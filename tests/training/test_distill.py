@@ -336,9 +336,12 @@ def test_run_folder_of_another_recipe_is_refused(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     distill(recipe(pictures, model_folder, loop={"steps": 1}), tmp_path / "run")
+    other = recipe(pictures, model_folder, loop={"steps": 2}, rank=3)
+    with pytest.raises(ConfigError, match=r"a run of another recipe \(other: rank, loop\)"):
+        distill(other, tmp_path / "run")  # its bank is not what is asked for
     (tmp_path / "run" / "bank").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="holds a run of another recipe"):
-        distill(recipe(pictures, model_folder, loop={"steps": 2}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"a run of another recipe \(other: rank, loop\)"):
+        distill(other, tmp_path / "run")
 
 
 def test_loss_that_is_not_finite_stops_the_run(

@@ -7,7 +7,7 @@ import torch
 
 from adapters import TaskModel
 from tests.training.lists import write_lists
-from tocom import BackboneError, DataError, forward, load_backbone
+from tocom import BackboneError, ConfigError, DataError, forward, load_backbone
 from training import finetune as module
 from training.config import FinetuneConfig
 from training.finetune import finetune
@@ -95,11 +95,17 @@ def test_a_search_takes_the_best_value_and_can_be_gone_on_with(
     assert tried["top1"] > 0.5
     said = TaskModel.load(folder).info.training["recipe"]
     assert said["loop"]["learning_rate"] == 3e-3
+    longer = recipe(pictures, model_folder, method="linear", search=search, label_smoothing=0.2)
+    with pytest.raises(ConfigError, match=r"another recipe \(other: label_smoothing\)"):
+        finetune(longer, tmp_path / "run")
     trained: list[int] = []
     monkeypatch.setattr(module.loop, "run", lambda *a: trained.append(len(a[5])) or run_loop(*a))
     for part in ("task", "checkpoints", "metrics.jsonl"):
         path = tmp_path / "run" / part
         path.rename(tmp_path / f"away-{part}")
+    (tmp_path / "run" / "config.json").rename(tmp_path / "away-config")
+    with pytest.raises(ConfigError, match=r"search/.*another recipe \(other: label_smoothing\)"):
+        finetune(longer, tmp_path / "run")
     again = finetune(config, tmp_path / "run")
     assert trained == [24]  # not the searches, which are done
     assert TaskModel.load(again).info.digest == TaskModel.load(tmp_path / "away-task").info.digest
