@@ -232,6 +232,13 @@ class Bank:
         """Tell whether a model has the weights it was distilled on, or was tuned from them."""
         return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
 
+    def multiplier(self, backbone: Backbone, source: int, target: int) -> float:
+        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's."""
+        found, scale = backbone.calibration, None
+        if found is not None and found.fits(self.info.digest, source):
+            scale = found.scale(target)
+        return self.info.scale if scale is None else scale
+
     @property
     def parameters(self) -> int:
         """Number of values in the bank."""

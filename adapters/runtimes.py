@@ -111,10 +111,7 @@ def _fold(
                 )
         return None, None
     bank.check_fits(backbone)
-    searched, scale = backbone.calibration, None
-    if searched is not None and searched.fits(bank.info.digest, source):
-        scale = searched.scale(rate)
-    scale = bank.info.scale if scale is None else scale
+    scale = bank.multiplier(backbone, source, rate)
     return scale, fold(backbone.model, compose(bank, source, rate, scale))
 
 

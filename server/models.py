@@ -125,7 +125,7 @@ class ServedModel:
         assert self.bank is not None
         with self._lock:
             if rate not in self._made:
-                scale = self.calibration.scale(rate) if self.calibration else None
+                scale = self.bank.multiplier(self.backbone, self.source, rate)
                 self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
             return self._made[rate]
 

@@ -30,14 +30,14 @@ class Deltas:
         self._made: WeakValueDictionary[tuple[object, ...], AnyDelta] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, bank: Bank, source: int, rate: int, scale: float | None) -> AnyDelta:
+    def get(self, bank: Bank, source: int, rate: int, scale: float) -> AnyDelta:
         """Return Δ(source→rate), folded or low-rank.
 
         Args:
             bank: whose delta.
             source: rate that the model was tuned at.
             rate: rate that it will run at.
-            scale: multiplier in place of the bank's own.
+            scale: multiplier of the delta.
         """
         key = bank.info.digest, source, rate, scale
         with self._lock:

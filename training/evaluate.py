@@ -215,10 +215,7 @@ def _multipliers(
     for source, target in pairs:
         compose(bank, source, target)  # refuses rates that the bank does not have
         if source != target:
-            scale, found = None, backbone.calibration
-            if found is not None and found.fits(bank.info.digest, source):
-                scale = found.scale(target)
-            scales[source, target] = bank.info.scale if scale is None else scale
+            scales[source, target] = bank.multiplier(backbone, source, target)
     return scales
 
 
