@@ -34,6 +34,7 @@ ARMS: dict[str, list[str]] = {
     "all pairs alike": ["pairs=uniform", "from_zero=0"],
     "pairs by distance": ["from_zero=0"],
     "pairs to 0 as well": ["pairs=uniform", "from_zero=0.15", "to_zero=0.15"],
+    "no rates beyond": ["beyond=0"],
     "logits only": ["features=0", "tokens=0"],
     "logits and features": ["tokens=0"],
     "logits and tokens": ["features=0"],
@@ -46,7 +47,7 @@ ARMS: dict[str, list[str]] = {
     "multiplier 0.2": ["scale=0.2"],
     "paper": [
         'targets=["q", "v"]', "pairs=uniform", "from_zero=0", "features=0", "tokens=0",
-        "dropout=0.1", "students=1", "sources=1", "loop.batch_size=64", "drop_path=0.1",
+        "dropout=0.1", "students=1", "sources=1", "loop.batch_size=64", "drop_path=0.1", "beyond=0",
     ],
 }  # fmt: skip
 RATES = "sources=[0, 16]", "targets=[0, 4, 8, 12, 16]"

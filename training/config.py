@@ -134,7 +134,13 @@ class DistillConfig(Recipe):
     unseen: int = Field(
         0, ge=0, description="pictures held out of `pictures`, watched while training"
     )
-    max_rate: int = Field(16, gt=0)
+    max_rate: int = Field(16, gt=0, description="the bank has rates 0..max_rate")
+    beyond: int = Field(
+        0,
+        ge=0,
+        description="so many rates above max_rate are trained as well and then left out: the steps "
+        "below, which are part of the way to them, learn more",
+    )
     rank: int = Field(2, gt=0)
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
     basis: Literal["own", "shared"] = Field(
@@ -170,6 +176,11 @@ class DistillConfig(Recipe):
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
 
+    @property
+    def highest(self) -> int:
+        """The highest rate that is trained."""
+        return self.max_rate + self.beyond
+
     @model_validator(mode="after")
     def _has_unseen(self) -> "DistillConfig":
         if self.relative and not self.unseen:
@@ -181,10 +192,10 @@ class DistillConfig(Recipe):
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> "DistillConfig":
-        if self.students > self.max_rate:
+        if self.students > self.highest:
             raise ValueError(
-                f"students ({self.students}) have distinct targets: at most max_rate, which is "
-                f"{self.max_rate}"
+                f"students ({self.students}) have distinct targets: at most max_rate + beyond, "
+                f"which is {self.highest}"
             )
         if self.from_zero + self.to_zero > 1:
             raise ValueError(

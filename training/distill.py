@@ -98,7 +98,7 @@ class Distillation:
         info = BankInfo(
             name=config.name,
             backbone=BackboneInfo.of(backbone),
-            max_rate=config.max_rate,
+            max_rate=config.highest,
             rank=config.rank,
             targets=config.targets,
             scale=config.scale,
@@ -159,7 +159,7 @@ class Distillation:
         """Return the loss [source, target] without plug-ins, on the first unseen pictures."""
         images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
         tokens = embed(self.teacher, images)
-        rates = range(self.config.max_rate + 1)
+        rates = range(self.config.highest + 1)
         plain = [outputs(self.teacher, tokens, rate, trace=self.traced) for rate in rates]
         losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
         found = torch.tensor(losses)
@@ -203,7 +203,7 @@ class Distillation:
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
     """Return the source and the distinct targets of a draw, as the recipe weighs the pairs."""
     generator = torch.Generator().manual_seed(derive(config.loop.seed, "pair", draw))
-    rates = torch.arange(config.max_rate + 1)
+    rates = torch.arange(config.highest + 1)
     weights = (rates[:, None] - rates).abs().float()
     if config.pairs == "uniform":
         weights = weights.clamp(max=1)
@@ -252,7 +252,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
 
 def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) -> Bank:
-    """Return what was learned, in fp16, with notes on how."""
+    """Return what was learned up to `max_rate`, in fp16, with notes on how."""
     training = {
         "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone"}),
         "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
@@ -261,11 +261,11 @@ def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) 
         "last": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
-    info = plugins.info.model_copy(update={"training": training})
+    info = plugins.info.model_copy(update={"max_rate": config.max_rate, "training": training})
     if not Path(config.backbone.name).exists():  # a path says nothing elsewhere
         training["backbone"] = config.backbone.name
     tensors = {
-        name: tensor.detach().cpu().half().contiguous()
+        name: tensor[: config.max_rate].detach().cpu().half().contiguous()
         for name, tensor in plugins.tensors().items()
     }
     return Bank(info, tensors)

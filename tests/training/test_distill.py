@@ -144,7 +144,7 @@ def test_students_beside_the_one_at_zero_have_other_targets(
 
 
 def test_more_students_than_targets_are_refused(pictures: Path, model_folder: Path) -> None:
-    with pytest.raises(ValidationError, match=r"students \(5\).*max_rate, which is 4"):
+    with pytest.raises(ValidationError, match=r"students \(5\).*max_rate \+ beyond, which is 4"):
         recipe(pictures, model_folder, max_rate=4, students=5)
 
 
@@ -274,6 +274,17 @@ def test_training_repairs_what_merging_breaks(
     assert bank.info.max_rate == 6
     assert bank.info.training["samples_seen"] == 360
     assert bank.info.training["distinct_pictures"] == 20
+
+
+def test_rates_beyond_are_trained_and_left_out(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    whole = Bank.load(distill(recipe(pictures, model_folder), tmp_path / "whole"))
+    config = recipe(pictures, model_folder, max_rate=4, beyond=2)
+    bank = Bank.load(distill(config, tmp_path / "part"))
+    assert (bank.info.max_rate, bank.info.training["recipe"]["beyond"]) == (4, 2)
+    for name, tensor in bank.tensors.items():
+        torch.testing.assert_close(tensor, whole.tensors[name][:4], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("crash", [1, 4])
