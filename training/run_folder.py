@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from adapters.durable import replace_file
 from tocom import ConfigError, TocomError
 from training.config import LoopConfig, Recipe
 
@@ -49,7 +50,13 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> None:
         ConfigError: naming the keys that differ.
     """
     if (path := folder / "config.json").exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path} does not say which run the folder holds ({error}); "
+                "choose another run folder"
+            ) from error
         refuse_other_recipe(folder, then, recipe.model_dump(mode="json"))
 
 
@@ -72,7 +79,7 @@ class RunFolder:
             refuse_other_run(self.folder, recipe)
             values = recipe.model_dump(mode="json")
             resolved = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (self.folder / "config.json").write_text(resolved, encoding="utf-8")
+            replace_file(self.folder / "config.json", resolved)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:

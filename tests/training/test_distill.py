@@ -355,6 +355,15 @@ def test_run_folder_of_another_recipe_is_refused(
         distill(other, tmp_path / "run")
 
 
+@pytest.mark.parametrize("text", ['{"name": "ti', "[1, 2]", "7"])
+def test_run_folder_that_does_not_say_what_it_holds_is_refused(
+    pictures: Path, model_folder: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json does not say which run"):
+        distill(recipe(pictures, model_folder, loop={"steps": 1}), tmp_path)
+
+
 def test_loss_that_is_not_finite_stops_the_run(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
