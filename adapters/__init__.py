@@ -5,6 +5,7 @@ Builds on `tocom` alone; knows nothing of training or serving.
 
 from adapters.adaptformer import AdaptFormer
 from adapters.bank import Bank, BankInfo
+from adapters.calibration import Calibration
 from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.geometry import BackboneInfo, Geometry
@@ -18,6 +19,7 @@ __all__ = [
     "BackboneInfo",
     "Bank",
     "BankInfo",
+    "Calibration",
     "Geometry",
     "Store",
     "TaskInfo",

@@ -19,6 +19,7 @@ from pydantic_core import from_json
 from safetensors.torch import save
 from torch import Tensor
 
+from adapters.calibration import Calibration
 from adapters.durable import new_folder
 from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
 from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
@@ -233,8 +234,12 @@ class Bank:
         return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
 
     def multiplier(self, backbone: Backbone, source: int, target: int) -> float:
-        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's."""
-        found, scale = backbone.calibration, None
+        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's.
+
+        Raises:
+            BackboneError: if the model's calibration is malformed.
+        """
+        found, scale = Calibration.of(backbone), None
         if found is not None and found.fits(self.info.digest, source):
             scale = found.scale(target)
         return self.info.scale if scale is None else scale

@@ -25,7 +25,7 @@ from adapters.durable import new_folder
 from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
 from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
 from tocom import Adapter, Backbone, TaskError, bundled_folder
-from tocom.backbones import BUNDLED, parse_calibration
+from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
 FORMAT_VERSION: Final = 1
@@ -128,7 +128,6 @@ class TaskModel:
 
         Raises:
             TaskError: if it is another one.
-            BackboneError: if the task's calibration is malformed.
         """
         self.check_fits(backbone)
         info = self.info
@@ -153,7 +152,7 @@ class TaskModel:
             class_names=info.class_names,
             source=info.source,
             tuned_from=backbone.tuned_from or backbone.digest,
-            calibration=parse_calibration(info.calibration, info.name),
+            calibration=info.calibration,
             evaluation=info.evaluation,
             adapter=self._adapter(tuned),
             task_digest=info.digest,

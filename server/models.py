@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from adapters import Bank, Store, TaskInfo, open_bank, open_task
+from adapters import Bank, Calibration, Store, TaskInfo, open_bank, open_task
 from adapters.geometry import first_fault
 from server.controller import Controller, ServiceTimes
 from server.graphs import Forward, Graphs
@@ -35,7 +35,6 @@ from tocom import (
     cost,
     trace,
 )
-from tocom.backbones import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +364,7 @@ def _calibration(
     name: str, backbone: Backbone, bank: Bank | None, source: int
 ) -> Calibration | None:
     """Return the model's calibration if it is one for how the model is served."""
-    found = backbone.calibration
+    found = Calibration.of(backbone)
     if found is None or bank is None:
         return None
     if found.fits(bank.info.digest, source):
