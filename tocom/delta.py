@@ -118,6 +118,10 @@ def _spread(up: Tensor, rows: slice, out: int) -> Tensor:
 def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
     """Add a low-rank delta to copies of the weights it changes; the model stays as it is.
 
+    The copies have the model's dtype. In bf16 they keep a delta only roughly, as bf16 keeps any
+    weight: 13 to 53 % of a delta's norm is rounded away. A low-rank delta is kept to 0.2 %.
+    Answers are equally near to those in fp32 (docs/banks.md has the figures).
+
     Raises:
         DeltaError: if the delta names a layer that the model lacks, or has another shape.
     """
@@ -127,7 +131,8 @@ def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
         for part, rows in parts(name, layer.out_features):
             if (pair := delta.pairs.get(part)) is not None:
                 weight = weights.setdefault(name, layer.weight.detach().clone())
-                weight[rows] += (pair.up @ pair.down).to(weight)
+                # Pairs are fp32: so is the sum, and a weight in half precision rounds it once.
+                weight[rows] = weight[rows] + (pair.up @ pair.down).to(weight.device)
     return FoldedWeights(weights)
 
 

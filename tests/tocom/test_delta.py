@@ -194,6 +194,15 @@ def test_folding_keeps_the_dtype_of_the_model():
     assert (logits - exact).norm() < 0.05 * exact.norm()  # see the bound in test_vit.py
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folding_rounds_once(dtype):
+    model = small_model("vit_tiny").to(dtype)
+    delta = drawn_delta(model, scale=0.3)
+    exact = changed_by_hand(copy.deepcopy(model).float(), delta)
+    for name, weight in fold(model, delta).weights.items():
+        assert torch.equal(weight, exact[f"{name}.weight"].to(dtype))
+
+
 # --- training
 
 
