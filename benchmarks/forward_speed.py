@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.plain_tome import plain_tome
-from server.graphs import SIZES
+from server.models.graphs import SIZES
 from tocom import cost
 from tocom.allocator import keep_freed_memory
 from tocom.merging import match, merge

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from benchmarks import machine, subject
 from benchmarks.estimates import markdown, spread
 from benchmarks.subject import Subject
-from server.images import decode
-from server.models import ServedModel
+from server.models.pictures import decode
+from server.models.served import ServedModel
 from server.settings import Settings
 
 

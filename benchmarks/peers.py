@@ -22,10 +22,10 @@ import uvicorn
 from fastapi import FastAPI, File
 from torch import Tensor
 
-from server.images import decode
-from server.models import ServedModel, load_model
+from server.engine.threads import set_torch_threads
+from server.models.pictures import decode
+from server.models.served import ServedModel, load_model
 from server.settings import ModelSettings, Settings
-from server.threads import set_torch_threads
 
 PATH = "/v1/classify"
 Answer = dict[str, Any]

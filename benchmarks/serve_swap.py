@@ -49,8 +49,8 @@ from benchmarks.load import (
 )
 from benchmarks.served import Served, serving
 from benchmarks.subject import Subject
-from server.asking import prepare
-from server.models import ServedModel
+from server.inference.run import prepare
+from server.models.served import ServedModel
 from server.settings import Settings
 from tocom import forward
 

@@ -33,10 +33,10 @@ from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.load import Exchange, Request, closed_loop, form, upload
 from benchmarks.served import Served, free_port, running, serving
 from benchmarks.subject import Subject
-from server.asking import prepare
-from server.models import ServedModel
+from server.engine.threads import set_torch_threads
+from server.inference.run import prepare
+from server.models.served import ServedModel
 from server.settings import Settings
-from server.threads import set_torch_threads
 from tocom.allocator import keep_freed_memory
 
 RATES = (0, 8, 16)

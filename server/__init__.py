@@ -9,40 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from server.app import create_app
-    from server.engine import Answer, Engine
-    from server.errors import ServerError
-    from server.models import RateWork, ServedModel, load_model
-    from server.scheduler import Work
-    from server.settings import ModelSettings, Settings, load_settings
+    from server.client import Client
+    from server.settings import Settings
 
-#: The public names and where they are.
-_HOMES = {
-    "Answer": "engine",
-    "Engine": "engine",
-    "ModelSettings": "settings",
-    "RateWork": "models",
-    "ServedModel": "models",
-    "ServerError": "errors",
-    "Settings": "settings",
-    "Work": "scheduler",
-    "create_app": "app",
-    "load_model": "models",
-    "load_settings": "settings",
-}
+__all__ = ["Client", "Settings", "create_app"]
 
-__all__ = [
-    "Answer",
-    "Engine",
-    "ModelSettings",
-    "RateWork",
-    "ServedModel",
-    "ServerError",
-    "Settings",
-    "Work",
-    "create_app",
-    "load_model",
-    "load_settings",
-]
+_HOMES = {"Client": "client", "Settings": "settings", "create_app": "app"}
 
 
 def __getattr__(name: str) -> Any:

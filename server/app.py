@@ -13,20 +13,26 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
 from adapters import Store
-from server import bank_routes, batches, classify, embed, metrics, oip, page, routes, tracing
-from server.access import Access, require_api_key
-from server.banks import Banks
-from server.engine import Engine
-from server.logs import RequestLog
-from server.metrics import Metrics
-from server.middleware import BodyLimit, RequestId
-from server.models import load_models
-from server.oip_statistics import Statistics
-from server.problems import add_handlers
-from server.registry import Registry
-from server.serving import Serving
+from server.banks import routes as bank_routes
+from server.banks.catalogue import Banks
+from server.engine.engine import Engine
+from server.engine.threads import set_torch_threads
+from server.models.registry import Registry
+from server.models.served import load_models
+from server.observe import metrics, tracing
+from server.observe.log import RequestLog
+from server.observe.metrics import Metrics
+from server.oip import routes as oip
+from server.oip.statistics import Statistics
+from server.page import routes as page
 from server.settings import Settings
-from server.threads import set_torch_threads
+from server.v1 import batch as batches
+from server.v1 import classify, embed
+from server.v1 import models as routes
+from server.web.access import Access, require_api_key
+from server.web.middleware import BodyLimit, RequestId
+from server.web.problems import add_handlers
+from server.web.serving import Serving
 from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)

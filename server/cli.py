@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import server.imports  # noqa: F401  # isort: split
-from server import local, process
-from server.serving import Serving
+import server.timm_without_dynamo  # noqa: F401  # isort: split
+from server import offline, process
 from server.settings import Settings, load_settings
+from server.web.serving import Serving
 from tocom import BackboneError, ConfigError, TocomError, bundled_folder
 from tocom.allocator import keep_freed_memory
 
@@ -101,7 +101,7 @@ def _parse_model(text: str) -> dict[str, str]:
 
 def _check(settings: Settings, _: argparse.Namespace) -> int:
     rows = [("model", "backbone", "rates", "bank", "memory")]
-    for checked in local.check(settings):
+    for checked in offline.check(settings):
         model = checked.model
         memory = f"{checked.weights / 1e6:.1f} MB"
         if checked.folded:
@@ -117,7 +117,7 @@ def _check(settings: Settings, _: argparse.Namespace) -> int:
 
 def _classify(settings: Settings, asked: argparse.Namespace) -> int:
     keep_freed_memory()
-    classifier = local.Classifier(settings, asked.rate, asked.top_k)
+    classifier = offline.Classifier(settings, asked.rate, asked.top_k)
     failed = 0
     for photo in asked.photos:
         try:

@@ -16,10 +16,10 @@ from types import FrameType
 
 import uvicorn
 
-from server import logs
 from server.app import create_app
-from server.serving import Serving
+from server.observe import log
 from server.settings import Settings
+from server.web.serving import Serving
 from tocom import ConfigError
 
 
@@ -55,7 +55,7 @@ def serve(settings: Settings, listener: socket.socket, greet: Callable[[Serving]
     Raises:
         TocomError: if the models cannot be loaded.
     """
-    logs.configure(settings)
+    log.configure(settings)
     app = create_app(settings)
     config = uvicorn.Config(
         app,

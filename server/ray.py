@@ -26,13 +26,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.store import Store
-from server import logs
 from server.app import create_app
-from server.banks import Banks
+from server.banks.catalogue import Banks
 from server.errors import ForbiddenError
-from server.middleware import REQUEST_ID
+from server.observe import log
 from server.process import bind
 from server.settings import Settings, load_settings
+from server.web.middleware import REQUEST_ID
 from tocom import ConfigError, TocomError
 
 try:
@@ -117,7 +117,7 @@ class Replica:
         Raises:
             TocomError: if one cannot be loaded.
         """
-        logs.configure(settings)
+        log.configure(settings)
         if settings.device == "auto":
             # Without a GPU of its own a replica still sees those of the others.
             device = "cuda" if ray.get_gpu_ids() else "cpu"

@@ -19,9 +19,10 @@ from timm.models import save_for_hf
 
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
-from server import ModelSettings, Settings, create_app, load_model
-from server.engine import Engine
-from server.models import ServedModel
+from server.app import create_app
+from server.engine.engine import Engine
+from server.models.served import ServedModel, load_model
+from server.settings import ModelSettings, Settings
 from tests.server.works import Clock, Double
 from tests.tocom_models import small_model
 from tocom import load_backbone

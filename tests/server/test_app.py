@@ -3,7 +3,7 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from server import create_app
+from server.app import create_app
 from server.settings import BUNDLED_MODEL
 from tocom import BackboneError, ConfigError
 

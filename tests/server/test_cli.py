@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from server.cli import main
-from server.images import decode
+from server.models.pictures import decode
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import create_app
-from server.metrics import State
+from server.app import create_app
+from server.observe.metrics import State
 from server.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from server import create_app
-from server.images import decode
+from server.app import create_app
+from server.models.pictures import decode
 from tests.server.conftest import MAX_RATE, picture, png
 from tocom import forward
 from tocom.backbones import weights_digest

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, seed
 from hypothesis import settings as hypothesis_settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from server import create_app
+from server.app import create_app
 from tests.server.conftest import listening
 
 EXAMPLES = 12

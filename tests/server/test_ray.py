@@ -26,10 +26,10 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from adapters import Bank, Store
-from server import logs
 from server.client import Client
-from server.engine import Engine
+from server.engine.engine import Engine
 from server.errors import UnavailableError, UnknownBankError
+from server.observe import log
 from server.ray import NAME, Arguments, Replica, UserConfig, build, main
 from server.settings import load_settings
 from tests.server.conftest import MAX_RATE, picture, png
@@ -89,7 +89,7 @@ def test_the_file_for_clusters_says_what_there_is():
 def replica(settings, monkeypatch) -> Replica:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(logs, "configure", lambda settings: None)
+    monkeypatch.setattr(log, "configure", lambda settings: None)
     return Replica(settings)
 
 

@@ -3,8 +3,7 @@ import os
 
 import pytest
 
-from server import ModelSettings, Settings, load_settings
-from server.settings import BUNDLED_MODEL
+from server.settings import BUNDLED_MODEL, ModelSettings, Settings, load_settings
 from tocom import ConfigError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.controller import Controller, ServiceTimes
-from server.engine import Answer, Engine
+from server.engine.engine import Answer, Engine
+from server.engine.rates import Controller, ServiceTimes
 
 
 def controller(max_batch: int = 8, highest: int = 16) -> Controller:

@@ -8,12 +8,14 @@ from safetensors.torch import save
 
 from adapters import BackboneInfo, Bank, BankInfo, Geometry, Store
 from adapters.bank import tensor_shapes
-from server import ServedModel, Settings, bank_routes, load_model
-from server.access import Access
-from server.banks import Banks
-from server.middleware import BodyLimit, RequestId
-from server.problems import add_handlers
-from server.registry import Registry
+from server.banks import routes as bank_routes
+from server.banks.catalogue import Banks
+from server.models.registry import Registry
+from server.models.served import ServedModel, load_model
+from server.settings import Settings
+from server.web.access import Access
+from server.web.middleware import BodyLimit, RequestId
+from server.web.problems import add_handlers
 from tests.server.conftest import MAX_RATE
 from tests.tocom_models import small_model
 from tocom import load_backbone

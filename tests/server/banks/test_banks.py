@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from adapters import Bank
-from server import bank_routes
+from server.banks import routes as bank_routes
 from tests.server.banks.conftest import MAX_BYTES, attach, files, listed
 from tests.server.conftest import MAX_RATE, call, problem
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from adapters import compose
-from server import ServedModel, load_model, shared
-from server.banks import Banks
-from server.engine import Engine
+from server.banks.catalogue import Banks
+from server.engine.engine import Engine
 from server.errors import UnusableBankError
-from server.shared import Backbones
+from server.models import weights as shared
+from server.models.served import ServedModel, load_model
+from server.models.weights import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem
 from tocom import FoldedWeights, fold, forward

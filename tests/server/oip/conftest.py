@@ -9,9 +9,9 @@ import torch
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
-from server import create_app
-from server.images import decode
-from server.models import ServedModel
+from server.app import create_app
+from server.models.pictures import decode
+from server.models.served import ServedModel
 from tests.server.conftest import listening, picture, png
 
 PICTURES = [png(picture(seed)) for seed in range(3)]

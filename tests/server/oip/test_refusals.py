@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from server import create_app
+from server.app import create_app
 from server.settings import ApiKey
 from tests.server.conftest import listening, problem
 from tests.server.oip.conftest import HEADER, PICTURES, images, pixels, refusal

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from server import Settings, create_app
-from server.settings import BUNDLED_MODEL
+from server.app import create_app
+from server.settings import BUNDLED_MODEL, Settings
 from tests.server.conftest import listening
 from tocom.backbones import bundled_folder
 

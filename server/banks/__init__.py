@@ -1,0 +1,1 @@
+"""Banks that are looked after while serving."""

@@ -1,0 +1,269 @@
+"""Banks while serving: which there are, which model is served with which, and how that changes.
+
+A change never touches a handle: it makes a new one, warms it, and lets it take the old one's
+place. What runs on the old one ends on it; what fails before that leaves the old one in place.
+The configuration is not changed: a server that starts again serves what it says.
+
+Everything here blocks and belongs into a thread. Knows nothing of HTTP.
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from adapters import Bank, BankInfo, Store
+from adapters.bank import FILES, read_info
+from server.errors import (
+    ConflictError,
+    ParameterError,
+    StoreFaultError,
+    UnknownBankError,
+    UnusableBankError,
+)
+from server.models.registry import Registry
+from server.models.served import ServedModel
+from tocom import BankError, ConfigError, StoreError
+from tocom.backbones import bundled_folders
+
+logger = logging.getLogger(__name__)
+
+Origin = Literal["bundled", "store", "configuration"]
+
+_REFERENCE = re.compile(r"(?P<digits>[0-9a-f]{8,64})|(?P<name>[^@]+)(?:@(?P<of_name>[0-9a-f]+))?")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A bank that models can be served with.
+
+    Attributes:
+        info: what its `bank.json` says; of a stored one its tensors may still be faulty.
+        origin: `bundled` with the package, in the `store`, or named by the `configuration` as
+            something else (a folder, the hub); of these the store's can be deleted.
+        load: reads it, whole and strictly.
+        current: whether its name alone stands for it.
+    """
+
+    info: BankInfo
+    origin: Origin
+    load: Callable[[], Bank]
+    current: bool = True
+
+    @property
+    def reference(self) -> str:
+        """How to ask for it: `NAME@DIGEST`, twelve digits of it."""
+        return f"{self.info.name}@{self.info.digest[:12]}"
+
+    def fits(self, reference: re.Match[str]) -> bool:
+        """Tell whether a reference may mean it."""
+        if digits := reference["digits"]:
+            return self.info.digest.startswith(digits)
+        if reference["name"] != self.info.name:
+            return False
+        digits = reference["of_name"]
+        return self.info.digest.startswith(digits) if digits else self.current
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a model's bank.
+
+    Attributes:
+        old: digest of the bank before; None: there was none.
+        model: the handle that serves from now on.
+    """
+
+    old: str | None
+    model: ServedModel
+
+
+class Banks:
+    """The banks of a server. Changes come one after the other, from whatever thread."""
+
+    def __init__(
+        self,
+        models: Registry,
+        store: Store,
+        swapped: Callable[[str], None] | None = None,
+    ) -> None:
+        """Look after the banks of served models.
+
+        Args:
+            models: what is served. The banks that they begin with are kept, so that one can
+                always go back to them.
+            store: where uploaded banks go.
+            swapped: is told of each change, or try, whether it was `ok` or `failed`.
+        """
+        self._models = models
+        self._store = store
+        self._swapped = swapped
+        self._configured = [model.bank for model in models.all() if model.bank]
+        self._changing = threading.Lock()
+
+    def all(self) -> list[Known]:
+        """Return every bank that can be attached, by name and digest."""
+        found = {}
+        for bank in self._configured:
+            found[bank.info.digest] = Known(bank.info, "configuration", partial(_same, bank))
+        for version in self._store.versions():
+            if info := _read(version.folder):
+                load = partial(self._store.get, f"{version.name}@{version.digest}")
+                found[version.digest] = Known(info, "store", load, version.current)
+        for folder in bundled_folders():
+            if (folder / FILES[0]).exists() and (info := _read(folder)):
+                found[info.digest] = Known(info, "bundled", partial(Bank.load, folder))
+        return sorted(found.values(), key=lambda bank: (bank.info.name, bank.info.digest))
+
+    def find(self, reference: str) -> Known:
+        """Return the bank that a reference means.
+
+        Args:
+            reference: eight or more digits of a digest, `NAME` or `NAME@DIGEST`.
+
+        Raises:
+            UnknownBankError: if there is none.
+            ParameterError: if there are several.
+        """
+        shown = reference[:200]
+        match = _REFERENCE.fullmatch(reference)
+        fitting = [bank for bank in self.all() if match and bank.fits(match)]
+        if not fitting:
+            raise UnknownBankError(
+                f"no bank is {shown!r}; say 8 or more digits of a digest, NAME or NAME@DIGEST; "
+                "GET /v1/banks lists what there is"
+            )
+        if len(fitting) > 1:
+            them = ", ".join(f"{bank.info.name}@{bank.info.digest}" for bank in fitting)
+            raise ParameterError(f"{shown!r} means {len(fitting)} banks; say which of {them}")
+        return fitting[0]
+
+    def users(self, digest: str) -> list[str]:
+        """Return the names of the models that are served with a bank."""
+        return [model.name for model in self._models.all() if _digest(model) == digest]
+
+    def add(self, info: bytes, plugins: bytes) -> tuple[Known, bool]:
+        """Publish a bank in the store, once it is found to be whole.
+
+        Args:
+            info: content of `bank.json`.
+            plugins: content of `plugins.safetensors`.
+
+        Returns:
+            The bank, and whether it is new here.
+
+        Raises:
+            UnusableBankError: naming the fault.
+            StoreFaultError: if the store cannot be written.
+        """
+        try:
+            bank = Bank.from_bytes(info, plugins)
+            with self._changing, self._writing():
+                new = all(bank.info.digest != known.info.digest for known in self.all())
+                self._store.publish(bank)
+                found = self.find(bank.info.digest)
+        except BankError as error:
+            raise UnusableBankError(str(error)) from error
+        if new:
+            logger.info("bank %s is published", found.reference)
+        return found, new
+
+    def delete(self, reference: str) -> None:
+        """Remove a bank from the store.
+
+        Raises:
+            UnknownBankError, ParameterError: if the reference does not mean one bank.
+            ConflictError: if it is in use, is not the store's to delete, or is what its name
+                stands for while there are others of that name.
+            StoreFaultError: if the store cannot be written.
+        """
+        with self._changing:
+            bank = self.find(reference)
+            if users := self.users(bank.info.digest):
+                raise ConflictError(f"{bank.reference} is in use by {', '.join(users)}")
+            if bank.origin != "store":
+                raise ConflictError(
+                    f"{bank.reference} is not in the store ({bank.origin}): it stays"
+                )
+            try:
+                with self._writing():
+                    self._store.delete(f"{bank.info.name}@{bank.info.digest}")
+            except StoreError as error:
+                raise ConflictError(str(error)) from error
+        logger.info("bank %s is deleted", bank.reference)
+
+    def attach(self, name: str, reference: str) -> Change:
+        """Serve a model with a bank from now on.
+
+        Raises:
+            UnknownModelError: if no model has the name.
+            UnknownBankError, ParameterError: if the reference does not mean one bank.
+            UnusableBankError: if the bank is faulty or does not fit; the old one stays.
+        """
+        with self._changing:
+            old = self._models.get(name)
+            bank = self.find(reference)
+            if bank.info.digest == _digest(old):
+                return Change(_digest(old), old)
+            return self._swap(old, bank.load)
+
+    def detach(self, name: str) -> Change:
+        """Serve a model without a bank from now on.
+
+        Raises:
+            UnknownModelError: if no model has the name.
+            UnusableBankError: if it cannot be served without; the old one stays.
+        """
+        with self._changing:
+            return self._swap(self._models.get(name), lambda: None)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.error("the store %s cannot be written: %s", self._store.root, error)
+            raise StoreFaultError(f"the store cannot be written: {error.strerror}") from error
+
+    def _swap(self, old: ServedModel, load: Callable[[], Bank | None]) -> Change:
+        result = "failed"
+        try:
+            new = old.with_bank(load())
+            # Before it is seen: no request shall wait for weights to be folded. High rates first,
+            # as their deltas have the highest rank: if room ends, others run low-rank.
+            for rate in reversed(range(new.max_rate + 1)):
+                if new.at(rate, compensate=True).compensate:
+                    new.delta(rate)
+            self._models.replace(new)
+            result = "ok"
+        except StoreError as error:  # gone since it was found
+            raise UnknownBankError(str(error)) from error
+        except (BankError, ConfigError) as error:
+            raise UnusableBankError(str(error)) from error
+        finally:
+            if self._swapped:
+                self._swapped(result)
+        logger.info("model %s: bank %s, before %s", new.name, _digest(new), _digest(old))
+        return Change(_digest(old), new)
+
+
+def _same(bank: Bank) -> Bank:
+    return bank
+
+
+def _digest(model: ServedModel) -> str | None:
+    return None if model.bank is None else model.bank.info.digest
+
+
+def _read(folder: Path) -> BankInfo | None:
+    """Return what a folder says; one faulty bank must not hide the others."""
+    try:
+        return read_info(folder)
+    except BankError as error:
+        logger.warning("a bank is left out: %s", error)
+        return None

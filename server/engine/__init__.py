@@ -1,0 +1,1 @@
+"""The batching engine: queues, batches, rates, times."""

@@ -1,0 +1,400 @@
+"""The batching engine: images in, outputs out, one worker thread which owns the forward.
+
+Preparing (decoding) starts on arrival in a small pool, beside the forward. What is prepared
+waits in the scheduler's queues, from which the worker takes batch after batch. It never waits
+while anything is ready. Whatever is late or given up is dropped before inference.
+
+Knows nothing of HTTP, files or banks.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from server.engine.scheduler import Batch, Runnable, Scheduler, Work
+from server.engine.threads import set_torch_threads
+from server.errors import DeadlineError, QueueFullError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seconds between two signs of life of an idle worker.
+BEAT = 0.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine says about one image.
+
+    Attributes:
+        output: what the work returned for it.
+        work: what ran; at the rate that was chosen, where none was asked for.
+        reason: of that rate: `asked`, or one of the controller's.
+        decode: seconds that preparing the image took.
+        queue: seconds that it waited, for the pool and for its batch.
+        inference: seconds that its batch ran.
+        batch_size: images in that batch.
+    """
+
+    output: Any
+    work: Runnable
+    reason: str
+    decode: float
+    queue: float
+    inference: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do at a moment.
+
+    Attributes:
+        taken: images that were taken and are not yet answered.
+        queued: of these, those that are prepared and wait, by their work.
+    """
+
+    taken: int
+    queued: Mapping[Work, int]
+
+
+class Observer(Protocol):
+    """Is told what happens, from the engine's threads: it must be quick and never raise."""
+
+    def decoded(self, work: Work, seconds: float) -> None:
+        """Take note of an image that was prepared."""
+        ...
+
+    def ran(
+        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+    ) -> None:
+        """Take note of a batch, and of the seconds that each of its images had waited."""
+        ...
+
+    def failed(self, work: Work, stage: str) -> None:
+        """Take note of an image whose `decode` or `inference` raised."""
+        ...
+
+    def missed(self, work: Work, stage: str) -> None:
+        """Take note of an image that is late: before `decode`, in `queue`, after `inference`."""
+        ...
+
+    def cancelled(self, work: Work) -> None:
+        """Take note of an image that was given up."""
+        ...
+
+
+class _Job(Future[Answer]):
+    """The future that a caller gets, with what it takes to fulfil it.
+
+    One object, so that it is freed with its image as soon as the last one lets go: a job and
+    a future that know each other would wait for the garbage collector.
+    """
+
+    # Set once the image is prepared.
+    image: Tensor
+    decode: float
+
+    def __init__(
+        self, work: Work, deadline: float, due: float, number: int, arrived: float
+    ) -> None:
+        super().__init__()
+        self.work = work
+        self.deadline = deadline
+        self.due = due
+        self.number = number
+        self.arrived = arrived
+
+
+class Engine:
+    """See the module. Use: `start`, then `submit` from any thread, at the end `stop`."""
+
+    def __init__(
+        self,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        max_wait: float = 0.0,
+        slo: float = math.inf,
+        decode_threads: int = 2,
+        threads: int | None = None,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Describe an engine; nothing runs yet.
+
+        Args:
+            max_batch: images in a forward.
+            max_queue: images taken and not yet answered.
+            max_wait: seconds that an idle worker lets a first image wait for company. 0 is
+                work-conserving: under load batches fill while their predecessor runs.
+            slo: seconds in which answers are wanted, which batches leave room for.
+            decode_threads: threads that prepare images.
+            threads: torch threads of the forward; None: torch's own choice.
+            observer: is told what happens.
+            clock: tells seconds; deadlines are in its time.
+        """
+        self.max_queue = max_queue
+        self.max_wait = max_wait
+        self.clock = clock
+        # Asked for here: a thread's default later is whatever another thread set last.
+        self._threads = threads or torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(decode_threads, "decode", set_torch_threads, (1,))
+        self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
+        self._wake = threading.Condition()
+        self._scheduler = Scheduler(max_batch, slo)
+        self._observer = observer
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._numbers = count()
+        self._taken = 0
+        self._pace = 0.0
+        self._beat = clock()
+        self._closed = False
+        self._drained = False
+
+    def start(self) -> None:
+        """Start the worker, the only thread of this process that several torch threads help."""
+        threads = torch.get_num_threads()
+        self._worker.start()
+        self.call(int).result()
+        # What was set last, by the worker, is where threads begin that are yet to come.
+        torch.set_num_threads(threads)
+
+    def stop(self) -> None:
+        """Refuse what comes, answer what has come, end the threads."""
+        with self._wake:
+            self._closed = True
+        self._pool.shutdown()
+        with self._wake:
+            self._drained = True
+            self._wake.notify()
+        self._worker.join()
+
+    @property
+    def running(self) -> bool:
+        """Whether the worker runs and new images are taken."""
+        return self._worker.is_alive() and not self._closed
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the worker's last sign of life; grows while a batch runs."""
+        return self.clock() - self._beat
+
+    def load(self) -> Load:
+        """Return what there is to do at this moment."""
+        with self._wake:
+            return Load(self._taken, self._scheduler.queued())
+
+    def check_room(self, images: int = 1) -> None:
+        """Raise what `submit` would raise now, so that a body need not be read in vain.
+
+        Raises:
+            QueueFullError: if fewer than `images` places are free.
+            UnavailableError: if the engine is stopping.
+        """
+        if self._closed:
+            raise UnavailableError("the server is shutting down")
+        if self._taken + images > self.max_queue:
+            raise QueueFullError(
+                f"{self._taken} of {self.max_queue} places in the queue are taken; "
+                f"{images} would be needed",
+                retry_after=self._taken * self._pace,
+            )
+
+    def submit(
+        self,
+        work: Work,
+        prepare: Callable[[], Tensor],
+        deadline: float,
+        due: float | None = None,
+    ) -> Future[Answer]:
+        """Take one image.
+
+        Args:
+            work: what to do with it; batched with equal ones.
+            prepare: makes the image [3, H, W]; runs in the pool. What it raises, the future raises.
+            deadline: when the answer is of no more use, in the time of `clock`.
+            due: when it should be there; default: at the deadline. Decides what is urgent.
+
+        Returns:
+            The answer to come. Cancelling it gives the place free at once; a forward that
+            runs already is not stopped. Raises DeadlineError if inference did not start in time.
+
+        Raises:
+            QueueFullError: if no place is free, or what waits will take longer than there is.
+            UnavailableError: if the engine is stopping.
+        """
+        with self._wake:
+            self.check_room()
+            now = self.clock()
+            due = deadline if due is None else due
+            unprepared = self._taken - len(self._scheduler)
+            wait = self._scheduler.wait(work, due, unprepared, late=deadline > due)
+            if now + wait > deadline:
+                raise QueueFullError(
+                    f"what waits will take {wait:.3g} s, and the answer is wanted in "
+                    f"{deadline - now:.3g} s",
+                    retry_after=now + wait - deadline,
+                )
+            self._taken += 1
+            self._scheduler.arrived(work, now)
+            job = _Job(work, deadline, due, next(self._numbers), now)
+            job.add_done_callback(self._leave)
+            self._pool.submit(self._prepare, job, prepare)  # not kept in the job: it may be large
+        return job
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the worker, between two batches, as a forward would run there."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._drained or not self._worker.is_alive():
+                raise UnavailableError("the engine is not running")
+            self._calls.append((future, function))
+            self._wake.notify()
+        return future
+
+    def _prepare(self, job: _Job, prepare: Callable[[], Tensor]) -> None:
+        if job.done() or self._expire(job, "decode"):
+            return
+        started = self.clock()
+        try:
+            job.image = prepare()
+        except Exception as error:
+            if _fail(job, error) and self._observer:
+                self._observer.failed(job.work, "decode")
+            return
+        job.decode = self.clock() - started
+        if self._observer:
+            self._observer.decoded(job.work, job.decode)
+        with self._wake:
+            # Whoever cancels from here on takes the job out of its queue again.
+            if not job.done():
+                self._scheduler.add(job)
+                self._wake.notify()
+
+    def _leave(self, job: Future[Answer]) -> None:
+        assert isinstance(job, _Job)
+        with self._wake:
+            self._taken -= 1
+            self._scheduler.discard(job)
+        if job.cancelled() and self._observer:
+            if self.clock() < job.deadline:
+                self._observer.cancelled(job.work)
+            else:  # whoever waits for an answer gives it up when its time is over
+                self._observer.missed(job.work, "queue")
+
+    def _loop(self) -> None:
+        set_torch_threads(self._threads)
+        while not (self._drained and not self._scheduler and not self._calls):
+            self._beat = self.clock()
+            jobs: Sequence[_Job] = []
+            try:
+                self._call_next()
+                if (batch := self._take()) is None:
+                    continue
+                jobs = batch.jobs
+                ready = [
+                    job
+                    for job in jobs
+                    if not self._expire(job, "queue") and job.set_running_or_notify_cancel()
+                ]
+                if ready:
+                    self._run(batch.work, batch.reason, ready)
+            except Exception as error:  # a bug of ours must not end the service of everyone
+                logger.exception("the engine's worker goes on after an error of its own")
+                for job in jobs:
+                    with suppress(InvalidStateError):
+                        job.set_exception(error)
+
+    def _call_next(self) -> None:
+        if not self._calls:
+            return
+        future, function = self._calls.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _take(self) -> Batch | None:
+        """Return the next batch; None after a while without one, or before a call."""
+        with self._wake:
+            if not self._scheduler:
+                self._wake.wait_for(
+                    lambda: self._scheduler or self._calls or self._drained, timeout=BEAT
+                )
+                if self._scheduler and self.max_wait:
+                    self._wake.wait_for(
+                        lambda: self._drained or self._scheduler.full, timeout=self.max_wait
+                    )
+            return self._scheduler.take(self.clock())
+
+    def _run(self, work: Runnable, reason: str, jobs: Sequence[_Job]) -> None:
+        """Answer jobs that have begun; if the batch fails, each by itself."""
+        started = self.clock()
+        try:
+            images = torch.stack([job.image for job in jobs])
+            with torch.inference_mode():
+                # Also tells a forward that returned too few.
+                answers = list(zip(jobs, work(images), strict=True))
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].set_exception(error)
+                if self._observer:
+                    self._observer.failed(work, "inference")
+                return
+            logger.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
+            for job in jobs:
+                self._run(work, reason, [job])
+            return
+        spent = self.clock() - started
+        with self._wake:
+            work.controller.times.measured(work.rate, len(jobs), spent)
+        pace = spent / len(jobs)
+        self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+        queued = [started - job.arrived - job.decode for job in jobs]
+        for (job, output), waited in zip(answers, queued, strict=True):
+            job.set_result(
+                Answer(
+                    output=output,
+                    work=work,
+                    reason=reason,
+                    decode=job.decode,
+                    queue=waited,
+                    inference=spent,
+                    batch_size=len(jobs),
+                )
+            )
+        if self._observer:
+            self._observer.ran(work, reason, len(jobs), spent, queued)
+            for job in jobs:
+                if started + spent > job.deadline:
+                    self._observer.missed(work, "inference")
+
+    def _expire(self, job: _Job, stage: str) -> bool:
+        """Fail a job that has not begun and is past its deadline; whether it was."""
+        if self.clock() < job.deadline:
+            return False
+        error = DeadlineError("the deadline passed before inference began")
+        if _fail(job, error) and self._observer:
+            self._observer.missed(job.work, stage)
+        return True
+
+
+def _fail(job: _Job, error: Exception) -> bool:
+    """Fail a job that has not begun, unless it was cancelled; whether it was failed."""
+    if not job.set_running_or_notify_cancel():
+        return False
+    job.set_exception(error)
+    return True

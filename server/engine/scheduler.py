@@ -1,0 +1,210 @@
+"""Which images run next, and at which rate: the queues behind the engine.
+
+One queue for each kind of work. The one whose head is most urgent, by when it is due, then by
+age, fills the next batch; where the rate is left to the server, its controller chooses one for
+the batch. Knows nothing of threads, and time is an argument: the engine runs it under its lock,
+tests by a simulated clock.
+"""
+
+import math
+from bisect import bisect_right, insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server.engine.rates import Controller, Elsewhere, Flow, largest_batch
+
+
+class Work(Protocol):
+    """What images of one batch share; equal works run together."""
+
+    @property
+    def rate(self) -> int | None:
+        """The rate that was asked for; None: one in `low`..`high`, chosen for each batch."""
+        ...
+
+    @property
+    def low(self) -> int:
+        """The lowest rate allowed."""
+        ...
+
+    @property
+    def high(self) -> int:
+        """The highest rate allowed."""
+        ...
+
+    @property
+    def controller(self) -> Controller:
+        """The controller of the model, which knows how long its batches take."""
+        ...
+
+    def at(self, rate: int) -> "Runnable":
+        """Return the same work at one of these rates."""
+        ...
+
+    def __hash__(self) -> int:
+        """Hash what the work depends on."""
+        ...
+
+
+class Runnable(Work, Protocol):
+    """Work at an exact rate."""
+
+    @property
+    def rate(self) -> int:
+        """The rate that it runs at."""
+        ...
+
+    def __call__(self, images: Any) -> Sequence[Any]:
+        """Run images [B, 3, H, W] to one output each."""
+        ...
+
+
+class Waiting(Protocol):
+    """An image that waits: its work, when it arrived, when it is due, its number."""
+
+    work: Work
+    arrived: float
+    due: float
+    number: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to run together.
+
+    Attributes:
+        work: at which rate, of which model.
+        reason: `asked` for an exact rate, else the controller's.
+        jobs: the images, the most urgent first.
+    """
+
+    work: Runnable
+    reason: str
+    jobs: Sequence[Any]
+
+
+class Scheduler:
+    """See the module."""
+
+    def __init__(self, max_batch: int, slo: float = math.inf) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            max_batch: images in a batch.
+            slo: seconds in which answers are wanted; batches of what has more time than that are
+                no longer for it, since others may come meanwhile.
+        """
+        self.max_batch = max_batch
+        self.slo = slo
+        self._queues: dict[Work, list[Any]] = {}
+        self._exact = Flow()  # seconds of work that arrive for exact rates
+        self._controllers: set[Controller] = set()  # of those that choose rates
+
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        """Return how many images wait."""
+        return self._waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether a batch of full size waits."""
+        return any(len(queue) >= self.max_batch for queue in self._queues.values())
+
+    def queued(self) -> Counter[Work]:
+        """Return how many images wait for each kind of work."""
+        return Counter({work: len(queue) for work, queue in self._queues.items()})
+
+    def arrived(self, work: Work, now: float) -> None:
+        """Take note that an image was asked for; it is added when it is prepared."""
+        controller = work.controller
+        if work.rate is None:
+            self._controllers.add(controller)
+            controller.arrived(now)
+        else:
+            seconds = controller.seconds(work.rate, self.max_batch)
+            self._exact.add(seconds, now, controller.window())
+
+    def add(self, job: Waiting) -> None:
+        """Let a prepared image wait."""
+        insort(self._queues.setdefault(job.work, []), job, key=_urgency)
+        self._waiting += 1
+
+    def discard(self, job: Waiting) -> None:
+        """Let an image wait no longer, if it does."""
+        queue = self._queues.get(job.work, [])
+        if job in queue:
+            queue.remove(job)
+            self._waiting -= 1
+            if not queue:
+                del self._queues[job.work]
+
+    def take(self, now: float) -> Batch | None:
+        """Take the next batch out of its queue; None if nothing waits."""
+        if not self._queues:
+            return None
+        work, queue = min(self._queues.items(), key=lambda item: _urgency(item[1][0]))
+        rate, reason = work.rate, "asked"
+        if rate is None:
+            dues = [job.due for job in queue]
+            elsewhere = self._elsewhere(work, now)
+            decision = work.controller.choose(work.low, work.high, dues, elsewhere, now)
+            rate, reason = decision.rate, decision.reason
+        head = queue[0]
+        size = largest_batch(
+            work.controller.times,
+            rate,
+            waiting=len(queue),
+            limit=self.max_batch,
+            budget=min(self.slo, head.due - head.arrived),
+            slack=head.due - now,
+        )
+        self._waiting -= size
+        batch, rest = queue[:size], queue[size:]
+        if rest:
+            self._queues[work] = rest
+        else:
+            del self._queues[work]
+        return Batch(work.at(rate), reason, batch)
+
+    def wait(self, work: Work, due: float, unprepared: int, late: bool) -> float:
+        """Return the seconds until one more image could be done, at its cheapest.
+
+        Args:
+            work: the image's.
+            due: when it is due; what is due later does not keep it waiting.
+            unprepared: images that were taken and do not wait here, since they are decoded, or
+                run: they count as this one.
+            late: whether it is wanted after that, too.
+        """
+        own = _due_until(self._queues.get(work, []), due) + unprepared + 1
+        each = work.controller.seconds(work.high, own)
+        if late:  # then it may run in a full batch
+            each = min(each, work.controller.times.image(work.high, min(own, self.max_batch)))
+        return self._backlog(work, due) + own * each
+
+    def _backlog(self, work: Work, due: float) -> float:
+        """Return the seconds that what is due until then takes, the images of `work` left out."""
+        total = 0.0
+        for other, queue in self._queues.items():
+            if other != work and (images := _due_until(queue, due)):
+                rate = other.controller.rate if other.rate is None else other.rate
+                total += images * other.controller.seconds(rate, images)
+        return total
+
+    def _elsewhere(self, work: Work, now: float) -> Elsewhere:
+        load = self._exact.rate(now, work.controller.window())
+        for other in self._controllers - {work.controller}:
+            load += other.load(other.rate, now)
+        return Elsewhere(self._backlog(work, self._queues[work][-1].due), load)
+
+
+def _due_until(queue: Sequence[Waiting], due: float) -> int:
+    """Return how many images of a queue are due no later than `due`."""
+    return bisect_right(queue, due, key=lambda job: job.due)
+
+
+def _urgency(job: Waiting) -> tuple[float, int]:
+    return job.due, job.number

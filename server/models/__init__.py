@@ -1,0 +1,1 @@
+"""Served models: loading them, their weights, graphs and pictures."""

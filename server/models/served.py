@@ -1,0 +1,391 @@
+"""Served models: immutable handles of a backbone, its bank and what a request needs of both.
+
+A handle never changes; what it makes on demand (the delta for a rate) is kept, for all
+threads. Where a handle ends, requests that run on it still end on it.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from adapters import Bank, Store, TaskInfo, open_bank, open_task
+from adapters.geometry import first_fault
+from server.engine.rates import Controller, ServiceTimes
+from server.models.graphs import Forward, Graphs
+from server.models.weights import Backbones, Deltas
+from server.schemas import Evaluation
+from server.settings import ModelSettings, Settings
+from tocom import (
+    AnyDelta,
+    Backbone,
+    ConfigError,
+    Cost,
+    RateError,
+    cost,
+)
+from tocom.backbones import Calibration
+from tocom.vit import embed, encode, head, pool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model as it is served; equal to itself only.
+
+    Attributes:
+        name: how requests call it.
+        backbone: the stock model.
+        bank: what makes up for a rate it was not tuned at; None: it runs without.
+        calibration: multipliers searched for it and this bank, in place of the bank's own.
+        source: the rate that it was tuned at.
+        max_rate: requests may ask for 0..max_rate.
+        transform: from an RGB picture to the image [3, H, W] that the model wants.
+        costs: at index r what an image costs at rate r.
+        controller: chooses rates for it where requests leave that to the server.
+        deltas: for any rate, which models on one backbone share.
+        graphs: compiled forwards, which all models of a server share.
+        evaluation: what was measured of it, if its folder says so.
+        task: the task that was put on the backbone, if any.
+    """
+
+    name: str
+    backbone: Backbone
+    bank: Bank | None
+    calibration: Calibration | None
+    source: int
+    max_rate: int
+    transform: Any
+    costs: tuple[Cost, ...]
+    controller: Controller
+    deltas: Deltas
+    graphs: Graphs
+    evaluation: Evaluation | None = None
+    task: TaskInfo | None = None
+    _made: dict[int, AnyDelta] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def parse_rate(self, text: str) -> int:
+        """Read an exact rate that a request asks for.
+
+        Raises:
+            RateError: naming what is allowed, if it is not.
+        """
+        # Few digits only: int() refuses thousands of them in its own words.
+        if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= self.max_rate:
+            return int(text)
+        raise RateError(
+            f"the model {self.name!r} runs at the rates 0 to {self.max_rate}, whole numbers, or "
+            f"auto; got rate={text[:40]!r}"
+        )
+
+    def at(self, rate: int, compensate: bool, trace: bool = False) -> "RateWork":
+        """Return the work of a forward at `rate`, in 0..max_rate.
+
+        Where no delta applies, for want of a bank or at the source rate, the work without
+        compensation is returned, so that both share their batches.
+        """
+        compensate = compensate and self.bank is not None and rate != self.source
+        return RateWork(self, rate, compensate, trace)
+
+    def with_bank(self, bank: Bank | None) -> "ServedModel":
+        """Return a handle of the same model with another bank, or without one.
+
+        Weights and what is known of their speed are shared.
+
+        Raises:
+            BankError: if the bank is for another backbone.
+            ConfigError: if it does not reach the rate that the model was tuned at.
+        """
+        if bank is not None:
+            _check_fits(bank, self.backbone)
+        max_rate = _max_rate(self.name, self.backbone, bank, self.source)
+        return replace(
+            self,
+            bank=bank,
+            calibration=_calibration(self.name, self.backbone, bank, self.source),
+            max_rate=max_rate,
+            costs=_costs(self.backbone, max_rate),
+            _made={},
+            _lock=threading.Lock(),
+        )
+
+    def delta(self, rate: int) -> AnyDelta:
+        """Return Δ(source→rate): made once, then kept."""
+        assert self.bank is not None
+        with self._lock:
+            if rate not in self._made:
+                scale = self.bank.multiplier(self.backbone, self.source, rate)
+                self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
+            return self._made[rate]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = next(self.backbone.model.parameters()).device
+        return device
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the image that the model wants."""
+        return self.backbone.input_size
+
+    @property
+    def least_side(self) -> int:
+        """Pixels that both sides of a large picture keep when it is decoded at a reduced scale.
+
+        Twice what the transform brings the shorter side to: what is left for it to do is the same
+        antialiased reduction, and the answers are (docs/benchmarks.md has the figures).
+        """
+        crop: float = self.backbone.data_config["crop_pct"]
+        return math.ceil(2 * max(self.input_size[1:]) / crop)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.backbone.model.patch_embed.patch_size
+        return self.input_size[1] // height, self.input_size[2] // width
+
+
+class Output(NamedTuple):
+    """What a model says of one image; all on the CPU."""
+
+    logits: Tensor  # [C] fp32
+    features: Tensor  # [D] fp32, what the head reads
+    source: Tensor | None  # [N] final token that holds each input token; None: not traced
+
+
+@dataclass(frozen=True)
+class RateWork:
+    """One model at one rate, with or without its delta: what the engine batches by."""
+
+    model: ServedModel
+    rate: int
+    compensate: bool
+    trace: bool = False
+
+    @property
+    def low(self) -> int:
+        """The only rate allowed."""
+        return self.rate
+
+    @property
+    def high(self) -> int:
+        """The only rate allowed."""
+        return self.rate
+
+    @property
+    def controller(self) -> Controller:
+        """The model's."""
+        return self.model.controller
+
+    def at(self, rate: int) -> "RateWork":
+        """Return itself: there is no other rate."""
+        assert rate == self.rate
+        return self
+
+    def __call__(self, images: Tensor) -> list[Output]:
+        """Run images [B, 3, H, W], from any device, to an output each."""
+        delta = self.model.delta(self.rate) if self.compensate else None
+        model, adapter = self.model.backbone.model, self.model.backbone.adapter
+        sources: Sequence[Tensor | None] = [None] * len(images)
+        if self.trace:
+            tokens = embed(model, images.to(self.model.device))
+            x, size, traced = encode(model, tokens, self.rate, delta, True, adapter=adapter)
+            assert traced is not None
+            features, logits = pool(model, x, size), head(model, x, size)
+            sources = list(traced.source.cpu())
+        else:
+            forward = Forward(model, self.rate, delta, adapter)
+            features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
+        rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
+        return [Output(*row) for row in rows]
+
+    def make_delta(self) -> None:
+        """Make what the first batch would make."""
+        if self.compensate:
+            self.model.delta(self.rate)
+
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Run batches of these sizes on blank images, and take note of how long they take.
+
+        To be called where batches run, so that it takes as long as they do.
+        """
+        with torch.inference_mode():
+            self(torch.zeros(1, *self.model.input_size))  # makes what is made at first
+            for size in sizes:
+                images = torch.zeros(size, *self.model.input_size)
+                began = time.perf_counter()
+                self(images)
+                self.controller.times.measured(self.rate, size, time.perf_counter() - began)
+
+    def _measure_again(self) -> list[Callable[[], None]]:
+        """Forget how long batches took before; return what takes note of how long they take now."""
+        sizes = self.controller.times.forget(self.rate)
+        return [partial(self.warm_up, [size]) for size in sizes]
+
+
+@dataclass(frozen=True)
+class AutoWork:
+    """One model at a rate that its controller chooses for each batch, in `low`..`high`."""
+
+    model: ServedModel
+    low: int
+    high: int
+    compensate: bool
+    trace: bool = False
+
+    @property
+    def rate(self) -> None:
+        """Not chosen yet."""
+        return
+
+    @property
+    def controller(self) -> Controller:
+        """The model's."""
+        return self.model.controller
+
+    def at(self, rate: int) -> RateWork:
+        """Return the same work at one of these rates."""
+        return self.model.at(rate, self.compensate, self.trace)
+
+
+def load_models(settings: Settings) -> list[ServedModel]:
+    """Load all models of a server, where its settings say.
+
+    Raises:
+        TocomError: if one cannot be loaded, or there is no such device.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
+    store = Store(settings.store)
+    batch, slo = settings.max_batch, settings.slo_ms / 1000
+    backbones = Backbones(
+        device,
+        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype)),
+        settings.max_folded_bytes,
+    )
+    return [load_model(each, backbones, batch, slo, store) for each in settings.models]
+
+
+def load_model(
+    settings: ModelSettings,
+    backbones: Backbones | None = None,
+    max_batch: int = 16,
+    slo: float = math.inf,
+    store: Store | None = None,
+) -> ServedModel:
+    """Load a model, its task and its bank.
+
+    Args:
+        settings: what to load.
+        backbones: those that are loaded, on the device where it runs; default: none, on the CPU.
+        max_batch: images in a forward, which its controller plans with.
+        slo: seconds in which answers are wanted, likewise.
+        store: where references to published banks are looked up.
+
+    Raises:
+        TocomError: if one cannot be loaded or they do not fit together.
+    """
+    backbones = backbones or Backbones()
+    backbone, deltas = backbones.get(settings.backbone, settings.architecture)
+    task = open_task(settings.task) if settings.task is not None else None
+    if task is not None:
+        backbone = task.on(backbone)
+        if task.info.method == "lora":  # it has changed weights that deltas are added to
+            deltas = backbones.deltas(backbone)
+    if not backbone.class_names:
+        raise ConfigError(
+            f"model {settings.name!r}: {settings.backbone} has no classification head; "
+            "tune it on a task first"
+        )
+    bank = None
+    if settings.bank is not None:
+        bank = open_bank(settings.bank, store)
+        _check_fits(bank, backbone)
+    size = backbone.input_size[1:]
+    source = backbone.source if settings.source is None else settings.source
+    max_rate = _max_rate(settings.name, backbone, bank, source)
+    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size).macs)
+    return ServedModel(
+        name=settings.name,
+        backbone=backbone,
+        bank=bank,
+        calibration=_calibration(settings.name, backbone, bank, source),
+        source=source,
+        max_rate=max_rate,
+        transform=create_transform(**backbone.data_config, is_training=False),
+        costs=_costs(backbone, max_rate),
+        controller=Controller(times, max_batch, slo),
+        deltas=deltas,
+        graphs=backbones.graphs,
+        task=task.info if task is not None else None,
+        evaluation=_evaluation(settings.name, backbone),
+    )
+
+
+def _costs(backbone: Backbone, max_rate: int) -> tuple[Cost, ...]:
+    size = backbone.input_size[1:]
+    return tuple(cost(backbone.model, rate, size) for rate in range(max_rate + 1))
+
+
+def _max_rate(name: str, backbone: Backbone, bank: Bank | None, source: int) -> int:
+    """Return the highest rate that can be asked for."""
+    max_rate = bank.info.max_rate if bank else backbone.max_rate
+    if source > max_rate:
+        raise ConfigError(f"model {name!r}: its source rate must be in 0..{max_rate}, got {source}")
+    return max_rate
+
+
+def _check_fits(bank: Bank, backbone: Backbone) -> None:
+    bank.check_geometry(backbone)
+    # Not check_fits: warnings are the whole process's, and this may run while it serves.
+    if not bank.distilled_on(backbone):
+        logger.info(
+            "bank %s was distilled on other weights than %s has: right for a model tuned from "
+            "that backbone, useless for another", bank.info.name, backbone.name,
+        )  # fmt: skip
+
+
+def _calibration(
+    name: str, backbone: Backbone, bank: Bank | None, source: int
+) -> Calibration | None:
+    """Return the model's calibration if it is one for how the model is served."""
+    found = backbone.calibration
+    if found is None or bank is None:
+        return None
+    if found.fits(bank.info.digest, source):
+        return found
+    logger.warning(
+        "model %r: its calibration is ignored, the bank's own multiplier used: it is for the bank "
+        "%s at source %d, served is the bank %s at source %d",
+        name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
+    )  # fmt: skip
+    return None
+
+
+def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:
+    """Return the model's evaluation; one that cannot be shown is no reason not to serve."""
+    if backbone.evaluation is None:
+        return None
+    try:
+        return Evaluation.model_validate(backbone.evaluation)
+    except ValidationError as error:
+        logger.warning("model %r: its evaluation is not shown: %s", name, first_fault(error))
+        return None

@@ -1,0 +1,1 @@
+"""What is told of requests: notes, logs, metrics, traces."""

@@ -1,0 +1,231 @@
+"""What the server counts, for Prometheus at `/metrics`.
+
+The engine tells what happened to images, the request log what became of requests. What is a
+state rather than a count (queues, banks, readiness) is read when it is asked for. No label comes
+from outside: a model is one that is served, a rate one that it runs at.
+
+Does not name clients or images.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import prometheus_client
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.rates import Flow
+from server.engine.scheduler import Runnable, Work
+from server.models.registry import Registry
+from server.models.served import RateWork
+from server.v1 import answers
+
+if TYPE_CHECKING:
+    from server.web.serving import Serving
+
+# A second series for each counter and histogram, to say when it began, helps nobody.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
+RATES = (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
+
+#: Seconds over which images a second are counted.
+WINDOW = 10.0
+
+router = APIRouter()
+
+
+class Metrics:
+    """The counters of one server; an Observer of its engine. Any thread may call it."""
+
+    def __init__(
+        self, models: Registry, slo: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin at zero.
+
+        Args:
+            models: those that are served.
+            slo: seconds within which answers are wanted; becomes a bound of the histograms.
+            clock: tells seconds.
+        """
+        self._models = models
+        self._clock = clock
+        self._recent = Flow()
+        self.registry = CollectorRegistry()
+        # What the process uses; nothing on systems without /proc.
+        prometheus_client.ProcessCollector(registry=self.registry)
+        prometheus_client.GCCollector(registry=self.registry)
+        prometheus_client.PlatformCollector(registry=self.registry)
+        counter = partial(Counter, namespace="tocom", registry=self.registry)
+        seconds = partial(
+            Histogram,
+            namespace="tocom",
+            registry=self.registry,
+            buckets=sorted({*SECONDS, slo}),
+        )
+        self._requests = counter("requests", "Requests for inference.", ["model", "rate", "code"])
+        self._durations = seconds(
+            "request_duration_seconds",
+            "From a request's headers to its answer.",
+            ["model", "rate"],
+        )
+        self.inflight = Gauge(
+            "inflight_requests",
+            "Requests that are being answered.",
+            namespace="tocom",
+            registry=self.registry,
+        )
+        self._rejected = counter("rejected", "Requests that were refused unread.", ["reason"])
+        self._images = counter("images", "Images that ran.", ["model", "rate"])
+        self._tokens = counter(
+            "tokens", "Tokens that entered a block, of all blocks and images.", ["model"]
+        )
+        self._auto = Histogram(
+            "auto_rate",
+            "Rate at which images ran whose rate was left to the server.",
+            ["model"],
+            namespace="tocom",
+            registry=self.registry,
+            buckets=RATES,
+        )
+        self._decisions = counter("rate_decisions", "Batches with rate=auto.", ["reason"])
+        self._queued = seconds("queue_duration_seconds", "What an image waited for its batch.")
+        self._stages = seconds(
+            "stage_duration_seconds", "Decoding of an image, inference of a batch.", ["stage"]
+        )
+        self._batches = Histogram(
+            "batch_size",
+            "Images that ran together.",
+            namespace="tocom",
+            registry=self.registry,
+            buckets=IMAGES,
+        )
+        self._missed = counter("deadline_missed", "Images whose deadline passed.", ["stage"])
+        self._failed = counter("failed", "Images that could not be answered.", ["stage"])
+        self._cancelled = counter("cancelled", "Images that their client gave up.")
+        self._swaps = counter("swaps", "Changes of a model's bank.", ["result"])
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        # A series that begins with its first event hides that event from rate().
+        for stage in ("decode", "queue", "inference"):
+            self._missed.labels(stage)
+        for stage in ("decode", "inference"):
+            self._failed.labels(stage)
+            self._stages.labels(stage)
+        for reason in ("quality", "deadline", "backlog", "load", "cooling"):
+            self._decisions.labels(reason)
+        for result in ("ok", "failed"):
+            self._swaps.labels(result)
+        for model in self._models.all():
+            self._auto.labels(model.name)
+            self._tokens.labels(model.name)
+
+    def decoded(self, work: Work, seconds: float) -> None:
+        """Count an image that was prepared."""
+        self._stages.labels("decode").observe(seconds)
+
+    def ran(
+        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+    ) -> None:
+        """Count a batch."""
+        assert isinstance(work, RateWork)
+        model = work.model.name
+        plan = work.model.costs[work.rate].plan
+        self._recent.add(images, self._clock(), WINDOW)
+        self._batches.observe(images)
+        self._stages.labels("inference").observe(seconds)
+        self._images.labels(model, work.rate).inc(images)
+        self._tokens.labels(model).inc(images * (plan.tokens_in + sum(plan.tokens[:-1])))
+        for waited in queued:
+            self._queued.observe(waited)
+        if reason != "asked":
+            self._decisions.labels(reason).inc()
+            for _ in range(images):
+                self._auto.labels(model).observe(work.rate)
+
+    def failed(self, work: Work, stage: str) -> None:
+        """Count an image whose decoding or inference raised."""
+        self._failed.labels(stage).inc()
+
+    def missed(self, work: Work, stage: str) -> None:
+        """Count an image whose deadline passed."""
+        self._missed.labels(stage).inc()
+
+    def cancelled(self, work: Work) -> None:
+        """Count an image that was given up."""
+        self._cancelled.inc()
+
+    def answered(
+        self, model: str | None, rate: int | str | None, code: int, seconds: float | None
+    ) -> None:
+        """Count a request for inference.
+
+        Args:
+            model: its name; None: the request did not come that far.
+            rate: that ran; what was asked for, or None, if nothing did.
+            code: HTTP status of the answer.
+            seconds: that it took; None if that tells nothing, as of a refusal or a long stream.
+        """
+        rates = {each.name: each.max_rate for each in self._models.all()}
+        if model not in rates:
+            model, rate = "", ""
+        elif str(rate) not in {"auto", *map(str, range(rates[model] + 1))}:
+            rate = ""
+        self._requests.labels(model, rate, code).inc()
+        if seconds is not None:
+            self._durations.labels(model, rate).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """Count a request that was refused; `reason` is one of a few."""
+        self._rejected.labels(reason).inc()
+
+    def swapped(self, result: str) -> None:
+        """Count a change of a model's bank: `ok` or `failed`."""
+        self._swaps.labels(result).inc()
+
+    def images_per_second(self) -> float:
+        """Return how many images ran a second, of late."""
+        return self._recent.rate(self._clock(), WINDOW)
+
+
+class State(Collector):
+    """What a server is like at the moment that it is asked."""
+
+    def __init__(self, serving: "Serving") -> None:
+        self._serving = serving
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield queues, banks and readiness."""
+        status = answers.status(self._serving)
+        yield GaugeMetricFamily(
+            "tocom_ready", "Whether requests should be sent here.", value=status.ready
+        )
+        yield GaugeMetricFamily(
+            "tocom_inflight_images", "Images taken and not yet answered.", value=status.taken
+        )
+        depth = GaugeMetricFamily(
+            "tocom_queue_depth", "Images that wait for their batch.", labels=["model"]
+        )
+        info = GaugeMetricFamily(
+            "tocom_model_info", "The bank that a model runs with.", labels=["model", "digest"]
+        )
+        for model in status.models:
+            depth.add_metric([model.name], model.queued)
+            info.add_metric([model.name, model.bank_digest or ""], 1)
+        yield depth
+        yield info
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(request: Request) -> PlainTextResponse:
+    """Tell Prometheus what the server counts."""
+    serving: Serving = request.app.state.serving
+    text = generate_latest(serving.metrics.registry) + generate_latest(State(serving))
+    return PlainTextResponse(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)

@@ -1,0 +1,88 @@
+"""Models without a server: does all load and run, and what does a photograph show?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.errors import ImageError
+from server.inference.run import prepare, top_k
+from server.models.served import RateWork, ServedModel, load_models
+from server.schemas import Prediction
+from server.settings import Settings
+from server.v1 import answers
+from tocom import FoldedWeights
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A model that loads and runs.
+
+    Attributes:
+        model: the model.
+        weights: bytes of its weights.
+        folded: bytes of the weights with a delta folded in, once every rate was asked for.
+    """
+
+    model: ServedModel
+    weights: int
+    folded: int
+
+
+def check(settings: Settings) -> Iterator[Checked]:
+    """Load all models and run each at its lowest and its highest rate.
+
+    Raises:
+        TocomError: if one cannot be loaded.
+    """
+    for model in load_models(settings):
+        for rate in (0, model.max_rate):
+            _run(model.at(rate, compensate=True), torch.zeros(model.input_size))
+        tensors = [*model.backbone.model.parameters(), *model.backbone.model.buffers()]
+        folded = 0
+        if model.bank is not None:
+            rates = [rate for rate in range(model.max_rate + 1) if rate != model.source]
+            deltas = [model.delta(rate) for rate in rates]
+            folded = sum(delta.nbytes for delta in deltas if isinstance(delta, FoldedWeights))
+        yield Checked(model, sum(tensor.nbytes for tensor in tensors), folded)
+
+
+class Classifier:
+    """The first model of some settings at one rate, in this process."""
+
+    def __init__(self, settings: Settings, rate: str, predictions: int | None) -> None:
+        """Load the model.
+
+        Args:
+            settings: say which; of their other models nothing is loaded.
+            rate: an exact one.
+            predictions: how many; default: as the settings say.
+
+        Raises:
+            TocomError: if it cannot be loaded, or does not run at the rate.
+        """
+        self._settings = settings
+        first = settings.model_copy(update={"models": settings.models[:1]})
+        (self.model,) = load_models(first)
+        self.work = self.model.at(self.model.parse_rate(rate), compensate=True)
+        self._top_k = top_k(predictions, self.model, settings)
+
+    def classify(self, photo: Path) -> list[Prediction]:
+        """Return what a photograph shows, the most likely first.
+
+        Raises:
+            TocomError: if it cannot be read.
+        """
+        try:
+            data = photo.read_bytes()
+        except OSError as error:
+            raise ImageError(f"it cannot be read: {error.strerror}") from error
+        image = prepare(data, self.model, self._settings)
+        return answers.predictions(_run(self.work, image), self.model, self._top_k)
+
+
+def _run(work: RateWork, image: torch.Tensor) -> torch.Tensor:
+    """Return the logits [C] of an image [3, H, W]."""
+    with torch.inference_mode():
+        return work(image[None])[0].logits

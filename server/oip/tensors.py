@@ -1,0 +1,187 @@
+"""What a served model takes and gives in the tensors of the Open Inference Protocol.
+
+Takes `image`, encoded pictures, or `pixels`, ready for the model; gives `logits`,
+`probabilities` and `features`.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.engine import Answer
+from server.errors import BadRequestError, ImageError, TooLargeError
+from server.inference.run import prepare
+from server.models.served import RateWork, ServedModel
+from server.oip.schemas import InferRequest, RequestedOutput
+from server.oip.wire import Input, Output
+from server.settings import Settings
+
+IMAGE = "image"
+PIXELS = "pixels"
+LOGITS = "logits"
+PROBABILITIES = "probabilities"
+FEATURES = "features"
+
+#: The free dimension: the number of images.
+FREE = -1
+
+#: Datatype and shape, less the number of images, by the name of a tensor.
+Tensors = Mapping[str, tuple[str, Sequence[int]]]
+
+
+def inputs(model: ServedModel) -> Tensors:
+    """Return what a model takes; one of them is sent."""
+    return {IMAGE: ("BYTES", [1]), PIXELS: ("FP32", list(model.input_size))}
+
+
+def outputs(model: ServedModel) -> Tensors:
+    """Return what it gives."""
+    classes = len(model.backbone.class_names)
+    shapes = {LOGITS: classes, PROBABILITIES: classes, FEATURES: model.backbone.model.num_features}
+    return {name: ("FP32", [size]) for name, size in shapes.items()}
+
+
+def max_images(settings: Settings) -> int:
+    """Return how many images a request may have."""
+    return min(settings.max_images, settings.max_queue)
+
+
+def preparations(
+    sent: Sequence[Input], model: ServedModel, settings: Settings
+) -> list[Callable[[], Tensor]]:
+    """Return what makes each image of a request, to be called where images are decoded.
+
+    Raises:
+        BadRequestError: if the inputs are not what the model takes.
+        TooLargeError: if there are more images than can ever be taken.
+    """
+    known = inputs(model)
+    names = [each.name for each in sent]
+    if len(sent) != 1 or names[0] not in known:
+        raise BadRequestError(f"one of the inputs {', '.join(known)} is needed, got {names}")
+    (only,) = sent
+    datatype, shape = known[only.name]
+    if only.datatype != datatype:
+        raise BadRequestError(
+            f"input {only.name!r} must have the datatype {datatype}, got {only.datatype[:40]!r}"
+        )
+    # Where an image is one element, its dimension may be left out.
+    if list(only.shape[1:]) not in ([shape, []] if shape == [1] else [shape]):
+        raise BadRequestError(
+            f"input {only.name!r} must have the shape {[FREE, *shape]}, got {list(only.shape)}"
+        )
+    if only.shape[0] > max_images(settings):
+        raise TooLargeError(
+            f"a request may have {max_images(settings)} images here, got {only.shape[0]}"
+        )
+    if only.name == PIXELS:
+        return [partial(_to_image, values) for values in only.floats()]
+    decode = prepare if isinstance(only.content, memoryview) else _prepare_base64
+    return [partial(decode, data, model, settings) for data in only.strings()]
+
+
+def _prepare_base64(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
+    """Prepare an image of JSON, whose strings cannot hold pictures as they are."""
+    try:
+        picture = base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise BadRequestError(f"in JSON images are base64, and this is not: {error}") from None
+    return prepare(picture, model, settings)
+
+
+def _to_image(values: np.ndarray) -> Tensor:
+    # Copied: who keeps an image of a request must not keep all of its body.
+    image = torch.from_numpy(values.astype(np.float32, copy=True))
+    if not image.isfinite().all():
+        raise ImageError("its pixels must be finite numbers")
+    return image
+
+
+def wanted(request: InferRequest, model: ServedModel) -> Sequence[RequestedOutput]:
+    """Return the outputs that a request asks for.
+
+    Raises:
+        BadRequestError: if the model does not have them, or not in that form.
+    """
+    known = outputs(model)
+    if not request.outputs:
+        return [RequestedOutput(name=name) for name in known]
+    names = [each.name for each in request.outputs]
+    for each in request.outputs:
+        if each.name not in known:
+            raise BadRequestError(f"the outputs are {', '.join(known)}; got {each.name[:40]!r}")
+        if names.count(each.name) > 1:
+            raise BadRequestError(f"output {each.name!r} is asked for more than once")
+        if each.parameters.classification and each.name == FEATURES:
+            raise BadRequestError(
+                f"classification is of {LOGITS} or {PROBABILITIES}; {FEATURES} are no classes"
+            )
+    return request.outputs
+
+
+def results(
+    request: InferRequest, asked: Sequence[RequestedOutput], answers: Sequence[Answer]
+) -> list[Output]:
+    """Return the outputs that were asked for."""
+    return [_result(each, request.parameters.binary_data_output, answers) for each in asked]
+
+
+def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> Output:
+    attribute = FEATURES if asked.name == FEATURES else LOGITS
+    values = torch.stack([getattr(answer.output, attribute) for answer in answers])
+    if asked.name == PROBABILITIES:
+        values = values.softmax(dim=-1)
+    found = values.numpy()
+    if asked.parameters.classification:
+        work = answers[0].work
+        assert isinstance(work, RateWork)
+        found = _classified(values, asked.parameters.classification, work.model)
+    own = asked.parameters.binary_data
+    return Output(asked.name, found, binary if own is None else own)
+
+
+def _classified(values: Tensor, count: int, model: ServedModel) -> np.ndarray:
+    """Return `value:index:label` of the highest of values [B, C], as strings [B, count]."""
+    names = model.backbone.class_names
+    best = values.topk(min(count, len(names)))
+    rows = [
+        [f"{value:.6f}:{index}:{names[index]}" for value, index in zip(*row, strict=True)]
+        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return np.array(rows, dtype=object)
+
+
+def telling(answers: Sequence[Answer]) -> Answer:
+    """Return the answer that stands for all: one that ran at the highest rate.
+
+    Images whose rate is left to the server may run in several batches, at several rates.
+    """
+    return max(answers, key=lambda each: each.work.rate)
+
+
+def parameters(answers: Sequence[Answer]) -> dict[str, int | bool | str]:
+    """Return what ran, why and at which cost; `rates` in the images' order if they differ."""
+    answer = telling(answers)
+    work = answer.work
+    assert isinstance(work, RateWork)
+    cost = work.model.costs[work.rate]
+    told: dict[str, int | bool | str] = {
+        "rate": work.rate,
+        "reason": answer.reason,
+        "source_rate": work.model.source,
+        "compensate": work.compensate,
+        "tokens": cost.plan.tokens[-1],
+        "macs": cost.macs,
+        "batch_size": answer.batch_size,
+    }
+    if work.model.bank is not None:
+        told["bank_digest"] = work.model.bank.info.digest
+    rates = [each.work.rate for each in answers]
+    if len(set(rates)) > 1:
+        told["rates"] = ",".join(map(str, rates))
+    return told

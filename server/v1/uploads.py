@@ -1,0 +1,185 @@
+"""Reading the images out of a request: form fields, the body itself or JSON of base64.
+
+All of them are in memory then, so how many bytes and images a request may have is limited.
+Requests with more than that are read by `batches`.
+"""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import Request
+
+from adapters.geometry import first_fault
+from server.errors import BadRequestError, ParameterError, TooLargeError, UnsupportedTypeError
+from server.settings import Settings
+from server.web import multipart
+
+FORM = "multipart/form-data"
+JSON = "application/json"
+
+_HOW = (
+    f"send the image as the form field {multipart.FIELD!r} (curl -F {multipart.FIELD}=@photo.jpg), "
+    "which may be repeated, as the body (image/jpeg, image/png, image/webp or "
+    f'application/octet-stream) or as base64 in JSON ({JSON}): {{"images": ["..."]}}'
+)
+
+
+def _from_base64(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    if text.startswith("data:"):
+        _, separator, text = text.partition(";base64,")
+        if not separator:
+            raise ValueError("a data: URL of an image must hold ;base64, and what follows from it")
+    try:
+        # Many programs break base64 into lines; anything else that is not of it is a mistake.
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"this is not base64: {error}") from error
+
+
+class EncodedImage(BaseModel):
+    """An image in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    b64: Annotated[bytes, BeforeValidator(_from_base64, json_schema_input_type=str)] = Field(
+        description="a JPEG, PNG or WebP file in base64, or a data: URL of it"
+    )
+    name: str | None = Field(default=None, description="to tell it from others")
+
+
+class EncodedImages(BaseModel):
+    """Several images in JSON: base64 by itself, or with a name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[EncodedImage] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_base64(cls, body: Any) -> Any:
+        if isinstance(body, dict) and isinstance(images := body.get("images"), list):
+            wrapped = [{"b64": each} if isinstance(each, str) else each for each in images]
+            return {**body, "images": wrapped}
+        return body
+
+
+_BINARY = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
+
+#: A form with images in OpenAPI's words; routes that read their body themselves must say so.
+FORM_SCHEMA = {
+    "type": "object",
+    "required": [multipart.FIELD],
+    "properties": {multipart.FIELD: {"type": "array", "items": _BINARY, "minItems": 1}},
+}
+
+#: A request body with images in OpenAPI's words.
+OPENAPI = {
+    "required": True,
+    "content": {
+        FORM: {"schema": FORM_SCHEMA},
+        **{
+            kind: {"schema": _BINARY}
+            for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+        },
+        JSON: {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "additionalProperties": False,
+                "properties": {
+                    "images": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"anyOf": [_BASE64, EncodedImage.model_json_schema()]},
+                    }
+                },
+            }
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The images of a request, in their order.
+
+    Attributes:
+        images: the bytes of each; whoever takes them out of the list frees them early.
+        single: whether it was sent as one image, to be answered by itself.
+    """
+
+    images: list[bytes]
+    single: bool
+
+
+async def read_images(request: Request, settings: Settings) -> Upload:
+    """Return the images that a request holds, not yet decoded.
+
+    Raises:
+        BadRequestError: if there is none, or the body cannot be parsed.
+        TooLargeError: if there are too many.
+        UnsupportedTypeError: if the body is something else by its Content-Type.
+        ParameterError: if JSON holds something else, or what is not base64.
+    """
+    if request.headers.get("Content-Length") == "0":
+        raise BadRequestError(f"the request body is empty: {_HOW}")
+    # More than there are places in the queue could not be taken even if it is empty.
+    limit = min(settings.max_images, settings.max_queue)
+    kind = content_type(request)
+    if kind == FORM:
+        upload = await _read_form(request, settings.max_body_bytes, limit)
+    elif kind == JSON:
+        upload = _parse(await _read(request), limit)
+    elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
+        upload = Upload([await _read(request)], single=True)
+    else:
+        raise UnsupportedTypeError(f"a body of type {kind[:100]} is not read here: {_HOW}")
+    if upload.single and not upload.images[0]:
+        raise BadRequestError(f"the image is empty: {_HOW}")
+    return upload
+
+
+def content_type(request: Request) -> str:
+    """Return what a request says its body is, without parameters; empty if it says nothing."""
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+async def _read(request: Request) -> bytes:
+    # Not request.body(): it would keep the bytes for as long as the request lives.
+    return b"".join([chunk async for chunk in request.stream()])
+
+
+async def _read_form(request: Request, max_bytes: int, limit: int) -> Upload:
+    images = []
+    async for file in multipart.read_files(request, max_bytes):
+        images.append(file.data)
+        # Here, before the next one is read.
+        _check_count(len(images), limit)
+    if not images:
+        raise BadRequestError(f"the form has no field {multipart.FIELD!r}: {_HOW}")
+    return Upload(images, single=len(images) == 1)
+
+
+def _parse(body: bytes, limit: int) -> Upload:
+    try:
+        images = EncodedImages.model_validate_json(body).images
+    except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            raise BadRequestError(f"the body is not JSON: {error.errors()[0]['msg']}") from None
+        raise ParameterError(f"the body's {first_fault(error)}") from None
+    _check_count(len(images), limit)
+    return Upload([image.b64 for image in images], single=False)
+
+
+def _check_count(images: int, limit: int) -> None:
+    if images > limit:
+        raise TooLargeError(
+            f"the request has {images} or more images; at most {limit} are answered together, "
+            "any number by /v1/classify/batch"
+        )

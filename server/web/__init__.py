@@ -1,0 +1,1 @@
+"""What all routes share: state, access, bodies, problems."""

@@ -1,0 +1,147 @@
+"""Errors as answers: problem+json (RFC 9457), the same for every way to fail.
+
+`error` repeats `detail` for clients of the Open Inference Protocol, which look for it.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import ServerError, UnavailableError
+from server.observe.log import note
+from server.schemas import Problem
+from server.web.middleware import REQUEST_ID
+from tocom import TocomError
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+#: Title of an error that names no other.
+INVALID = "Invalid parameter"
+
+#: What clients are told of an error of ours; the rest is in the log.
+OWN_FAULT = "the server failed on this request; its log has the request id"
+
+#: nginx's status for a client that went before its answer; only logs get to see it.
+CLIENT_CLOSED_REQUEST = 499
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every error that leaves a route, or finds none, a problem."""
+    app.add_exception_handler(TocomError, _tocom_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+    app.add_exception_handler(Exception, _own_error)
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe problems of a route, for its OpenAPI entry."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in statuses
+    }
+
+
+def problem(
+    request: Request,
+    status: int,
+    detail: str,
+    title: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return an error as an answer.
+
+    Args:
+        request: what failed.
+        status: HTTP status.
+        detail: what was wrong this time and what is allowed.
+        title: short name of the kind of error; default: the status's own.
+        headers: further headers.
+    """
+    note(request, error=title or HTTPStatus(status).phrase)
+    return JSONResponse(
+        _problem(request, status, detail, title).model_dump(),
+        status_code=status,
+        media_type=MEDIA_TYPE,
+        headers={**(headers or {}), REQUEST_ID: request.state.request_id},
+    )
+
+
+def problem_of(request: Request, error: BaseException) -> Problem:
+    """Describe an error that is one part of an answer; an unforeseen one is logged."""
+    if not isinstance(error, TocomError):
+        logger.error("a part of request %s failed", request.state.request_id, exc_info=error)
+        return _problem(request, 500, OWN_FAULT, None)
+    status, title = (
+        (error.status, error.title) if isinstance(error, ServerError) else (422, INVALID)
+    )
+    return _problem(request, status, str(error), title)
+
+
+def _problem(request: Request, status: int, detail: str, title: str | None) -> Problem:
+    return Problem(
+        type=f"urn:tocom:{title.lower().replace(' ', '-')}" if title else "about:blank",
+        title=title or HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        instance=request.url.path,
+        error=detail,
+        request_id=request.state.request_id,
+    )
+
+
+async def _tocom_error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, ServerError):
+        return problem(request, 422, str(error), INVALID)
+    headers = dict(error.headers)
+    if isinstance(error, UnavailableError):
+        # Spread out, so that those refused together do not come back together.
+        seconds = error.retry_after * random.uniform(1, 1.5)
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    return problem(request, error.status, str(error), error.title, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    detail = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        detail = f"there is nothing at {request.url.path}; /docs says what there is"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        detail = f"{request.url.path} takes {allowed}, not {request.method}"
+    return problem(request, error.status_code, detail, headers=error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    detail = "; ".join(_describe(fault) for fault in error.errors())
+    return problem(request, 422, detail, INVALID)
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in fault["loc"][1:])
+    if fault["type"] == "extra_forbidden":
+        return f"there is no parameter {name!r}; /docs says which there are"
+    return f"{name}: {fault['msg']}, got {str(fault['input'])[:40]!r}"
+
+
+async def _client_gone(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+    detail = "the client closed the connection before its answer"
+    return problem(request, CLIENT_CLOSED_REQUEST, detail, "Client closed request")
+
+
+async def _own_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("request %s failed: %r", request.state.request_id, error)
+    return problem(request, 500, OWN_FAULT)

@@ -1,0 +1,61 @@
+"""What all routes share: settings, models, engine and metrics of one server."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.engine.engine import Engine
+from server.errors import UnavailableError
+from server.models.registry import Registry
+from server.observe.metrics import Metrics
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Serving:
+    """See the module.
+
+    Attributes:
+        started: when, in the engine's time.
+        stopping: set once a signal has asked for the end: not ready, and still serving.
+        warm: set once every model has run, and the deltas of its rates are made.
+    """
+
+    settings: Settings
+    models: Registry
+    engine: Engine
+    metrics: Metrics
+    started: float
+    stopping: threading.Event = field(default_factory=threading.Event)
+    warm: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        alive = self.engine.silence <= self.settings.stall_ms / 1000
+        return alive and self.engine.running and self.warm.is_set() and not self.stopping.is_set()
+
+    def check_alive(self) -> None:
+        """Raise UnavailableError if the engine gives no sign of life."""
+        allowed = self.settings.stall_ms / 1000
+        if self.engine.silence > allowed:
+            raise UnavailableError(f"the engine has not answered for more than {allowed:g} s")
+
+    def check_ready(self) -> None:
+        """Raise UnavailableError if requests should go elsewhere."""
+        self.check_alive()
+        if not self.ready:
+            reason = "shutting down" if self.stopping.is_set() else "not warm yet"
+            raise UnavailableError(f"the server is {reason}")
+
+
+def get_serving(request: Request) -> Serving:
+    """Return what the application of a request serves."""
+    serving = request.app.state.serving
+    assert isinstance(serving, Serving)
+    return serving
+
+
+Shared = Annotated[Serving, Depends(get_serving)]

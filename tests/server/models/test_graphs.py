@@ -1,0 +1,266 @@
+"""Which forwards get a graph, and what becomes of it."""
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.errors import UnavailableError
+from server.models import graphs
+from server.models.graphs import IDLE, WORTH, Forward, Graphs
+from server.models.served import load_models
+from tests.server.conftest import picture, png
+from tests.tocom_models import pictures, small_model
+from tocom.vit import embed, outputs
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Double:
+    """An engine whose forwards, and the eager ones, take the time that a test says."""
+
+    def __init__(self, clock, seconds=0.5, reason=None, error=None):
+        self.clock, self.seconds, self.reason, self.error = clock, seconds, reason, error
+        self.made = []
+        self.ran = []
+
+    def unsupported(self, model):
+        return self.reason
+
+    def Graph(self, model, rate, images, bottleneck, threads, dtype):  # noqa: N802
+        if self.error:
+            raise self.error
+        assert dtype == torch.float32
+        self.made.append((rate, images, bottleneck, threads))
+
+        def graph(batch, delta, adapter):
+            assert len(batch) == images
+            self.ran.append((rate, images))
+            self.clock.now += self.seconds
+            return outputs(model, embed(model, batch), rate, delta, adapter=adapter)
+
+        return graph
+
+
+def at_once(function):
+    done = Future()
+    done.set_result(function())
+    return done
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+
+    def eager(forward, images):
+        clock.now += WORTH
+        tokens = embed(forward.model, images)
+        return outputs(forward.model, tokens, forward.rate, forward.delta, adapter=forward.adapter)
+
+    monkeypatch.setattr(Forward, "__call__", eager)
+    return clock
+
+
+@pytest.fixture
+def model():
+    return small_model()
+
+
+def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0):
+    monkeypatch.setattr(graphs, "import_module", lambda name: engine)
+    monkeypatch.setattr(graphs, "PAUSE", pause)
+    made = Graphs(limit, clock)
+    made.start(call, threads=3)
+    return made
+
+
+def run(made, model, images, rate=2, faster=lambda: ()):
+    """Run and let what is being compiled become ready; return the logits."""
+    logits = made.run(Forward(model, rate, None, None), images, faster).logits
+    wait_for_compiler()
+    return logits
+
+
+def wait_for_compiler():
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join()
+
+
+def test_what_runs_often_is_compiled_and_answers_the_same(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine)
+    images, calls = pictures(model, 6), []
+    expected = run(Graphs(), model, images)
+    for _ in range(3):
+        logits = run(made, model, images, faster=lambda: [lambda: calls.append(1)])
+        torch.testing.assert_close(logits, expected)
+    # First for fours, then for what is left of six; each is tried before it is used.
+    assert engine.made == [(2, 4, None, 3), (2, 1, None, 3)]
+    assert engine.ran[-3:] == [(2, 4), (2, 1), (2, 1)]
+    assert len(calls) == 2
+
+
+def test_what_runs_rarely_is_not_compiled(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine)
+    monkeypatch.setattr(graphs, "WORTH", 3 * WORTH)
+    for _ in range(2):
+        run(made, model, pictures(model, 1))
+    assert engine.made == []
+    run(made, model, pictures(model, 1))
+    assert engine.made == [(2, 1, None, 3)]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"seconds": 2 * WORTH}, {"reason": "it is odd"}, {"error": RuntimeError("no memory")}],
+)
+def test_what_is_not_faster_or_has_no_graph_stays_eager(monkeypatch, clock, model, engine):
+    engine = Double(clock, **engine)
+    made = started(monkeypatch, clock, engine)
+    for _ in range(3):
+        run(made, model, pictures(model, 1))
+    tried = len(engine.ran)
+    run(made, model, pictures(model, 1))
+    assert len(engine.made) <= 1  # once is enough
+    assert len(engine.ran) == tried
+
+
+def test_a_graph_that_fails_is_not_asked_again(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine)
+    image = pictures(model, 1)
+    expected = run(made, model, image)
+    (cell,) = (cell for cell in made._cells.values() if cell.graph)
+    cell.graph = lambda *_: 1 / 0
+    for _ in range(2):
+        torch.testing.assert_close(run(made, model, image), expected)
+    assert cell.graph is None
+    assert len(engine.made) == 1
+
+
+def test_who_has_not_run_for_long_gives_way(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine, limit=1)
+    image = pictures(model, 1)
+    run(made, model, image, rate=1)
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1]  # there is no room
+    clock.now += IDLE
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1, 2]
+    run(made, model, image, rate=1)
+    assert [rate for rate, *_ in engine.made] == [1, 2]  # now the other one is in use
+
+
+def test_a_server_that_ends_is_not_disturbed(monkeypatch, clock, model, caplog):
+    def ended(function):
+        raise UnavailableError("the engine is not running")
+
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine, call=ended)
+    run(made, model, pictures(model, 1))
+    assert len(engine.made) == 1
+    assert caplog.records == []
+
+
+def test_without_openvino_all_runs_eagerly(monkeypatch, clock, model, caplog):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(graphs, "import_module", missing)
+    made = Graphs(2, clock)
+    with caplog.at_level("INFO"):
+        made.start(at_once, threads=1)
+    assert "pip install 'tocom-serve[openvino]'" in caplog.text
+    for _ in range(2):
+        assert run(made, model, pictures(model, 1)).shape == (1, 10)
+
+
+@pytest.fixture
+def eager_is_slow(monkeypatch):
+    """Every graph is made at once and counts as faster."""
+    monkeypatch.setattr(graphs, "WORTH", 0.0)
+    monkeypatch.setattr(graphs, "PAUSE", 0.0)
+    monkeypatch.setattr(Graphs, "_try", lambda *_: 0.0)
+
+
+def test_after_a_graph_there_is_a_pause(monkeypatch, clock, model):
+    engine = Double(clock)
+    made = started(monkeypatch, clock, engine, pause=10.0)
+    image = pictures(model, 1)
+    run(made, model, image, rate=1)
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1]
+    clock.now += 10 * graphs.TRIES * engine.seconds
+    run(made, model, image, rate=2)
+    assert [rate for rate, *_ in engine.made] == [1, 2]
+
+
+def test_one_graph_is_made_at_a_time_and_tried_in_single_runs(monkeypatch, clock, model):
+    engine, calls = Double(clock), []
+
+    def later(function):
+        calls.append((function, Future()))
+        return calls[-1][1]
+
+    made = started(monkeypatch, clock, engine, call=later)
+    image = pictures(model, 1)
+    for rate in (1, 2):
+        made.run(Forward(model, rate, None, None), image, lambda: ())
+    answered = 0
+    while any(thread.name == "compile" for thread in threading.enumerate()):
+        if len(calls) > answered:
+            before = len(engine.ran)
+            function, future = calls[answered]
+            future.set_result(function())
+            assert len(engine.ran) - before <= 1
+            answered += 1
+    assert [rate for rate, *_ in engine.made] == [1]
+    assert len(engine.ran) == graphs.TRIES
+
+
+def test_a_forward_that_became_faster_is_measured_again(monkeypatch, eager_is_slow, settings):
+    tiny, bare = load_models(settings.model_copy(update={"max_graphs": 9}))
+    assert tiny.graphs is bare.graphs
+    engine = Double(Clock())
+    monkeypatch.setattr(graphs, "import_module", lambda name: engine)
+    tiny.graphs.start(at_once, threads=1)
+    measured = []
+    times = tiny.controller.times
+    monkeypatch.setattr(times, "measured", lambda *cell: measured.append(cell[:2]))
+    times._cells[3, 2] = times._cells[3, 16] = times._cells[4, 2] = 1.0
+    with torch.inference_mode():
+        tiny.at(3, compensate=True)(torch.zeros(1, *tiny.input_size))
+    wait_for_compiler()
+    assert measured == [(3, 2), (3, 16)]
+    assert list(times._cells) == [(4, 2)]
+
+
+def test_a_server_answers_by_graphs_what_it_answers_eagerly(eager_is_slow, settings):
+    """With OpenVINO itself, five images at once: in which batches they run is not said."""
+    files = [("file", (f"{seed}.png", png(picture(seed)))) for seed in range(5)]
+    answers = []
+    for limit, wanted in ((0, set()), (99, {(3, None, 1)})):
+        app = create_app(settings.model_copy(update={"max_graphs": limit}))
+        with TestClient(app) as client:
+            cells = app.state.serving.models.get(None).graphs._cells
+            for _ in range(50):  # one graph is made at a time, for what the batches were
+                client.post("/v1/classify?rate=3", files=files)
+                wait_for_compiler()
+                made = {key[1:] for key, cell in cells.items() if cell.graph is not None}
+                if made >= wanted:
+                    break
+            sent = client.post("/v1/classify?rate=3&logits=true", files=files)
+            answers.append([each["logits"] for each in sent.json()["results"]])
+        assert made >= wanted if limit else not made
+    torch.testing.assert_close(torch.tensor(answers[0]), torch.tensor(answers[1]))
