@@ -1,8 +1,9 @@
 """The batching engine: images in, outputs out, one worker thread which owns the forward.
 
-Preparing (decoding) starts on arrival in a small pool, beside the forward. What is prepared
-waits in the scheduler's queues, from which the worker takes batch after batch. It never waits
-while anything is ready. Whatever is late or given up is dropped before inference.
+Preparing (decoding) starts on arrival in a small pool, beside the forward, the most urgent image
+first. What is prepared waits in the scheduler's queues, from which the worker takes batch after
+batch. It never waits while anything is ready. Whatever is late or given up is dropped before
+inference, and its memory is free at once.
 
 Knows nothing of HTTP, files or banks.
 """
@@ -13,16 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from server.engine.scheduler import Batch, Runnable, Scheduler, Work
+from server.engine.job import Answer, Job
+from server.engine.pool import UrgentPool
+from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
 from server.engine.threads import set_torch_threads
 from server.errors import DeadlineError, QueueFullError, UnavailableError
 
@@ -32,29 +36,6 @@ T = TypeVar("T")
 
 #: Seconds between two signs of life of an idle worker.
 BEAT = 0.5
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the engine says about one image.
-
-    Attributes:
-        output: what the work returned for it.
-        work: what ran; at the rate that was chosen, where none was asked for.
-        reason: of that rate: `asked`, or one of the controller's.
-        decode: seconds that preparing the image took.
-        queue: seconds that it waited, for the pool and for its batch.
-        inference: seconds that its batch ran.
-        batch_size: images in that batch.
-    """
-
-    output: Any
-    work: Runnable
-    reason: str
-    decode: float
-    queue: float
-    inference: float
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -96,28 +77,6 @@ class Observer(Protocol):
         ...
 
 
-class _Job(Future[Answer]):
-    """The future that a caller gets, with what it takes to fulfil it.
-
-    One object, so that it is freed with its image as soon as the last one lets go: a job and
-    a future that know each other would wait for the garbage collector.
-    """
-
-    # Set once the image is prepared.
-    image: Tensor
-    decode: float
-
-    def __init__(
-        self, work: Work, deadline: float, due: float, number: int, arrived: float
-    ) -> None:
-        super().__init__()
-        self.work = work
-        self.deadline = deadline
-        self.due = due
-        self.number = number
-        self.arrived = arrived
-
-
 class Engine:
     """See the module. Use: `start`, then `submit` from any thread, at the end `stop`."""
 
@@ -150,7 +109,9 @@ class Engine:
         self.clock = clock
         # Asked for here: a thread's default later is whatever another thread set last.
         self._threads = threads or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(decode_threads, "decode", set_torch_threads, (1,))
+        self._pool: UrgentPool[Job] = UrgentPool(
+            decode_threads, "decode", self._prepare, urgency, partial(set_torch_threads, 1)
+        )
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
         self._scheduler = Scheduler(max_batch, slo)
@@ -175,7 +136,7 @@ class Engine:
         """Refuse what comes, answer what has come, end the threads."""
         with self._wake:
             self._closed = True
-        self._pool.shutdown()
+        self._pool.close()
         with self._wake:
             self._drained = True
             self._wake.notify()
@@ -249,9 +210,9 @@ class Engine:
                 )
             self._taken += 1
             self._scheduler.arrived(work, now)
-            job = _Job(work, deadline, due, next(self._numbers), now)
+            job = Job(work, prepare, deadline, due, next(self._numbers), now)
             job.add_done_callback(self._leave)
-            self._pool.submit(self._prepare, job, prepare)  # not kept in the job: it may be large
+            self._pool.add(job)
         return job
 
     def call(self, function: Callable[[], T]) -> Future[T]:
@@ -264,14 +225,15 @@ class Engine:
             self._wake.notify()
         return future
 
-    def _prepare(self, job: _Job, prepare: Callable[[], Tensor]) -> None:
-        if job.done() or self._expire(job, "decode"):
+    def _prepare(self, job: Job) -> None:
+        prepare, job.prepare = job.prepare, None
+        if prepare is None or job.done() or self._expire(job, "decode"):
             return
         started = self.clock()
         try:
             job.image = prepare()
         except Exception as error:
-            if _fail(job, error) and self._observer:
+            if job.fail(error) and self._observer:
                 self._observer.failed(job.work, "decode")
             return
         job.decode = self.clock() - started
@@ -284,10 +246,12 @@ class Engine:
                 self._wake.notify()
 
     def _leave(self, job: Future[Answer]) -> None:
-        assert isinstance(job, _Job)
+        assert isinstance(job, Job)
         with self._wake:
             self._taken -= 1
             self._scheduler.discard(job)
+        self._pool.discard(job)
+        job.prepare = None
         if job.cancelled() and self._observer:
             if self.clock() < job.deadline:
                 self._observer.cancelled(job.work)
@@ -298,7 +262,7 @@ class Engine:
         set_torch_threads(self._threads)
         while not (self._drained and not self._scheduler and not self._calls):
             self._beat = self.clock()
-            jobs: Sequence[_Job] = []
+            jobs: Sequence[Job] = []
             try:
                 self._call_next()
                 if (batch := self._take()) is None:
@@ -334,13 +298,20 @@ class Engine:
                 self._wake.wait_for(
                     lambda: self._scheduler or self._calls or self._drained, timeout=BEAT
                 )
-                if self._scheduler and self.max_wait:
-                    self._wake.wait_for(
-                        lambda: self._drained or self._scheduler.full, timeout=self.max_wait
-                    )
+                self._wait_for_company()
             return self._scheduler.take(self.clock())
 
-    def _run(self, work: Runnable, reason: str, jobs: Sequence[_Job]) -> None:
+    def _wait_for_company(self) -> None:
+        """Let the first images of an idle worker wait for more, as long as all can spare it."""
+        until = self.clock() + self.max_wait
+        while self._scheduler and not self._drained:
+            now = self.clock()
+            patience = min(until - now, self._scheduler.patience(now))
+            if patience <= 0:
+                return
+            self._wake.wait(patience)
+
+    def _run(self, work: Runnable, reason: str, jobs: Sequence[Job]) -> None:
         """Answer jobs that have begun; if the batch fails, each by itself."""
         started = self.clock()
         try:
@@ -359,8 +330,7 @@ class Engine:
                 self._run(work, reason, [job])
             return
         spent = self.clock() - started
-        with self._wake:
-            work.controller.times.measured(work.rate, len(jobs), spent)
+        work.controller.times.measured(work.rate, len(jobs), spent)
         pace = spent / len(jobs)
         self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
         queued = [started - job.arrived - job.decode for job in jobs]
@@ -382,19 +352,11 @@ class Engine:
                 if started + spent > job.deadline:
                     self._observer.missed(work, "inference")
 
-    def _expire(self, job: _Job, stage: str) -> bool:
+    def _expire(self, job: Job, stage: str) -> bool:
         """Fail a job that has not begun and is past its deadline; whether it was."""
         if self.clock() < job.deadline:
             return False
         error = DeadlineError("the deadline passed before inference began")
-        if _fail(job, error) and self._observer:
+        if job.fail(error) and self._observer:
             self._observer.missed(job.work, stage)
         return True
-
-
-def _fail(job: _Job, error: Exception) -> bool:
-    """Fail a job that has not begun, unless it was cancelled; whether it was failed."""
-    if not job.set_running_or_notify_cancel():
-        return False
-    job.set_exception(error)
-    return True

@@ -8,11 +8,12 @@ is SlackFit's (SuperServe, NSDI 2025).
 Knows nothing of threads, clocks or models: times are arguments, in seconds.
 """
 
-import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from server.engine.times import Flow, ServiceTimes, largest_batch
 
 #: Share of the time left that is planned with; the rest is for what cannot be foreseen.
 MARGIN = 0.8
@@ -20,100 +21,6 @@ MARGIN = 0.8
 LOAD = 0.9
 #: Seconds for which the highest rate that was needed is kept.
 HOLD = 1.0
-#: A batch takes at most this share of its most urgent image's whole time: who comes while it
-#: runs still has most of theirs.
-SLICE = 1 / 3
-
-
-class ServiceTimes:
-    """How long a batch takes at each rate: measured before serving, kept current while serving.
-
-    Each measurement moves its own cell a little and the pace of all cells more: a machine that
-    slows down slows down at every rate, also at those that do not run just now.
-    """
-
-    def __init__(self, macs: Callable[[int], int]) -> None:
-        """Know nothing yet but what an image costs.
-
-        Args:
-            macs: returns the multiply-adds of an image at a rate. What was never measured is
-                taken from what was, in proportion to them.
-        """
-        self._macs = macs
-        self._cells: dict[tuple[int, int], float] = {}
-        self._pace = 1.0
-
-    def measured(self, rate: int, images: int, seconds: float) -> None:
-        """Take note of a batch that ran."""
-        if seconds <= 0:  # too short for the clock: says nothing of the ratio
-            return
-        key = rate, _bucket(images)
-        # A bucket's cell is for a full one.
-        seconds *= key[1] / images
-        if key not in self._cells:
-            self._cells[key] = seconds / self._pace
-            return
-        ratio = seconds / (self._cells[key] * self._pace)
-        self._pace *= ratio**0.2
-        self._cells[key] *= ratio**0.1
-
-    def settle(self, rates: Sequence[int], sizes: Sequence[int]) -> None:
-        """Keep what is expected of batches that were not measured.
-
-        It shall not follow from another rate any more, which may become faster by itself.
-        """
-        for rate, images in itertools.product(rates, sizes):
-            key = rate, _bucket(images)
-            self._cells[key] = self._cell(*key) / self._pace
-
-    def forget(self, rate: int) -> list[int]:
-        """Forget a rate, which has become faster by itself; return the sizes that were known."""
-        sizes = [size for known, size in self._cells if known == rate]
-        for size in sizes:
-            del self._cells[rate, size]
-        return sizes
-
-    def batch(self, rate: int, images: int) -> float:
-        """Return the seconds to expect of a batch; 0 before anything was measured."""
-        bucket = _bucket(images)
-        return self._cell(rate, bucket) * images / bucket
-
-    def image(self, rate: int, batch: int) -> float:
-        """Return the seconds to expect of an image among `batch`."""
-        return self.batch(rate, batch) / batch
-
-    def _cell(self, rate: int, bucket: int) -> float:
-        if not self._cells:
-            return 0.0
-        found = self._cells.get((rate, bucket))
-        if found is None:
-            other, size = min(
-                self._cells,
-                key=lambda cell: (abs(math.log2(cell[1] / bucket)), abs(cell[0] - rate)),
-            )
-            scale = bucket * self._macs(rate) / (size * self._macs(other))
-            found = self._cells[other, size] * scale
-        return found * self._pace
-
-
-class Flow:
-    """How much arrives a second, of late: images, or seconds of work."""
-
-    def __init__(self) -> None:
-        self._amount = 0.0
-        self._at = -math.inf
-
-    def add(self, amount: float, now: float, window: float) -> None:
-        """Take note of an arrival; it counts less and less over some `window` seconds."""
-        self._amount = self._left(now, window) + amount
-        self._at = now
-
-    def rate(self, now: float, window: float) -> float:
-        """Return the amount a second."""
-        return self._left(now, window) / window
-
-    def _left(self, now: float, window: float) -> float:
-        return self._amount * math.exp((self._at - now) / window)
 
 
 @dataclass(frozen=True)
@@ -129,7 +36,11 @@ class Decision:
 
 
 class Controller:
-    """Chooses rates for one model. Its memory is what was needed over the last `HOLD` seconds."""
+    """Chooses rates for one model. Its memory is what was needed over the last `HOLD` seconds.
+
+    What a request asks for decides its own rate alone: the memory leaves out the bounds of
+    requests, and deadlines that are shorter than the server's own.
+    """
 
     def __init__(self, times: ServiceTimes, max_batch: int, slo: float = math.inf) -> None:
         """Begin at rate 0.
@@ -145,6 +56,11 @@ class Controller:
         self.arrivals = Flow()
         self.rate = 0  # the last one chosen
         self._needs: deque[tuple[float, int]] = deque()  # falling rates, the highest first
+
+    @property
+    def need(self) -> int:
+        """The highest rate that was needed of late."""
+        return self._needs[0][1] if self._needs else 0
 
     def window(self) -> float:
         """Return over how many seconds arrivals are counted: one image must not look like load."""
@@ -164,29 +80,40 @@ class Controller:
         return self.times.image(rate, size)
 
     def choose(
-        self, low: int, high: int, dues: Sequence[float], elsewhere: "Elsewhere", now: float
+        self,
+        low: int,
+        high: int,
+        waiting: Sequence[tuple[float, float]],
+        elsewhere: "Elsewhere",
+        now: float,
     ) -> Decision:
         """Choose the rate of the next batch.
 
         Args:
             low, high: the range of rates that is allowed.
-            dues: when each image that waits is due, the most urgent first.
+            waiting: when each image that waits arrived and is due, the most urgent first.
             elsewhere: what else the device has to do.
             now: the time.
         """
+        dues = [due for _, due in waiting]
         needed, reason = self._needed(low, high, dues, elsewhere, now)
+        usual = [max(due, arrived + self.slo) for arrived, due in waiting]
+        self._remember(self._needed(0, high, usual, elsewhere, now)[0], now)
+        held = min(high, self.need)
+        self.rate = max(needed, held)
+        return Decision(self.rate, reason if held <= needed else "cooling")
+
+    def _remember(self, needed: int, now: float) -> None:
         while self._needs and self._needs[-1][1] <= needed:
             self._needs.pop()
         self._needs.append((now, needed))
         while self._needs[0][0] < now - HOLD:
             self._needs.popleft()
-        held = min(high, self._needs[0][1])
-        self.rate = max(needed, held)
-        return Decision(self.rate, reason if held <= needed else "cooling")
 
     def _needed(
         self, low: int, high: int, dues: Sequence[float], elsewhere: "Elsewhere", now: float
     ) -> tuple[int, str]:
+        """Return the lowest rate in the range that will do, and why `low` will not."""
         first, last = (MARGIN * (due - now) for due in (dues[0], max(dues[0], dues[-1])))
         waiting = len(dues)
         reason = "quality"
@@ -215,28 +142,3 @@ class Elsewhere:
 
     seconds: float = 0.0
     load: float = 0.0
-
-
-def largest_batch(
-    times: ServiceTimes, rate: int, waiting: int, limit: int, budget: float, slack: float
-) -> int:
-    """Return how many images to run at once.
-
-    As many as wait, up to `limit`, if that takes no more than a `SLICE` of the most urgent one's
-    whole time (`budget` seconds) and than it has left (`slack`). Where it is late already only
-    the pace counts, which full batches are best for: small ones would make all others late too.
-    """
-    if slack <= 0:
-        return min(waiting, limit)
-    allowed = SLICE * budget
-    if slack > times.batch(rate, 1):
-        allowed = min(allowed, slack)
-    size = min(waiting, limit)
-    while size > 1 and times.batch(rate, size) > allowed:
-        size = max(1, size // 2)
-    return size
-
-
-def _bucket(images: int) -> int:
-    """Return the power of two that a batch is counted under."""
-    return 1 << (images - 1).bit_length()

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.engine.rates import Controller, Elsewhere, Flow, largest_batch
+from server.engine.rates import Controller, Elsewhere
+from server.engine.times import Flow, largest_batch
 
 
 class Work(Protocol):
@@ -101,17 +102,24 @@ class Scheduler:
         self._queues: dict[Work, list[Any]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
-
         self._waiting = 0
 
     def __len__(self) -> int:
         """Return how many images wait."""
         return self._waiting
 
-    @property
-    def full(self) -> bool:
-        """Whether a batch of full size waits."""
-        return any(len(queue) >= self.max_batch for queue in self._queues.values())
+    def patience(self, now: float) -> float:
+        """Return for how many seconds the next batch may wait for more images.
+
+        No longer than the most urgent image can wait, and not at all for a batch of full size.
+        """
+        if any(len(queue) >= self.max_batch for queue in self._queues.values()):
+            return 0.0
+        latest = (
+            queue[0].due - work.controller.times.batch(work.high, len(queue))
+            for work, queue in self._queues.items()
+        )
+        return min(latest, default=math.inf) - now
 
     def queued(self) -> Counter[Work]:
         """Return how many images wait for each kind of work."""
@@ -129,7 +137,7 @@ class Scheduler:
 
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""
-        insort(self._queues.setdefault(job.work, []), job, key=_urgency)
+        insort(self._queues.setdefault(job.work, []), job, key=urgency)
         self._waiting += 1
 
     def discard(self, job: Waiting) -> None:
@@ -145,12 +153,12 @@ class Scheduler:
         """Take the next batch out of its queue; None if nothing waits."""
         if not self._queues:
             return None
-        work, queue = min(self._queues.items(), key=lambda item: _urgency(item[1][0]))
+        work, queue = min(self._queues.items(), key=lambda item: urgency(item[1][0]))
         rate, reason = work.rate, "asked"
         if rate is None:
-            dues = [job.due for job in queue]
+            waiting = [(job.arrived, job.due) for job in queue]
             elsewhere = self._elsewhere(work, now)
-            decision = work.controller.choose(work.low, work.high, dues, elsewhere, now)
+            decision = work.controller.choose(work.low, work.high, waiting, elsewhere, now)
             rate, reason = decision.rate, decision.reason
         head = queue[0]
         size = largest_batch(
@@ -190,14 +198,14 @@ class Scheduler:
         total = 0.0
         for other, queue in self._queues.items():
             if other != work and (images := _due_until(queue, due)):
-                rate = other.controller.rate if other.rate is None else other.rate
+                rate = min(max(other.low, other.controller.need), other.high)
                 total += images * other.controller.seconds(rate, images)
         return total
 
     def _elsewhere(self, work: Work, now: float) -> Elsewhere:
         load = self._exact.rate(now, work.controller.window())
         for other in self._controllers - {work.controller}:
-            load += other.load(other.rate, now)
+            load += other.load(other.need, now)
         return Elsewhere(self._backlog(work, self._queues[work][-1].due), load)
 
 
@@ -206,5 +214,6 @@ def _due_until(queue: Sequence[Waiting], due: float) -> int:
     return bisect_right(queue, due, key=lambda job: job.due)
 
 
-def _urgency(job: Waiting) -> tuple[float, int]:
+def urgency(job: Waiting) -> tuple[float, int]:
+    """Return what images are sorted by, the most urgent first: when they are due, then age."""
     return job.due, job.number

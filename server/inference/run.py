@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from torch import Tensor
 
-from server.engine.engine import Answer, Engine
+from server.engine.engine import Engine
+from server.engine.job import Answer
 from server.engine.scheduler import Work
 from server.errors import DeadlineError, ParameterError, UploadTimeoutError
 from server.models import pictures

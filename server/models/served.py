@@ -20,7 +20,8 @@ from torch import Tensor
 
 from adapters import Bank, Store, TaskInfo, open_bank, open_task
 from adapters.geometry import first_fault
-from server.engine.rates import Controller, ServiceTimes
+from server.engine.rates import Controller
+from server.engine.times import ServiceTimes
 from server.models.graphs import Forward, Graphs
 from server.models.weights import Backbones, Deltas
 from server.schemas import Evaluation

@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.rates import Flow
 from server.engine.scheduler import Runnable, Work
+from server.engine.times import Flow
 from server.models.registry import Registry
 from server.models.served import RateWork
 from server.v1 import answers

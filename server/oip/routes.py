@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from torch import Tensor
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.errors import (
     ForbiddenError,
     ImageError,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.oip.schemas import BatchStatistics, Duration, InferenceStatistics, ModelStatistics
 
 

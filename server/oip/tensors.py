@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.errors import BadRequestError, ImageError, TooLargeError
 from server.inference.run import prepare
 from server.models.served import RateWork, ServedModel

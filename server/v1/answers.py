@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.models.served import AutoWork, RateWork, ServedModel
 from server.schemas import (
     BankSummary,

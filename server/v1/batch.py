@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.inference.run import ClassifyQuery, top_k, work_for
 from server.observe.log import INFERENCE, note
 from server.schemas import BatchLine

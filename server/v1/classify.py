@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.inference.run import ClassifyQuery, ask, top_k
 from server.observe.log import INFERENCE
 from server.schemas import Classification, Classifications, Problem

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from torch.nn import functional as F
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.inference.run import RateQuery, ask
 from server.observe.log import INFERENCE
 from server.schemas import Embedding, Embeddings, Problem

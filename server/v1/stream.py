@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from adapters.geometry import first_fault
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.engine.scheduler import Work
 from server.errors import (
     DeadlineError,

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.engine import Answer, Engine
-from server.engine.rates import Controller, ServiceTimes
+from server.engine.engine import Engine
+from server.engine.job import Answer
+from server.engine.rates import Controller
+from server.engine.times import ServiceTimes
 
 
-def controller(max_batch: int = 8, highest: int = 16) -> Controller:
+def controller(max_batch: int = 8, highest: int = 16, slo: float = math.inf) -> Controller:
     """A controller of a model whose rates save what they save a DeiT: half at the highest."""
-    return Controller(ServiceTimes(lambda rate: 2 * highest - rate), max_batch)
+    return Controller(ServiceTimes(lambda rate: 2 * highest - rate), max_batch, slo)
 
 
 @dataclass(frozen=True)

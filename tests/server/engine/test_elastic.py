@@ -79,7 +79,7 @@ def simulate(
 
 
 def open_work() -> Open:
-    return Open(controller=controller(BATCH))
+    return Open(controller=controller(BATCH, slo=SLO))
 
 
 def in_time(images: list[Image]) -> float:
@@ -108,7 +108,9 @@ def test_a_steady_load_that_only_high_rates_can_do_is_done(seed):
     images = simulate(open_work(), poisson(lambda now: load, 30, seed))
     assert in_time(between(images, 2, 30)) > 0.97
     assert mean_rate(between(images, 2, 30)) > 12
-    stock = simulate(Exact(rate=0, controller=controller(BATCH)), poisson(lambda now: load, 30, 0))
+    stock = simulate(
+        Exact(rate=0, controller=controller(BATCH, slo=SLO)), poisson(lambda now: load, 30, 0)
+    )
     assert in_time(stock) < 0.2
 
 
@@ -163,7 +165,7 @@ def test_more_than_any_rate_can_do_runs_at_the_highest():
 
 
 def test_exact_rates_are_kept_beside_open_ones():
-    shared = controller(BATCH)
+    shared = controller(BATCH, slo=SLO)
     exact, left = Exact(rate=3, controller=shared), Open(controller=shared)
     scheduler = Scheduler(BATCH)
     for i in range(40):
@@ -179,7 +181,7 @@ def test_exact_rates_are_kept_beside_open_ones():
 
 
 def test_exact_rates_that_arrive_count_as_load():
-    shared = controller(BATCH)
+    shared = controller(BATCH, slo=SLO)
     for rate, size in itertools.product(range(17), (1, 2, 4, 8)):
         shared.times.measured(rate, size, seconds(rate, size))
     exact, left = Exact(rate=0, controller=shared), Open(controller=shared)

@@ -6,6 +6,7 @@ waits; so nothing here depends on who is faster.
 
 import math
 import threading
+import weakref
 from concurrent.futures import CancelledError
 from functools import partial
 
@@ -132,6 +133,43 @@ def test_what_is_late_is_not_even_prepared(make, work, clock):
     with pytest.raises(DeadlineError):
         late.result(PATIENCE)
     assert not prepared
+
+
+def test_the_most_urgent_image_is_prepared_first(make, work, clock):
+    engine = make()
+    begun, go = threading.Event(), threading.Event()
+    engine.submit(work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
+    assert begun.wait(PATIENCE)
+    prepared: list[int] = []
+
+    def note(value: int) -> Tensor:
+        prepared.append(value)
+        return image(value)()
+
+    for value, seconds in ((1, math.inf), (2, 30), (3, 20), (4, 40)):
+        engine.submit(work, partial(note, value), clock.now + seconds)
+    go.set()
+    settle(engine)
+    assert prepared == [3, 2, 4, 1]
+
+
+def test_the_upload_of_an_image_that_is_given_up_is_free_at_once(make, work):
+    class Upload:
+        def __call__(self) -> Tensor:
+            return image(1)()
+
+    engine = make()
+    begun, go = threading.Event(), threading.Event()
+    engine.submit(work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
+    assert begun.wait(PATIENCE)
+    upload = Upload()
+    held = weakref.ref(upload)
+    future = engine.submit(work, upload, math.inf)
+    del upload
+    assert held() is not None
+    future.cancel()
+    assert held() is None
+    go.set()
 
 
 def test_what_is_given_up_is_dropped_before_inference(make, work):
@@ -281,6 +319,16 @@ def test_an_idle_worker_waits_for_company_if_told_to(make, work):
     second = submit(engine, work, 2)
     # Long before its 30 seconds are over the batch is full.
     assert first.result(PATIENCE).batch_size == second.result(PATIENCE).batch_size == 2
+
+
+def test_the_wait_for_company_ends_where_an_image_would_be_late(make, clock):
+    ran = threading.Event()
+    engine = make(max_batch=2, max_wait=math.inf)
+    work = Exact(lambda images: ran.set() or images.flatten(1))
+    work.controller.times.measured(0, 1, 2.0)
+    engine.start()
+    engine.submit(work, image(1), clock.now + 2.0)  # not a moment to spare
+    assert ran.wait(PATIENCE)
 
 
 def test_a_stop_ends_the_wait_for_company(make, work):

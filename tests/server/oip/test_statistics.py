@@ -1,4 +1,4 @@
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.oip.statistics import Statistics
 from tests.server.works import Exact
 

@@ -1,6 +1,6 @@
 import torch
 
-from server.engine.engine import Answer
+from server.engine.job import Answer
 from server.models.served import Output, ServedModel
 from server.oip.tensors import parameters
 

@@ -1,0 +1,70 @@
+"""One image on its way through the engine, and what the engine says of it in the end."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from server.engine.scheduler import Runnable, Work
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine says about one image.
+
+    Attributes:
+        output: what the work returned for it.
+        work: what ran; at the rate that was chosen, where none was asked for.
+        reason: of that rate: `asked`, or one of the controller's.
+        decode: seconds that preparing the image took.
+        queue: seconds that it waited, for the pool and for its batch.
+        inference: seconds that its batch ran.
+        batch_size: images in that batch.
+    """
+
+    output: Any
+    work: Runnable
+    reason: str
+    decode: float
+    queue: float
+    inference: float
+    batch_size: int
+
+
+class Job(Future[Answer]):
+    """The future that a caller gets, with what it takes to fulfil it.
+
+    One object, so that it is freed with its image as soon as the last one lets go: a job and
+    a future that know each other would wait for the garbage collector.
+    """
+
+    # Set once the image is prepared.
+    image: Tensor
+    decode: float
+
+    def __init__(
+        self,
+        work: Work,
+        prepare: Callable[[], Tensor],
+        deadline: float,
+        due: float,
+        number: int,
+        arrived: float,
+    ) -> None:
+        super().__init__()
+        self.work = work
+        # None once it runs, or is given up: it may hold a whole upload.
+        self.prepare: Callable[[], Tensor] | None = prepare
+        self.deadline = deadline
+        self.due = due
+        self.number = number
+        self.arrived = arrived
+
+    def fail(self, error: Exception) -> bool:
+        """Fail an image that has not begun, unless it was given up; return whether it failed."""
+        if not self.set_running_or_notify_cancel():
+            return False
+        self.set_exception(error)
+        return True

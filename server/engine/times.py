@@ -1,0 +1,136 @@
+"""How long batches take and how much arrives: what rates and batch sizes are chosen by.
+
+Knows nothing of threads, clocks or models: times are arguments, in seconds.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+#: A batch takes at most this share of its most urgent image's whole time: requests that arrive
+#: while it runs still have most of theirs.
+SLICE = 1 / 3
+
+
+class _Table(NamedTuple):
+    cells: Mapping[tuple[int, int], float]  # (rate, bucket of images): seconds at pace 1
+    pace: float
+
+
+class ServiceTimes:
+    """How long a batch takes at each rate: measured before serving, kept current while serving.
+
+    Each measurement moves its own cell a little and the pace of all cells more: a machine that
+    slows down slows down at every rate, also at those that do not run just now.
+
+    One thread writes, the one that runs batches; any thread reads. A change replaces the table as
+    a whole, so a reader needs no lock.
+    """
+
+    def __init__(self, macs: Callable[[int], int]) -> None:
+        """Know nothing yet but what an image costs.
+
+        Args:
+            macs: returns the multiply-adds of an image at a rate. What was never measured is
+                taken from what was, in proportion to them.
+        """
+        self._macs = macs
+        self._table = _Table({}, 1.0)
+
+    def measured(self, rate: int, images: int, seconds: float) -> None:
+        """Take note of a batch that ran."""
+        if seconds <= 0:  # too short for the clock: says nothing of the ratio
+            return
+        cells, pace = self._table
+        key = rate, _bucket(images)
+        # A bucket's cell is for a full one.
+        seconds *= key[1] / images
+        if key not in cells:
+            self._table = _Table({**cells, key: seconds / pace}, pace)
+            return
+        ratio = seconds / (cells[key] * pace)
+        self._table = _Table({**cells, key: cells[key] * ratio**0.1}, pace * ratio**0.2)
+
+    def settle(self, rates: Sequence[int], sizes: Sequence[int]) -> None:
+        """Keep what is expected of batches that were not measured.
+
+        From now on it does not follow from another rate, which may become faster by itself.
+        """
+        cells, pace = self._table
+        keys = [(rate, _bucket(images)) for rate, images in itertools.product(rates, sizes)]
+        self._table = _Table({**cells, **{key: self._cell(*key) / pace for key in keys}}, pace)
+
+    def forget(self, rate: int) -> list[int]:
+        """Forget a rate, which has become faster by itself; return the sizes that were known."""
+        cells, pace = self._table
+        others = {key: seconds for key, seconds in cells.items() if key[0] != rate}
+        self._table = _Table(others, pace)
+        return [size for known, size in cells if known == rate]
+
+    def batch(self, rate: int, images: int) -> float:
+        """Return the seconds to expect of a batch; 0 before anything was measured."""
+        bucket = _bucket(images)
+        return self._cell(rate, bucket) * images / bucket
+
+    def image(self, rate: int, batch: int) -> float:
+        """Return the seconds to expect of an image among `batch`."""
+        return self.batch(rate, batch) / batch
+
+    def _cell(self, rate: int, bucket: int) -> float:
+        cells, pace = self._table
+        if not cells:
+            return 0.0
+        found = cells.get((rate, bucket))
+        if found is None:
+            other, size = min(
+                cells, key=lambda cell: (abs(math.log2(cell[1] / bucket)), abs(cell[0] - rate))
+            )
+            scale = bucket * self._macs(rate) / (size * self._macs(other))
+            found = cells[other, size] * scale
+        return found * pace
+
+
+class Flow:
+    """How much arrives a second, of late: images, or seconds of work."""
+
+    def __init__(self) -> None:
+        self._amount = 0.0
+        self._at = -math.inf
+
+    def add(self, amount: float, now: float, window: float) -> None:
+        """Take note of an arrival; it counts less and less over some `window` seconds."""
+        self._amount = self._left(now, window) + amount
+        self._at = now
+
+    def rate(self, now: float, window: float) -> float:
+        """Return the amount a second."""
+        return self._left(now, window) / window
+
+    def _left(self, now: float, window: float) -> float:
+        return self._amount * math.exp((self._at - now) / window)
+
+
+def largest_batch(
+    times: ServiceTimes, rate: int, waiting: int, limit: int, budget: float, slack: float
+) -> int:
+    """Return how many images to run at once.
+
+    As many as wait, up to `limit`, if that takes no more than a `SLICE` of the most urgent one's
+    whole time (`budget` seconds) and than it has left (`slack`). Where it is late already only
+    the pace counts, which full batches are best for: small ones would make all others late too.
+    """
+    if slack <= 0:
+        return min(waiting, limit)
+    allowed = SLICE * budget
+    if slack > times.batch(rate, 1):
+        allowed = min(allowed, slack)
+    size = min(waiting, limit)
+    while size > 1 and times.batch(rate, size) > allowed:
+        size = max(1, size // 2)
+    return size
+
+
+def _bucket(images: int) -> int:
+    """Return the power of two that a batch is counted under."""
+    return 1 << (images - 1).bit_length()

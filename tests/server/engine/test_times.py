@@ -1,0 +1,113 @@
+import math
+import sys
+import threading
+
+import pytest
+
+from server.engine.times import Flow, ServiceTimes, largest_batch
+from tests.server.engine.test_rates import timed
+
+
+def test_times_before_anything_was_measured():
+    assert ServiceTimes(lambda rate: 1).batch(0, 8) == 0
+
+
+def test_times_are_those_measured():
+    times = ServiceTimes(lambda rate: 1)
+    times.measured(0, 1, 2.0)
+    times.measured(0, 4, 5.0)
+    times.measured(8, 3, 3.0)  # three quarters of a batch of 4
+    assert times.batch(0, 1) == 2
+    assert times.batch(0, 4) == 5
+    assert times.batch(8, 4) == 4
+    assert times.image(0, 4) == 1.25
+
+
+def test_times_that_were_not_measured_follow_the_multiply_adds():
+    times = ServiceTimes(lambda rate: 32 - rate)
+    times.measured(0, 1, 2.0)
+    assert times.batch(16, 1) == 1
+    assert times.batch(0, 8) == 16
+
+
+def test_what_is_settled_no_longer_follows_another_rate():
+    times = ServiceTimes(lambda rate: 100 - rate)
+    times.measured(0, 4, 1.0)
+    times.measured(0, 4, 2.0)  # the pace of all changes
+    expected = times.batch(10, 4)
+    times.settle([10], [4])
+    assert times.batch(10, 4) == pytest.approx(expected)
+    assert times.forget(0) == [4]
+    times.measured(0, 4, 0.1)
+    assert times.batch(10, 4) == pytest.approx(expected)
+
+
+def test_a_machine_that_slows_down_does_so_at_every_rate():
+    times = ServiceTimes(lambda rate: 1)
+    for rate in (0, 8, 16):
+        times.measured(rate, 1, 1.0)
+    for _ in range(30):
+        times.measured(16, 1, 3.0)
+    assert times.batch(16, 1) == pytest.approx(3, rel=0.01)
+    assert times.batch(0, 1) > 2
+    for _ in range(100):
+        times.measured(0, 1, 3.0)
+    assert times.batch(0, 1) == pytest.approx(3, rel=0.01)
+
+
+def test_times_are_read_while_they_change():
+    """A table that changed in place would break the search for the nearest cell in it."""
+    times = ServiceTimes(lambda rate: 1)
+    times.measured(0, 1, 1.0)
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            for rate in range(1, 64):
+                times.measured(rate, 1, 1.0)
+            for rate in range(1, 64):
+                times.forget(rate)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    writer = threading.Thread(target=change)
+    writer.start()
+    try:
+        assert {times.batch(0, 8) > 0 for _ in range(3000)} == {True}
+    finally:
+        ended.set()
+        writer.join()
+        sys.setswitchinterval(before)
+
+
+def test_one_slow_batch_is_not_believed():
+    times = ServiceTimes(lambda rate: 1)
+    times.measured(0, 1, 1.0)
+    times.measured(0, 1, 100.0)
+    assert times.batch(0, 1) < 4
+
+
+def test_a_flow_forgets():
+    flow = Flow()
+    assert flow.rate(0.0, 1.0) == 0
+    for i in range(2000):
+        flow.add(1, i / 100, 1.0)
+    assert flow.rate(20.0, 1.0) == pytest.approx(100, rel=0.02)
+    assert flow.rate(30.0, 1.0) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("waiting", "limit", "budget", "slack", "size"),
+    [
+        (1, 8, 0.1, 0.1, 1),  # something always runs
+        (20, 8, math.inf, math.inf, 8),
+        (3, 8, math.inf, math.inf, 3),
+        (20, 8, 12.0, 12.0, 4),  # a third of the most urgent one's time
+        (20, 8, math.inf, 2.5, 2),  # the most urgent one keeps its time
+        (20, 8, math.inf, 0.5, 8),  # it is late already: others need not be
+        (20, 8, math.inf, -1.0, 8),
+    ],
+)
+def test_the_size_of_a_batch(waiting, limit, budget, slack, size):
+    times = timed().times
+    assert largest_batch(times, 0, waiting, limit, budget, slack) == size
