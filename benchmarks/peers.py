@@ -24,7 +24,8 @@ from torch import Tensor
 
 from server.engine.threads import set_torch_threads
 from server.models.pictures import decode
-from server.models.served import ServedModel, load_model
+from server.models.loading import load_model
+from server.models.served import ServedModel
 from server.settings import ModelSettings, Settings
 
 PATH = "/v1/classify"

@@ -22,7 +22,7 @@ from adapters import BackboneInfo, TaskInfo, TaskModel
 from adapters.task import tensor_shapes
 from benchmarks import machine
 from benchmarks.estimates import markdown
-from server.models.served import load_model
+from server.models.loading import load_model
 from server.models.weights import Backbones
 from server.settings import ModelSettings
 from tocom import load_backbone

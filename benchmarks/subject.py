@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.models.served import ServedModel, load_model
+from server.models.loading import load_model
+from server.models.served import ServedModel
 from server.settings import BUNDLED_MODEL, ModelSettings
 from tocom import bundled_folder
 from training.config import PicturesConfig

@@ -17,8 +17,8 @@ from server.banks import routes as bank_routes
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
 from server.engine.threads import set_torch_threads
+from server.models.loading import load_models
 from server.models.registry import Registry
-from server.models.served import load_models
 from server.observe import metrics, tracing
 from server.observe.log import RequestLog
 from server.observe.metrics import Metrics

@@ -8,7 +8,8 @@ import torch
 
 from server.errors import ImageError
 from server.inference.run import prepare, top_k
-from server.models.served import RateWork, ServedModel, load_models
+from server.models.loading import load_models
+from server.models.served import RateWork, ServedModel
 from server.schemas import Prediction
 from server.settings import Settings
 from server.v1 import answers

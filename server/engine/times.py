@@ -68,6 +68,11 @@ class ServiceTimes:
         self._table = _Table(others, pace)
         return [size for known, size in cells if known == rate]
 
+    @property
+    def known(self) -> set[tuple[int, int]]:
+        """The rates and sizes of batches that were measured, or settled."""
+        return set(self._table.cells)
+
     def batch(self, rate: int, images: int) -> float:
         """Return the seconds to expect of a batch; 0 before anything was measured."""
         bucket = _bucket(images)

@@ -10,22 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from adapters import Bank, Store, TaskInfo, open_bank, open_task
-from adapters.geometry import first_fault
+from adapters import Bank, TaskInfo
 from server.engine.rates import Controller
-from server.engine.times import ServiceTimes
 from server.models.graphs import Forward, Graphs
-from server.models.weights import Backbones, Deltas
+from server.models.weights import Deltas
 from server.schemas import Evaluation
-from server.settings import ModelSettings, Settings
 from tocom import (
     AnyDelta,
     Backbone,
@@ -48,33 +43,64 @@ class ServedModel:
         name: how requests call it.
         backbone: the stock model.
         bank: what makes up for a rate it was not tuned at; None: it runs without.
-        calibration: multipliers searched for it and this bank, in place of the bank's own.
         source: the rate that it was tuned at.
-        max_rate: requests may ask for 0..max_rate.
         transform: from an RGB picture to the image [3, H, W] that the model wants.
-        costs: at index r what an image costs at rate r.
         controller: chooses rates for it where requests leave that to the server.
         deltas: for any rate, which models on one backbone share.
         graphs: compiled forwards, which all models of a server share.
         evaluation: what was measured of it, if its folder says so.
         task: the task that was put on the backbone, if any.
+
+    Raises:
+        BankError: if the bank is for another backbone.
+        ConfigError: if the bank does not reach the rate that the model was tuned at.
     """
 
     name: str
     backbone: Backbone
     bank: Bank | None
-    calibration: Calibration | None
     source: int
-    max_rate: int
     transform: Any
-    costs: tuple[Cost, ...]
     controller: Controller
     deltas: Deltas
     graphs: Graphs
     evaluation: Evaluation | None = None
     task: TaskInfo | None = None
-    _made: dict[int, AnyDelta] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _made: dict[int, AnyDelta] = field(init=False, default_factory=dict, repr=False)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.bank is not None:
+            self.bank.check_geometry(self.backbone)
+            # Not check_fits: warnings are the whole process's, and this may run while it serves.
+            if not self.bank.distilled_on(self.backbone):
+                logger.info(
+                    "bank %s was distilled on other weights than %s has: right for a model tuned "
+                    "from that backbone, useless for another",
+                    self.bank.info.name, self.backbone.name,
+                )  # fmt: skip
+        if self.source > self.max_rate:
+            raise ConfigError(
+                f"model {self.name!r}: its source rate must be in 0..{self.max_rate}, got "
+                f"{self.source}"
+            )
+        _ = self.calibration  # what it warns of is said when the model is loaded
+
+    @property
+    def max_rate(self) -> int:
+        """The highest rate that requests may ask for."""
+        return self.bank.info.max_rate if self.bank else self.backbone.max_rate
+
+    @cached_property
+    def costs(self) -> tuple[Cost, ...]:
+        """What an image costs, at index r at rate r."""
+        size = self.backbone.input_size[1:]
+        return tuple(cost(self.backbone.model, rate, size) for rate in range(self.max_rate + 1))
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Multipliers searched for it and this bank, in place of the bank's own."""
+        return _calibration(self.name, self.backbone, self.bank, self.source)
 
     def parse_rate(self, text: str) -> int:
         """Read an exact rate that a request asks for.
@@ -102,24 +128,9 @@ class ServedModel:
     def with_bank(self, bank: Bank | None) -> "ServedModel":
         """Return a handle of the same model with another bank, or without one.
 
-        Weights and what is known of their speed are shared.
-
-        Raises:
-            BankError: if the bank is for another backbone.
-            ConfigError: if it does not reach the rate that the model was tuned at.
+        Weights and what is known of their speed are shared. Errors are those of the class.
         """
-        if bank is not None:
-            _check_fits(bank, self.backbone)
-        max_rate = _max_rate(self.name, self.backbone, bank, self.source)
-        return replace(
-            self,
-            bank=bank,
-            calibration=_calibration(self.name, self.backbone, bank, self.source),
-            max_rate=max_rate,
-            costs=_costs(self.backbone, max_rate),
-            _made={},
-            _lock=threading.Lock(),
-        )
+        return replace(self, bank=bank)
 
     def delta(self, rate: int) -> AnyDelta:
         """Return Δ(source→rate): made once, then kept."""
@@ -261,109 +272,6 @@ class AutoWork:
         return self.model.at(rate, self.compensate, self.trace)
 
 
-def load_models(settings: Settings) -> list[ServedModel]:
-    """Load all models of a server, where its settings say.
-
-    Raises:
-        TocomError: if one cannot be loaded, or there is no such device.
-    """
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
-    store = Store(settings.store)
-    batch, slo = settings.max_batch, settings.slo_ms / 1000
-    backbones = Backbones(
-        device,
-        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype)),
-        settings.max_folded_bytes,
-    )
-    return [load_model(each, backbones, batch, slo, store) for each in settings.models]
-
-
-def load_model(
-    settings: ModelSettings,
-    backbones: Backbones | None = None,
-    max_batch: int = 16,
-    slo: float = math.inf,
-    store: Store | None = None,
-) -> ServedModel:
-    """Load a model, its task and its bank.
-
-    Args:
-        settings: what to load.
-        backbones: those that are loaded, on the device where it runs; default: none, on the CPU.
-        max_batch: images in a forward, which its controller plans with.
-        slo: seconds in which answers are wanted, likewise.
-        store: where references to published banks are looked up.
-
-    Raises:
-        TocomError: if one cannot be loaded or they do not fit together.
-    """
-    backbones = backbones or Backbones()
-    backbone, deltas = backbones.get(settings.backbone, settings.architecture)
-    task = open_task(settings.task) if settings.task is not None else None
-    if task is not None:
-        backbone = task.on(backbone)
-        if task.info.method == "lora":  # it has changed weights that deltas are added to
-            deltas = backbones.deltas(backbone)
-    if not backbone.class_names:
-        raise ConfigError(
-            f"model {settings.name!r}: {settings.backbone} has no classification head; "
-            "tune it on a task first"
-        )
-    bank = None
-    if settings.bank is not None:
-        bank = open_bank(settings.bank, store)
-        _check_fits(bank, backbone)
-    size = backbone.input_size[1:]
-    source = backbone.source if settings.source is None else settings.source
-    max_rate = _max_rate(settings.name, backbone, bank, source)
-    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size).macs)
-    return ServedModel(
-        name=settings.name,
-        backbone=backbone,
-        bank=bank,
-        calibration=_calibration(settings.name, backbone, bank, source),
-        source=source,
-        max_rate=max_rate,
-        transform=create_transform(**backbone.data_config, is_training=False),
-        costs=_costs(backbone, max_rate),
-        controller=Controller(times, max_batch, slo),
-        deltas=deltas,
-        graphs=backbones.graphs,
-        task=task.info if task is not None else None,
-        evaluation=_evaluation(settings.name, backbone),
-    )
-
-
-def _costs(backbone: Backbone, max_rate: int) -> tuple[Cost, ...]:
-    size = backbone.input_size[1:]
-    return tuple(cost(backbone.model, rate, size) for rate in range(max_rate + 1))
-
-
-def _max_rate(name: str, backbone: Backbone, bank: Bank | None, source: int) -> int:
-    """Return the highest rate that can be asked for."""
-    max_rate = bank.info.max_rate if bank else backbone.max_rate
-    if source > max_rate:
-        raise ConfigError(f"model {name!r}: its source rate must be in 0..{max_rate}, got {source}")
-    return max_rate
-
-
-def _check_fits(bank: Bank, backbone: Backbone) -> None:
-    bank.check_geometry(backbone)
-    # Not check_fits: warnings are the whole process's, and this may run while it serves.
-    if not bank.distilled_on(backbone):
-        logger.info(
-            "bank %s was distilled on other weights than %s has: right for a model tuned from "
-            "that backbone, useless for another", bank.info.name, backbone.name,
-        )  # fmt: skip
-
-
 def _calibration(
     name: str, backbone: Backbone, bank: Bank | None, source: int
 ) -> Calibration | None:
@@ -379,14 +287,3 @@ def _calibration(
         name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
     )  # fmt: skip
     return None
-
-
-def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:
-    """Return the model's evaluation; one that cannot be shown is no reason not to serve."""
-    if backbone.evaluation is None:
-        return None
-    try:
-        return Evaluation.model_validate(backbone.evaluation)
-    except ValidationError as error:
-        logger.warning("model %r: its evaluation is not shown: %s", name, first_fault(error))
-        return None

@@ -21,7 +21,8 @@ from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from server.app import create_app
 from server.engine.engine import Engine
-from server.models.served import ServedModel, load_model
+from server.models.loading import load_model
+from server.models.served import ServedModel
 from server.settings import ModelSettings, Settings
 from tests.server.works import Clock, Double
 from tests.tocom_models import small_model

@@ -10,8 +10,9 @@ from adapters import BackboneInfo, Bank, BankInfo, Geometry, Store
 from adapters.bank import tensor_shapes
 from server.banks import routes as bank_routes
 from server.banks.catalogue import Banks
+from server.models.loading import load_model
 from server.models.registry import Registry
-from server.models.served import ServedModel, load_model
+from server.models.served import ServedModel
 from server.settings import Settings
 from server.web.access import Access
 from server.web.middleware import BodyLimit, RequestId

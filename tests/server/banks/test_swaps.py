@@ -16,7 +16,8 @@ from server.banks.catalogue import Banks
 from server.engine.engine import Engine
 from server.errors import UnusableBankError
 from server.models import weights as shared
-from server.models.served import ServedModel, load_model
+from server.models.loading import load_model
+from server.models.served import ServedModel
 from server.models.weights import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem

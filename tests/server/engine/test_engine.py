@@ -142,12 +142,12 @@ def test_the_most_urgent_image_is_prepared_first(make, work, clock):
     assert begun.wait(PATIENCE)
     prepared: list[int] = []
 
-    def note(value: int) -> Tensor:
-        prepared.append(value)
-        return image(value)()
+    def note(number: int) -> Tensor:
+        prepared.append(number)
+        return image(number)()
 
-    for value, seconds in ((1, math.inf), (2, 30), (3, 20), (4, 40)):
-        engine.submit(work, partial(note, value), clock.now + seconds)
+    for number, seconds in ((1, math.inf), (2, 30), (3, 20), (4, 40)):
+        engine.submit(work, partial(note, number), clock.now + seconds)
     go.set()
     settle(engine)
     assert prepared == [3, 2, 4, 1]

@@ -3,8 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from server.errors import UnknownModelError
+from server.models.loading import load_model
 from server.models.registry import Registry
-from server.models.served import ServedModel, load_model
+from server.models.served import ServedModel
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from adapters import Bank, compose
-from server.models.served import AutoWork, RateWork, ServedModel, load_model
+from server.models.loading import load_model
+from server.models.served import AutoWork, RateWork, ServedModel
 from server.settings import ModelSettings
 from tests.server.conftest import CLASSES, MAX_RATE
 from tests.tocom_models import small_model

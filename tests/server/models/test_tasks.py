@@ -9,7 +9,8 @@ from PIL import Image
 
 from adapters import TaskModel, compose, open_bank
 from server.app import create_app
-from server.models.served import ServedModel, load_model, load_models
+from server.models.loading import load_model, load_models
+from server.models.served import ServedModel
 from server.models.weights import Backbones
 from server.settings import ModelSettings, Settings
 from tests.adapters.banks import backbone_of

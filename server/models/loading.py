@@ -1,0 +1,103 @@
+"""Loading the models of a server: backbones once each, then tasks and banks on them."""
+
+import logging
+import math
+
+import torch
+from pydantic import ValidationError
+from timm.data.transforms_factory import create_transform
+
+from adapters import Store, open_bank, open_task
+from adapters.geometry import first_fault
+from server.engine.rates import Controller
+from server.engine.times import ServiceTimes
+from server.models.graphs import Graphs
+from server.models.served import ServedModel
+from server.models.weights import Backbones
+from server.schemas import Evaluation
+from server.settings import ModelSettings, Settings
+from tocom import Backbone, ConfigError, cost
+
+logger = logging.getLogger(__name__)
+
+
+def load_models(settings: Settings) -> list[ServedModel]:
+    """Load all models of a server, where its settings say.
+
+    Raises:
+        TocomError: if one cannot be loaded, or there is no such device.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
+    store = Store(settings.store)
+    batch, slo = settings.max_batch, settings.slo_ms / 1000
+    backbones = Backbones(
+        device,
+        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype)),
+        settings.max_folded_bytes,
+    )
+    return [load_model(each, backbones, batch, slo, store) for each in settings.models]
+
+
+def load_model(
+    settings: ModelSettings,
+    backbones: Backbones | None = None,
+    max_batch: int = 16,
+    slo: float = math.inf,
+    store: Store | None = None,
+) -> ServedModel:
+    """Load a model, its task and its bank.
+
+    Args:
+        settings: what to load.
+        backbones: those that are loaded, on the device where it runs; default: none, on the CPU.
+        max_batch: images in a forward, which its controller plans with.
+        slo: seconds in which answers are wanted, likewise.
+        store: where references to published banks are looked up.
+
+    Raises:
+        TocomError: if one cannot be loaded or they do not fit together.
+    """
+    backbones = backbones or Backbones()
+    backbone, deltas = backbones.get(settings.backbone, settings.architecture)
+    task = open_task(settings.task) if settings.task is not None else None
+    if task is not None:
+        backbone = task.on(backbone)
+        if task.info.method == "lora":  # it has changed weights that deltas are added to
+            deltas = backbones.deltas(backbone)
+    if not backbone.class_names:
+        raise ConfigError(
+            f"model {settings.name!r}: {settings.backbone} has no classification head; "
+            "tune it on a task first"
+        )
+    size = backbone.input_size[1:]
+    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size).macs)
+    return ServedModel(
+        name=settings.name,
+        backbone=backbone,
+        bank=open_bank(settings.bank, store) if settings.bank is not None else None,
+        source=backbone.source if settings.source is None else settings.source,
+        transform=create_transform(**backbone.data_config, is_training=False),
+        controller=Controller(times, max_batch, slo),
+        deltas=deltas,
+        graphs=backbones.graphs,
+        task=task.info if task is not None else None,
+        evaluation=_evaluation(settings.name, backbone),
+    )
+
+
+def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:
+    """Return the model's evaluation; one that cannot be shown is no reason not to serve."""
+    if backbone.evaluation is None:
+        return None
+    try:
+        return Evaluation.model_validate(backbone.evaluation)
+    except ValidationError as error:
+        logger.warning("model %r: its evaluation is not shown: %s", name, first_fault(error))
+        return None
