@@ -23,8 +23,8 @@ from fastapi import FastAPI, File
 from torch import Tensor
 
 from server.engine.threads import set_torch_threads
-from server.models.pictures import decode
 from server.models.loading import load_model
+from server.models.pictures import decode
 from server.models.served import ServedModel
 from server.settings import ModelSettings, Settings
 

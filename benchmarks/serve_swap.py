@@ -49,7 +49,7 @@ from benchmarks.load import (
 )
 from benchmarks.served import Served, serving
 from benchmarks.subject import Subject
-from server.inference.run import prepare
+from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.settings import Settings
 from tocom import forward

@@ -34,7 +34,7 @@ from benchmarks.load import Exchange, Request, closed_loop, form, upload
 from benchmarks.served import Served, free_port, running, serving
 from benchmarks.subject import Subject
 from server.engine.threads import set_torch_threads
-from server.inference.run import prepare
+from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.settings import Settings
 from tocom.allocator import keep_freed_memory

@@ -19,16 +19,16 @@ from server.engine.engine import Engine
 from server.engine.threads import set_torch_threads
 from server.models.loading import load_models
 from server.models.registry import Registry
-from server.observe import metrics, tracing
-from server.observe.log import RequestLog
+from server.observe import tracing
 from server.observe.metrics import Metrics
-from server.oip import routes as oip
+from server.observe.requests import RequestLog
+from server.oip import infer as oip_infer
+from server.oip import metadata as oip_metadata
 from server.oip.statistics import Statistics
-from server.page import routes as page
+from server.page import routes as page_routes
 from server.settings import Settings
-from server.v1 import batch as batches
-from server.v1 import classify, embed
-from server.v1 import models as routes
+from server.v1 import batch, infer, models
+from server.web import status
 from server.web.access import Access, require_api_key
 from server.web.middleware import BodyLimit, RequestId
 from server.web.problems import add_handlers
@@ -62,8 +62,8 @@ def create_app(settings: Settings) -> FastAPI:
     keep_freed_memory()
     threads = settings.threads or torch.get_num_threads()
     set_torch_threads(1)
-    models = Registry(load_models(settings))
-    counted = Metrics(models, settings.slo_ms / 1000)
+    registry = Registry(load_models(settings))
+    counted = Metrics(registry, settings.slo_ms / 1000)
     engine = Engine(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         observer=counted,
     )
     provider = tracing.provider(settings)
-    serving = Serving(settings, models, engine, counted, started=engine.clock())
+    serving = Serving(settings, registry, engine, counted, started=engine.clock())
     # FastAPI's own documentation page would load its scripts from the network.
     app = FastAPIOffline(
         title="ToCom Serve",
@@ -86,17 +86,23 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.serving = serving
     app.state.access = Access(settings)
-    app.state.banks = Banks(models, Store(settings.store), counted.swapped)
+    app.state.banks = Banks(registry, Store(settings.store), counted.swapped)
     app.state.statistics = Statistics()
     # A description that asks for keys where none are needed would be wrong.
     keys = [Depends(require_api_key)] if settings.api_keys else []
-    for router in (classify.router, batches.router, embed.router, oip.inference):
+    for router in (infer.router, batch.router, oip_infer.router):
         app.include_router(router, dependencies=keys)
-    for router in (routes.router, oip.router, bank_routes.router, metrics.router, page.router):
+    for router in (
+        models.router,
+        status.router,
+        oip_metadata.router,
+        bank_routes.router,
+        page_routes.router,
+    ):
         app.include_router(router)
     add_handlers(app)
     # A stream of images has no end; each of them has.
-    limits = {batches.PATH: math.inf, bank_routes.PATH: settings.max_bank_bytes}
+    limits = {batch.PATH: math.inf, bank_routes.PATH: settings.max_bank_bytes}
     app.add_middleware(BodyLimit, settings.max_body_bytes, by_path=limits)
     app.add_middleware(tracing.Stages, provider=provider)
     app.add_middleware(RequestLog, metrics=counted)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from server.errors import ImageError
-from server.inference.run import prepare, top_k
+from server.inference.run import top_k
 from server.models.loading import load_models
+from server.models.pictures import prepare
 from server.models.served import RateWork, ServedModel
 from server.schemas import Prediction
 from server.settings import Settings

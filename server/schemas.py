@@ -37,8 +37,8 @@ class MergeMap(BaseModel):
     )
 
 
-class Forward(BaseModel):
-    """What ran for an image, why and what it cost."""
+class ImageAnswer(BaseModel):
+    """What every answer to an image says: what ran, why and what it cost."""
 
     model: str
     asked_rate: str = Field(description="what the request asked for: a rate, or auto")
@@ -58,7 +58,7 @@ class Forward(BaseModel):
     request_id: str
 
 
-class Classification(Forward):
+class Classification(ImageAnswer):
     """The answer to a classification."""
 
     predictions: list[Prediction] = Field(description="most likely first")
@@ -72,7 +72,7 @@ class Classifications(BaseModel):
     results: list["Classification | Problem"]
 
 
-class Embedding(Forward):
+class Embedding(ImageAnswer):
     """The answer to a request for the features of an image."""
 
     embedding: list[float] = Field(description="pooled features: what the model's head reads")

@@ -145,7 +145,7 @@ class Banks:
 
     def users(self, digest: str) -> list[str]:
         """Return the names of the models that are served with a bank."""
-        return [model.name for model in self._models.all() if _digest(model) == digest]
+        return [model.name for model in self._models.all() if model.bank_digest == digest]
 
     def add(self, info: bytes, plugins: bytes) -> tuple[Known, bool]:
         """Publish a bank in the store, once it is found to be whole.
@@ -208,8 +208,8 @@ class Banks:
         with self._changing:
             old = self._models.get(name)
             bank = self.find(reference)
-            if bank.info.digest == _digest(old):
-                return Change(_digest(old), old)
+            if bank.info.digest == old.bank_digest:
+                return Change(old.bank_digest, old)
             return self._swap(old, bank.load)
 
     def detach(self, name: str) -> Change:
@@ -248,16 +248,12 @@ class Banks:
         finally:
             if self._swapped:
                 self._swapped(result)
-        logger.info("model %s: bank %s, before %s", new.name, _digest(new), _digest(old))
-        return Change(_digest(old), new)
+        logger.info("model %s: bank %s, before %s", new.name, new.bank_digest, old.bank_digest)
+        return Change(old.bank_digest, new)
 
 
 def _same(bank: Bank) -> Bank:
     return bank
-
-
-def _digest(model: ServedModel) -> str | None:
-    return None if model.bank is None else model.bank.info.digest
 
 
 def _read(folder: Path) -> BankInfo | None:

@@ -13,7 +13,9 @@ from adapters.bank import tensor_shapes
 from server.banks.catalogue import Banks, Change, Known, Origin
 from server.errors import BadRequestError, TooLargeError, UnsupportedTypeError
 from server.web.access import require_admin
+from server.web.body import FORM, content_type
 from server.web.problems import described
+from server.web.serving import held
 
 PATH = "/v1/banks"
 #: A real one has some kilobytes, notes included.
@@ -80,19 +82,12 @@ class BankChange(BaseModel):
     warning: str | None = Field(description="why the bank may be of no use to the model")
 
 
-def get_banks(request: Request) -> Banks:
-    """Return the banks of the application of a request."""
-    banks = request.app.state.banks
-    assert isinstance(banks, Banks)
-    return banks
-
-
-Shared = Annotated[Banks, Depends(get_banks)]
+BanksDep = Annotated[Banks, Depends(held("banks", Banks))]
 router = APIRouter(dependencies=[Depends(require_admin)], tags=["banks"])
 
 
 @router.get(PATH, responses=described(401, 403))
-def list_banks(banks: Shared) -> BankList:
+def list_banks(banks: BanksDep) -> BankList:
     """List the banks that models can be served with."""
     return BankList(banks=[BankEntry(**_entry(bank, banks)) for bank in banks.all()])
 
@@ -111,7 +106,7 @@ def list_banks(banks: Shared) -> BankList:
         }
     },
 )
-async def upload_bank(request: Request, response: Response, banks: Shared) -> BankDetail:
+async def upload_bank(request: Request, response: Response, banks: BanksDep) -> BankDetail:
     """Publish a bank: its two files, as the form fields `info` and `plugins`.
 
     It is seen once it is found to be whole, and is what its name stands for from then on.
@@ -125,7 +120,7 @@ async def upload_bank(request: Request, response: Response, banks: Shared) -> Ba
 
 
 @router.get(PATH + "/{bank}", responses=described(401, 403, 404))
-def describe_bank(bank: str, banks: Shared) -> BankDetail:
+def describe_bank(bank: str, banks: BanksDep) -> BankDetail:
     """Describe one bank, by eight or more digits of its digest, NAME or NAME@DIGEST."""
     return _detail(banks.find(bank), banks)
 
@@ -135,27 +130,26 @@ def describe_bank(bank: str, banks: Shared) -> BankDetail:
     status_code=status.HTTP_204_NO_CONTENT,
     responses=described(401, 403, 404, 409, 507),
 )
-def delete_bank(bank: str, banks: Shared) -> None:
+def delete_bank(bank: str, banks: BanksDep) -> None:
     """Remove a bank from the store, if no model is served with it."""
     banks.delete(bank)
 
 
 @router.put("/v1/models/{name}/bank", responses=described(401, 403, 404, 422))
-def attach_bank(name: str, choice: BankChoice, banks: Shared) -> BankChange:
+def attach_bank(name: str, choice: BankChoice, banks: BanksDep) -> BankChange:
     """Serve a model with a bank from now on; until it is ready the old one serves."""
     return _change(banks.attach(name, choice.bank))
 
 
 @router.delete("/v1/models/{name}/bank", responses=described(401, 403, 404, 422))
-def detach_bank(name: str, banks: Shared) -> BankChange:
+def detach_bank(name: str, banks: BanksDep) -> BankChange:
     """Serve a model without a bank from now on."""
     return _change(banks.detach(name))
 
 
 async def _read_form(request: Request) -> tuple[bytes, bytes]:
     """Return the two files of an uploaded bank; read here so that the key is asked for first."""
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if content_type(request) != FORM:
         raise UnsupportedTypeError(f"a bank is sent as multipart/form-data: {_HOW}")
     async with request.form(max_files=2, max_fields=2) as form:
         files = {name: part for name, part in form.items() if isinstance(part, UploadFile)}

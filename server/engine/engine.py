@@ -196,11 +196,26 @@ class Engine:
             QueueFullError: if no place is free, or what waits will take longer than there is.
             UnavailableError: if the engine is stopping.
         """
+        (job,) = self.submit_all(work, [prepare], deadline, due)
+        return job
+
+    def submit_all(
+        self,
+        work: Work,
+        prepares: list[Callable[[], Tensor]],
+        deadline: float,
+        due: float | None = None,
+    ) -> list[Future[Answer]]:
+        """Take several images, all or none; each is answered, or fails, by itself.
+
+        Arguments and errors as in `submit`. What prepares an image is taken out of the list, so
+        that its upload is not kept by it.
+        """
         with self._wake:
-            self.check_room()
+            self.check_room(len(prepares))
             now = self.clock()
             due = deadline if due is None else due
-            unprepared = self._taken - len(self._scheduler)
+            unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
             wait = self._scheduler.wait(work, due, unprepared, late=deadline > due)
             if now + wait > deadline:
                 raise QueueFullError(
@@ -208,12 +223,15 @@ class Engine:
                     f"{deadline - now:.3g} s",
                     retry_after=now + wait - deadline,
                 )
-            self._taken += 1
-            self._scheduler.arrived(work, now)
-            job = Job(work, prepare, deadline, due, next(self._numbers), now)
-            job.add_done_callback(self._leave)
-            self._pool.add(job)
-        return job
+            jobs: list[Future[Answer]] = []
+            while prepares:
+                self._taken += 1
+                self._scheduler.arrived(work, now)
+                job = Job(work, prepares.pop(0), deadline, due, next(self._numbers), now)
+                job.add_done_callback(self._leave)
+                self._pool.add(job)
+                jobs.append(job)
+        return jobs
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the worker, between two batches, as a forward would run there."""

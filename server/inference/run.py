@@ -1,69 +1,21 @@
-"""From what a request asks for to work for the engine, and to its answer.
-
-What every route that runs a model shares: the parameters of a rate, deadlines, waiting.
-"""
+"""From what a request asks for to work for the engine, and to its answers."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from torch import Tensor
 
 from server.engine.engine import Engine
 from server.engine.job import Answer
 from server.engine.scheduler import Work
-from server.errors import DeadlineError, ParameterError, UploadTimeoutError
-from server.models import pictures
+from server.errors import DeadlineError, ParameterError
+from server.inference.query import AUTO, RateQuery
 from server.models.served import AutoWork, RateWork, ServedModel
-from server.observe.log import note
 from server.settings import Settings
-from server.v1 import answers, uploads
-from server.web.access import charge
-from server.web.serving import Serving
 from tocom import TocomError
-
-AUTO = "auto"
-
-
-class RateQuery(BaseModel):
-    """Which model a request wants, at which rate and by when; nothing is ignored."""
-
-    # A misspelt rate must not be answered at another one.
-    model_config = ConfigDict(extra="forbid")
-
-    rate: str = Field(
-        default="0",
-        description="tokens merged per block, a whole number from 0 (the stock model) to the "
-        "model's `max_rate`; higher is cheaper. `auto`: the server chooses the lowest that keeps "
-        "the deadline",
-        examples=["8"],
-    )
-    min_rate: int | None = Field(
-        default=None, ge=0, description="lowest rate that `auto` may choose"
-    )
-    max_rate: int | None = Field(
-        default=None, ge=0, description="highest rate that `auto` may choose: a floor of quality"
-    )
-    deadline_ms: int | None = Field(
-        default=None, gt=0, le=600_000, description="milliseconds after which no answer is wanted"
-    )
-    model: str | None = Field(default=None, description="model to ask; default: the first")
-    compensate: bool = Field(
-        default=True, description="make up for the difference of rates with the model's bank"
-    )
-
-
-class ClassifyQuery(RateQuery):
-    """Parameters of a classification."""
-
-    top_k: int | None = Field(default=None, ge=1, description="number of predictions")
-    logits: bool = Field(default=False, description="also return the logits of all classes")
-    merge_map: bool = Field(default=False, description="also return which patches became one token")
 
 
 class Deadline:
@@ -76,10 +28,16 @@ class Deadline:
         at: when its answer is of no more use.
     """
 
-    def __init__(self, engine: Engine, wanted_ms: int | None, settings: Settings) -> None:
-        """Start now; `wanted_ms` is what the request said."""
+    def __init__(
+        self,
+        engine: Engine,
+        wanted_ms: int | None,
+        settings: Settings,
+        arrived: float | None = None,
+    ) -> None:
+        """Start when the request arrived, by default now; `wanted_ms` is what it said."""
         self._clock = engine.clock
-        self.arrived = engine.clock()
+        self.arrived = engine.clock() if arrived is None else arrived
         self.wanted_ms = min(wanted_ms or settings.timeout_ms, settings.timeout_ms)
         self.at = self.arrived + self.wanted_ms / 1000
         self.due = min(self.at, self.arrived + (wanted_ms or settings.slo_ms) / 1000)
@@ -148,82 +106,11 @@ def top_k(asked: int | None, model: ServedModel, settings: Settings) -> int:
     return asked
 
 
-def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
-    """Decode an uploaded image and bring it into the form [3, H, W] that the model wants.
-
-    Raises:
-        ServerError: what `pictures.decode` raises.
-    """
-    least_side = model.least_side if settings.reduce_jpegs else None
-    image: Tensor = model.transform(pictures.decode(data, settings.max_pixels, least_side))
-    return image
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What became of the images of a request, in their order.
-
-    Attributes:
-        outcomes: an answer, or why there is none, for each.
-        single: whether the request was for one image, to be answered by itself.
-        deadline: the request's.
-    """
-
-    outcomes: Sequence[Answer | TocomError]
-    single: bool
-    deadline: Deadline
-
-
-async def ask(request: Request, serving: Serving, query: RateQuery, trace: bool = False) -> Asked:
-    """Read the images of a request, run them and wait for what comes out.
-
-    Args:
-        request: holds the images.
-        serving: has the model.
-        query: which model, rate and deadline.
-        trace: whether to follow which tokens merge.
-
-    Raises:
-        ServerError: if the images cannot be read or taken; or if the only one fails.
-        ClientDisconnect: if nobody waits for the answer any more.
-    """
-    settings, engine = serving.settings, serving.engine
-    deadline = Deadline(engine, query.deadline_ms, settings)
-    model = serving.models.get(query.model)
-    work = work_for(model, query, settings, trace)
-    note(request, model=model.name, rate=query.rate)
-    engine.check_room()  # before the body is read: what cannot be taken need not be sent
-    try:
-        upload = await asyncio.wait_for(uploads.read_images(request, settings), deadline.left)
-    except asyncio.TimeoutError:
-        raise UploadTimeoutError(
-            f"the request body did not arrive within {deadline.wanted_ms} ms"
-        ) from None
-    engine.check_room(len(upload.images))
-    charge(request, len(upload.images) - 1)
-    waiting = _preparations(upload.images, model, settings)
-    outcomes = await answer_all(request, engine, work, waiting, deadline)
-    first = outcomes[0]
-    if isinstance(first, Answer):
-        note(request, **answers.notes(first))
-    elif upload.single:
-        raise first
-    return Asked(outcomes, upload.single, deadline)
-
-
-def _preparations(
-    data: list[bytes], model: ServedModel, settings: Settings
-) -> Iterator[Callable[[], Tensor]]:
-    """Yield what prepares each image; its bytes leave the list, to go once it is decoded."""
-    while data:
-        yield partial(prepare, data.pop(0), model, settings)
-
-
 async def answer_all(
     request: Request,
     engine: Engine,
     work: Work,
-    preparations: Iterable[Callable[[], Tensor]],
+    preparations: list[Callable[[], Tensor]],
     deadline: Deadline,
 ) -> list[Answer | TocomError]:
     """Run the images of a request; each is answered, or fails, by itself.
@@ -232,19 +119,16 @@ async def answer_all(
         request: is watched for its client's going.
         engine: runs them.
         work: what to do with each.
-        preparations: makes each image.
+        preparations: makes each image; taken out of the list, so that uploads are freed early.
         deadline: of all.
 
     Raises:
         QueueFullError, UnavailableError: if not all of them were taken; none is run then.
         ClientDisconnect: if nobody waits for them any more.
     """
-    futures: list[Future[Answer]] = []
+    futures = engine.submit_all(work, preparations, deadline.at, deadline.due)
     gone = asyncio.create_task(until_gone(request))
     try:
-        for preparation in preparations:
-            # One by one: what was taken must be known if a later one is refused.
-            futures.append(engine.submit(work, preparation, deadline.at, deadline.due))  # noqa: PERF401
         answered = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         either: set[asyncio.Future[Any]] = {answered, gone}
         await asyncio.wait(either, timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED)

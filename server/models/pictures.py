@@ -1,15 +1,18 @@
-"""From the bytes of an upload to an RGB picture, or to an error that says what is wrong.
+"""From the bytes of an upload to the image that a model wants, or to an error that says why not.
 
 Everything is checked before it costs memory: the format by its content, then the size, then
-the pixels are read. Does not resize or normalise: that is the model's transform.
+the pixels are read. Resizing and normalising are the model's own transform.
 """
 
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
+from server.models.served import ServedModel
+from server.settings import Settings
 
 #: Pillow knows some forty formats; a server needs these and none of the others' decoders.
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -17,6 +20,17 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 #: Longest side : shortest side. Transforms bring the shortest side to the model's size, so that
 #: a line of 20,000 x 1 pixels would become one of a thousand million.
 MAX_ASPECT = 100
+
+
+def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
+    """Decode an uploaded image and bring it into the form [3, H, W] that the model wants.
+
+    Raises:
+        ServerError: what `pictures.decode` raises.
+    """
+    least_side = model.least_side if settings.reduce_jpegs else None
+    image: Tensor = model.transform(decode(data, settings.max_pixels, least_side))
+    return image
 
 
 def decode(data: bytes, max_pixels: int, least_side: int | None = None) -> Image.Image:

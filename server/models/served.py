@@ -141,6 +141,15 @@ class ServedModel:
                 self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
             return self._made[rate]
 
+    def macs_ratio(self, rate: int) -> float:
+        """Return the multiply-adds of an image at a rate, compared to rate 0."""
+        return round(self.costs[rate].macs / self.costs[0].macs, 4)
+
+    @property
+    def bank_digest(self) -> str | None:
+        """The content of its bank; None without one."""
+        return None if self.bank is None else self.bank.info.digest
+
     @property
     def device(self) -> torch.device:
         """Where the model runs."""

@@ -1,32 +1,22 @@
-"""What the server counts, for Prometheus at `/metrics`.
+"""What the server counts, for Prometheus.
 
-The engine tells what happened to images, the request log what became of requests. What is a
-state rather than a count (queues, banks, readiness) is read when it is asked for. No label comes
+The engine tells what happened to images, the request log what became of requests. No label comes
 from outside: a model is one that is served, a rate one that it runs at.
 
 Does not name clients or images.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import prometheus_client
-from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.engine.scheduler import Runnable, Work
 from server.engine.times import Flow
 from server.models.registry import Registry
 from server.models.served import RateWork
-from server.v1 import answers
-
-if TYPE_CHECKING:
-    from server.web.serving import Serving
 
 # A second series for each counter and histogram, to say when it began, helps nobody.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -37,8 +27,6 @@ RATES = (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
 
 #: Seconds over which images a second are counted.
 WINDOW = 10.0
-
-router = APIRouter()
 
 
 class Metrics:
@@ -193,39 +181,3 @@ class Metrics:
     def images_per_second(self) -> float:
         """Return how many images ran a second, of late."""
         return self._recent.rate(self._clock(), WINDOW)
-
-
-class State(Collector):
-    """What a server is like at the moment that it is asked."""
-
-    def __init__(self, serving: "Serving") -> None:
-        self._serving = serving
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield queues, banks and readiness."""
-        status = answers.status(self._serving)
-        yield GaugeMetricFamily(
-            "tocom_ready", "Whether requests should be sent here.", value=status.ready
-        )
-        yield GaugeMetricFamily(
-            "tocom_inflight_images", "Images taken and not yet answered.", value=status.taken
-        )
-        depth = GaugeMetricFamily(
-            "tocom_queue_depth", "Images that wait for their batch.", labels=["model"]
-        )
-        info = GaugeMetricFamily(
-            "tocom_model_info", "The bank that a model runs with.", labels=["model", "digest"]
-        )
-        for model in status.models:
-            depth.add_metric([model.name], model.queued)
-            info.add_metric([model.name, model.bank_digest or ""], 1)
-        yield depth
-        yield info
-
-
-@router.get("/metrics", response_class=PlainTextResponse)
-def metrics(request: Request) -> PlainTextResponse:
-    """Tell Prometheus what the server counts."""
-    serving: Serving = request.app.state.serving
-    text = generate_latest(serving.metrics.registry) + generate_latest(State(serving))
-    return PlainTextResponse(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)

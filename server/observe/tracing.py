@@ -15,7 +15,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, Tracer, TracerProvider
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.observe.log import PROBES, STAGES, notes_of
+from server.observe.notes import PROBES, STAGES, notes_of
 from server.settings import Settings
 from tocom import ConfigError
 

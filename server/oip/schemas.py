@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
-from server.inference.run import RateQuery
+from server.inference.query import RateQuery
 
 #: Of every model; what changes about one is its bank, which answers name by its digest.
 VERSION = "1"

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from server.engine.job import Answer
 from server.errors import BadRequestError, ImageError, TooLargeError
-from server.inference.run import prepare
+from server.inference.ran import Ran
+from server.models.pictures import prepare
 from server.models.served import RateWork, ServedModel
 from server.oip.schemas import InferRequest, RequestedOutput
-from server.oip.wire import Input, Output
+from server.oip.wire import InputTensor, OutputTensor
 from server.settings import Settings
 
 IMAGE = "image"
@@ -52,7 +53,7 @@ def max_images(settings: Settings) -> int:
 
 
 def preparations(
-    sent: Sequence[Input], model: ServedModel, settings: Settings
+    sent: Sequence[InputTensor], model: ServedModel, settings: Settings
 ) -> list[Callable[[], Tensor]]:
     """Return what makes each image of a request, to be called where images are decoded.
 
@@ -126,12 +127,12 @@ def wanted(request: InferRequest, model: ServedModel) -> Sequence[RequestedOutpu
 
 def results(
     request: InferRequest, asked: Sequence[RequestedOutput], answers: Sequence[Answer]
-) -> list[Output]:
+) -> list[OutputTensor]:
     """Return the outputs that were asked for."""
     return [_result(each, request.parameters.binary_data_output, answers) for each in asked]
 
 
-def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> Output:
+def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> OutputTensor:
     attribute = FEATURES if asked.name == FEATURES else LOGITS
     values = torch.stack([getattr(answer.output, attribute) for answer in answers])
     if asked.name == PROBABILITIES:
@@ -142,7 +143,7 @@ def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> 
         assert isinstance(work, RateWork)
         found = _classified(values, asked.parameters.classification, work.model)
     own = asked.parameters.binary_data
-    return Output(asked.name, found, binary if own is None else own)
+    return OutputTensor(asked.name, found, binary if own is None else own)
 
 
 def _classified(values: Tensor, count: int, model: ServedModel) -> np.ndarray:
@@ -166,21 +167,18 @@ def telling(answers: Sequence[Answer]) -> Answer:
 
 def parameters(answers: Sequence[Answer]) -> dict[str, int | bool | str]:
     """Return what ran, why and at which cost; `rates` in the images' order if they differ."""
-    answer = telling(answers)
-    work = answer.work
-    assert isinstance(work, RateWork)
-    cost = work.model.costs[work.rate]
+    ran = Ran.of(telling(answers))
     told: dict[str, int | bool | str] = {
-        "rate": work.rate,
-        "reason": answer.reason,
-        "source_rate": work.model.source,
-        "compensate": work.compensate,
-        "tokens": cost.plan.tokens[-1],
-        "macs": cost.macs,
-        "batch_size": answer.batch_size,
+        "rate": ran.rate,
+        "reason": ran.reason,
+        "source_rate": ran.model.source,
+        "compensate": ran.compensate,
+        "tokens": ran.cost.plan.tokens[-1],
+        "macs": ran.cost.macs,
+        "batch_size": ran.batch_size,
     }
-    if work.model.bank is not None:
-        told["bank_digest"] = work.model.bank.info.digest
+    if ran.bank_digest is not None:
+        told["bank_digest"] = ran.bank_digest
     rates = [each.work.rate for each in answers]
     if len(set(rates)) > 1:
         told["rates"] = ",".join(map(str, rates))

@@ -42,7 +42,7 @@ _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
-class Input:
+class InputTensor:
     """A tensor as it was sent; what it holds is read only when it is asked for.
 
     Attributes:
@@ -123,7 +123,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputTensor:
     """A tensor to answer: fp32 numbers or strings, and whether they go behind the JSON.
 
     Numbers in JSON must be finite: it has no others.
@@ -181,7 +181,7 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
 
 def read_request(
     body: bytes, header: str | None, raw_input: str
-) -> tuple[InferRequest, list[Input]]:
+) -> tuple[InferRequest, list[InputTensor]]:
     """Read a request.
 
     Args:
@@ -205,7 +205,7 @@ def read_request(
         only = RequestInput(name=raw_input, shape=[1], datatype="BYTES")
         request = InferRequest(inputs=[only], parameters=InferQuery(binary_data_output=True))
         raw = memoryview(_LENGTH.pack(len(body)) + body)
-        return request, [Input(raw_input, "BYTES", (1,), raw)]
+        return request, [InputTensor(raw_input, "BYTES", (1,), raw)]
     request = parse(InferRequest, body[:length])
     return request, _inputs(request.inputs, memoryview(body)[length:])
 
@@ -232,7 +232,7 @@ def parse(kind: type[Schema], text: bytes) -> Schema:
         ) from None
 
 
-def _inputs(described: Sequence[RequestInput], raw: memoryview) -> list[Input]:
+def _inputs(described: Sequence[RequestInput], raw: memoryview) -> list[InputTensor]:
     """Give each input what is its own."""
     found = []
     at = 0
@@ -250,14 +250,16 @@ def _inputs(described: Sequence[RequestInput], raw: memoryview) -> list[Input]:
             )
         content = each.data if size is None else raw[at : at + size]
         assert content is not None
-        found.append(Input(each.name, each.datatype, tuple(each.shape), content))
+        found.append(InputTensor(each.name, each.datatype, tuple(each.shape), content))
         at += size or 0
     if at < len(raw):
         raise BadRequestError(f"the body has {len(raw) - at} bytes that belong to no input")
     return found
 
 
-def write_response(response: InferResponse, outputs: Sequence[Output]) -> tuple[bytes, int | None]:
+def write_response(
+    response: InferResponse, outputs: Sequence[OutputTensor]
+) -> tuple[bytes, int | None]:
     """Write an answer.
 
     Args:

@@ -1,38 +1,31 @@
 """From what models and engine say to the shapes that go over the wire."""
 
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from server.engine.job import Answer
-from server.models.served import AutoWork, RateWork, ServedModel
+from server.inference.query import ClassifyQuery, EmbedQuery
+from server.inference.ran import Ran, milliseconds
+from server.models.served import ServedModel
 from server.schemas import (
     BankSummary,
     Classification,
+    Embedding,
     MergeMap,
     ModelDetail,
-    ModelStatus,
     ModelSummary,
     Prediction,
     RateCost,
-    Status,
     TaskSummary,
     Timings,
     Tokens,
 )
 
-if TYPE_CHECKING:
-    from server.inference.run import ClassifyQuery
-    from server.web.serving import Serving
-
 
 def classification(
-    answer: Answer,
-    query: "ClassifyQuery",
-    top_k: int,
-    total: float,
-    request_id: str,
+    answer: Answer, query: ClassifyQuery, top_k: int, seconds: float, request_id: str
 ) -> Classification:
     """Describe the answer to one image.
 
@@ -40,20 +33,31 @@ def classification(
         answer: what the engine said.
         query: what was asked.
         top_k: predictions to list.
-        total: seconds from the request to now.
+        seconds: from the request's arrival to now.
         request_id: goes into the answer.
     """
-    work = _work(answer)
-    logits = answer.output.logits
+    ran, output = Ran.of(answer), answer.output
     described = Classification(
-        predictions=predictions(logits, work.model, top_k),
-        **spent(answer, query.rate, total, request_id),
+        predictions=predictions(output.logits, ran.model, top_k),
+        **_common(ran, query.rate, seconds, request_id),
     )
     if query.logits:
-        described.logits = logits.tolist()
+        described.logits = output.logits.tolist()
     if query.merge_map:
-        described.merge_map = _merge_map(work, answer.output.source)
+        described.merge_map = _merge_map(ran.model, output.source)
     return described
+
+
+def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str) -> Embedding:
+    """Describe the features of one image; arguments as of `classification`."""
+    features = answer.output.features
+    if query.normalize:
+        features = F.normalize(features, dim=0)
+    return Embedding(
+        embedding=features.tolist(),
+        normalized=query.normalize,
+        **_common(Ran.of(answer), query.rate, seconds, request_id),
+    )
 
 
 def predictions(logits: Tensor, model: ServedModel, top_k: int) -> list[Prediction]:
@@ -66,76 +70,29 @@ def predictions(logits: Tensor, model: ServedModel, top_k: int) -> list[Predicti
     ]
 
 
-def spent(answer: Answer, asked_rate: str, total: float, request_id: str) -> dict[str, Any]:
-    """Return the fields of `Forward`: what ran for an image, why and what it cost."""
-    work = _work(answer)
-    model = work.model
-    cost = model.costs[work.rate]
+def _common(ran: Ran, asked_rate: str, seconds: float, request_id: str) -> dict[str, Any]:
+    """Return the fields that every answer to an image has."""
+    plan = ran.cost.plan
     return {
-        "model": model.name,
+        "model": ran.model.name,
         "asked_rate": asked_rate,
-        "rate": work.rate,
-        "reason": answer.reason,
-        "source_rate": model.source,
-        "compensate": work.compensate,
-        "tokens": Tokens(
-            input=cost.plan.tokens_in,
-            blocks=list(cost.plan.tokens),
-            final=cost.plan.tokens[-1],
-        ),
-        "macs": cost.macs,
-        "macs_ratio": _ratio(model, work.rate),
+        "rate": ran.rate,
+        "reason": ran.reason,
+        "source_rate": ran.model.source,
+        "compensate": ran.compensate,
+        "tokens": Tokens(input=plan.tokens_in, blocks=list(plan.tokens), final=plan.tokens[-1]),
+        "macs": ran.cost.macs,
+        "macs_ratio": ran.macs_ratio,
         "timings_ms": Timings(
-            decode=_ms(answer.decode),
-            queue=_ms(answer.queue),
-            inference=_ms(answer.inference),
-            total=_ms(total),
+            decode=ran.decode_ms,
+            queue=ran.queue_ms,
+            inference=ran.inference_ms,
+            total=milliseconds(seconds),
         ),
-        "batch_size": answer.batch_size,
-        "bank_digest": _digest(model),
+        "batch_size": ran.batch_size,
+        "bank_digest": ran.bank_digest,
         "request_id": request_id,
     }
-
-
-def notes(answer: Answer) -> dict[str, Any]:
-    """Return what logs, headers and traces say of an answer."""
-    work = _work(answer)
-    return {
-        "model": work.model.name,
-        "rate": work.rate,
-        "reason": answer.reason,
-        "bank_digest": _digest(work.model),
-        "batch_size": answer.batch_size,
-        "decode_ms": _ms(answer.decode),
-        "queue_ms": _ms(answer.queue),
-        "inference_ms": _ms(answer.inference),
-    }
-
-
-def status(serving: "Serving") -> Status:
-    """Describe what the server has to do just now."""
-    load = serving.engine.load()
-    queued: Counter[str] = Counter()
-    for work, images in load.queued.items():
-        assert isinstance(work, RateWork | AutoWork)
-        queued[work.model.name] += images
-    return Status(
-        ready=serving.ready,
-        uptime_s=round(serving.engine.clock() - serving.started, 1),
-        images_per_second=round(serving.metrics.images_per_second(), 1),
-        taken=load.taken,
-        queued=queued.total(),
-        max_queue=serving.engine.max_queue,
-        models=[
-            ModelStatus(
-                name=model.name,
-                queued=queued[model.name],
-                auto_rate=model.controller.rate,
-                bank_digest=_digest(model),
-            )
-            for model in serving.models.all()
-        ],
-    )
 
 
 def summary(model: ServedModel) -> ModelSummary:
@@ -153,7 +110,7 @@ def summary(model: ServedModel) -> ModelSummary:
                 rate=rate,
                 tokens=cost.plan.tokens[-1],
                 macs=cost.macs,
-                macs_ratio=_ratio(model, rate),
+                macs_ratio=model.macs_ratio(rate),
             )
             for rate, cost in enumerate(model.costs)
         ],
@@ -189,15 +146,9 @@ def _task(model: ServedModel) -> TaskSummary | None:
     )
 
 
-def _work(answer: Answer) -> RateWork:
-    """Return what ran: a model's work, since nothing else is submitted here."""
-    assert isinstance(answer.work, RateWork)
-    return answer.work
-
-
-def _merge_map(work: RateWork, source: Tensor) -> MergeMap:
+def _merge_map(model: ServedModel, source: Tensor) -> MergeMap:
     """Describe which patches became one token, of source [N]: prefix tokens left out."""
-    height, width = work.model.grid
+    height, width = model.grid
     patches = source[source.numel() - height * width :]
     return MergeMap(grid=(height, width), tokens=patches.tolist())
 
@@ -206,15 +157,3 @@ def _bank(model: ServedModel) -> BankSummary | None:
     if model.bank is None:
         return None
     return BankSummary(name=model.bank.info.name, digest=model.bank.info.digest)
-
-
-def _digest(model: ServedModel) -> str | None:
-    return None if model.bank is None else model.bank.info.digest
-
-
-def _ratio(model: ServedModel, rate: int) -> float:
-    return round(model.costs[rate].macs / model.costs[0].macs, 4)
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)

@@ -11,13 +11,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.engine.job import Answer
-from server.inference.run import ClassifyQuery, top_k, work_for
-from server.observe.log import INFERENCE, note
+from server.inference.query import ClassifyQuery
+from server.inference.run import top_k, work_for
+from server.observe.notes import INFERENCE, note
 from server.schemas import BatchLine
 from server.v1 import answers, uploads
 from server.v1.stream import LINES, Outcome, Stream
+from server.web.body import FORM
 from server.web.problems import described, problem_of
-from server.web.serving import Shared
+from server.web.serving import ServingDep
 
 PATH = "/v1/classify/batch"
 
@@ -47,14 +49,14 @@ class _Lines(StreamingResponse):
         "requestBody": {
             "required": True,
             "content": {
-                uploads.FORM: {"schema": uploads.FORM_SCHEMA},
+                FORM: {"schema": uploads.FORM_SCHEMA},
                 LINES[0]: {"schema": uploads.EncodedImage.model_json_schema()},
             },
         }
     },
 )
 async def classify_batch(
-    request: Request, query: Annotated[ClassifyQuery, Query()], serving: Shared
+    request: Request, query: Annotated[ClassifyQuery, Query()], serving: ServingDep
 ) -> _Lines:
     """Classify any number of images; answers are lines of JSON, in the order they are done.
 

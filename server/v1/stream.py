@@ -29,11 +29,13 @@ from server.errors import (
     UnsupportedTypeError,
     UploadTimeoutError,
 )
-from server.inference.run import prepare, until_gone
+from server.inference.run import until_gone
+from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.v1 import uploads
 from server.web import multipart
 from server.web.access import charge_when_allowed
+from server.web.body import FORM, content_type
 from server.web.multipart import File
 from server.web.serving import Serving
 from tocom import TocomError
@@ -49,7 +51,7 @@ UNREAD = 256
 PATIENCE = 0.02
 
 _HOW = (
-    f"send images as form fields {multipart.FIELD!r} ({uploads.FORM}) or as lines of JSON "
+    f"send images as form fields {multipart.FIELD!r} ({FORM}) or as lines of JSON "
     f'({LINES[0]}): {{"name": "photo.jpg", "b64": "..."}}'
 )
 
@@ -106,7 +108,7 @@ class Stream:
         self._model = model
         self._work = work
         self._deadline = deadline
-        self._images = read_images(request, settings.max_body_bytes)
+        self._images = arriving(request, settings.max_body_bytes)
         self._taken = 0
         self._running: set[Future[Answer]] = set()
         self._window = asyncio.Semaphore(settings.batch_window or 2 * settings.max_batch)
@@ -212,7 +214,7 @@ class Stream:
             self._events.put_nowait(Outcome(index, name, arrived, answer))
 
 
-async def read_images(request: Request, max_bytes: int) -> AsyncIterator[File | TocomError]:
+async def arriving(request: Request, max_bytes: int) -> AsyncIterator[File | TocomError]:
     """Yield the images of a request as they arrive; an error in place of a line that has none.
 
     Raises:
@@ -220,8 +222,8 @@ async def read_images(request: Request, max_bytes: int) -> AsyncIterator[File | 
         TooLargeError: if an image is larger than `max_bytes`.
         UnsupportedTypeError: if the body is something else by its Content-Type.
     """
-    kind = uploads.content_type(request)
-    if kind == uploads.FORM:
+    kind = content_type(request)
+    if kind == FORM:
         async for file in multipart.read_files(request, max_bytes):
             yield file
     elif kind in LINES:

@@ -16,9 +16,7 @@ from adapters.geometry import first_fault
 from server.errors import BadRequestError, ParameterError, TooLargeError, UnsupportedTypeError
 from server.settings import Settings
 from server.web import multipart
-
-FORM = "multipart/form-data"
-JSON = "application/json"
+from server.web.body import FORM, JSON, content_type, read
 
 _HOW = (
     f"send the image as the form field {multipart.FIELD!r} (curl -F {multipart.FIELD}=@photo.jpg), "
@@ -135,24 +133,14 @@ async def read_images(request: Request, settings: Settings) -> Upload:
     if kind == FORM:
         upload = await _read_form(request, settings.max_body_bytes, limit)
     elif kind == JSON:
-        upload = _parse(await _read(request), limit)
+        upload = _parse(await read(request), limit)
     elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        upload = Upload([await _read(request)], single=True)
+        upload = Upload([await read(request)], single=True)
     else:
         raise UnsupportedTypeError(f"a body of type {kind[:100]} is not read here: {_HOW}")
     if upload.single and not upload.images[0]:
         raise BadRequestError(f"the image is empty: {_HOW}")
     return upload
-
-
-def content_type(request: Request) -> str:
-    """Return what a request says its body is, without parameters; empty if it says nothing."""
-    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-
-
-async def _read(request: Request) -> bytes:
-    # Not request.body(): it would keep the bytes for as long as the request lives.
-    return b"".join([chunk async for chunk in request.stream()])
 
 
 async def _read_form(request: Request, max_bytes: int, limit: int) -> Upload:

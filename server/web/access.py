@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from server.errors import ForbiddenError, QuotaError, UnauthorizedError
 from server.settings import Settings
+from server.web.serving import held
 
 _HOW = "send one as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 
@@ -122,6 +123,9 @@ class Access:
         return caller
 
 
+get_access = held("access", Access)
+
+
 async def _key(
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
@@ -134,12 +138,12 @@ GivenKey = Annotated[str | None, Depends(_key)]
 
 async def require_admin(request: Request, key: GivenKey) -> None:
     """Let only requests with the admin key pass (see `Access.check_admin`)."""
-    _access(request).check_admin(key)
+    get_access(request).check_admin(key)
 
 
 async def require_api_key(request: Request, key: GivenKey) -> None:
     """Let only requests with an API key pass, if there are any (see `Access.admit`)."""
-    request.state.caller = _access(request).admit(key)
+    request.state.caller = get_access(request).admit(key)
 
 
 def charge(request: Request, images: int) -> None:
@@ -156,12 +160,6 @@ async def charge_when_allowed(request: Request) -> None:
         while wait := caller.bucket.wait():
             await asyncio.sleep(wait)
         caller.bucket.take(1)
-
-
-def _access(request: Request) -> Access:
-    access = request.app.state.access
-    assert isinstance(access, Access)
-    return access
 
 
 def _same(key: str, secret: SecretStr) -> bool:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import ServerError, UnavailableError
-from server.observe.log import note
+from server.observe.notes import note
 from server.schemas import Problem
 from server.web.middleware import REQUEST_ID
 from tocom import TocomError

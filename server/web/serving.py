@@ -1,8 +1,9 @@
-"""What all routes share: settings, models, engine and metrics of one server."""
+"""What the application holds for its routes, and how they get it."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -12,10 +13,23 @@ from server.models.registry import Registry
 from server.observe.metrics import Metrics
 from server.settings import Settings
 
+T = TypeVar("T")
+
+
+def held(name: str, kind: type[T]) -> Callable[[Request], T]:
+    """Return the dependency of a route on what its application's state holds under a name."""
+
+    def get(request: Request) -> T:
+        found = getattr(request.app.state, name)
+        assert isinstance(found, kind)
+        return found
+
+    return get
+
 
 @dataclass(frozen=True)
 class Serving:
-    """See the module.
+    """Settings, models, engine and metrics of one server.
 
     Attributes:
         started: when, in the engine's time.
@@ -51,11 +65,4 @@ class Serving:
             raise UnavailableError(f"the server is {reason}")
 
 
-def get_serving(request: Request) -> Serving:
-    """Return what the application of a request serves."""
-    serving = request.app.state.serving
-    assert isinstance(serving, Serving)
-    return serving
-
-
-Shared = Annotated[Serving, Depends(get_serving)]
+ServingDep = Annotated[Serving, Depends(held("serving", Serving))]

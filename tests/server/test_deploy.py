@@ -12,8 +12,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
-from server.observe.metrics import State
 from server.settings import Settings, load_settings
+from server.web.status import State
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "operating.md").read_text("utf-8")

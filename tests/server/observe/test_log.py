@@ -13,16 +13,10 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.errors import QueueFullError
 from server.models.registry import Registry
-from server.observe.log import (
-    INFERENCE,
-    PROBES,
-    JsonFormatter,
-    RequestLog,
-    TextFormatter,
-    configure,
-    note,
-)
+from server.observe.log import JsonFormatter, TextFormatter, configure
 from server.observe.metrics import Metrics
+from server.observe.notes import INFERENCE, PROBES, note
+from server.observe.requests import RequestLog
 from server.settings import Settings
 from server.web.middleware import RequestId
 
@@ -93,7 +87,7 @@ def test_a_request_is_one_object(client, written):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
     assert line == {
         "level": "info",
-        "logger": "server.observe.log",
+        "logger": "server.observe.requests",
         "message": "POST /classify 200",
         "method": "POST",
         "path": "/classify",

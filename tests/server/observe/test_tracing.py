@@ -15,8 +15,9 @@ from opentelemetry.trace import SpanKind
 
 from server.models.registry import Registry
 from server.observe import tracing
-from server.observe.log import RequestLog, note
 from server.observe.metrics import Metrics
+from server.observe.notes import note
+from server.observe.requests import RequestLog
 from server.settings import Settings
 from server.web.middleware import RequestId
 from tocom import ConfigError

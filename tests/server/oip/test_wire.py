@@ -15,7 +15,7 @@ from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
 from server.errors import BadRequestError, TooLargeError, UnsupportedTypeError
 from server.oip.schemas import InferResponse
-from server.oip.wire import Output, inflate, read_request, write_response
+from server.oip.wire import OutputTensor, inflate, read_request, write_response
 
 SHAPES = array_shapes(max_dims=4, max_side=4)
 FLOATS = arrays(np.float32, SHAPES, elements=st.floats(width=32))
@@ -82,7 +82,7 @@ def test_the_stock_client_reads_answers(outputs, identity):
     response = InferResponse(
         model_name="tiny", id=identity, parameters={"rate": 8, "reason": "asked"}, outputs=[]
     )
-    tensors = [Output(f"x{i}", *each) for i, each in enumerate(outputs)]
+    tensors = [OutputTensor(f"x{i}", *each) for i, each in enumerate(outputs)]
     body, length = write_response(response, tensors)
     assert (length is None) == (not any(binary for _, binary in outputs))
     result = InferResult.from_response_body(body, header_length=length)

@@ -13,7 +13,7 @@ from server.models.pictures import decode
 from server.settings import ModelSettings
 from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem
 from tests.server.models.test_pictures import encoded, huge_png
-from tests.server.works import Exact
+from tests.server.works import Clock, Exact
 from tocom import forward
 
 FAR = 1_000_000
@@ -169,15 +169,16 @@ def test_a_full_queue(settings, photo, tiny):
 
 @pytest.fixture
 def silent(settings, monkeypatch):
-    """An application whose engine never answers,."""
+    """An application whose engine never answers, and whose clock stands still."""
     app = create_app(settings)
     engine, app.state.futures = app.state.serving.engine, []
 
-    def submit(work, prepare, deadline, due):
-        app.state.futures.append(Future())
-        return app.state.futures[-1]
+    def submit_all(work, prepares, deadline, due):
+        app.state.futures += [Future() for _ in prepares]
+        return app.state.futures
 
-    monkeypatch.setattr(engine, "submit", submit)
+    monkeypatch.setattr(engine, "clock", Clock())
+    monkeypatch.setattr(engine, "submit_all", submit_all)
     return app
 
 
@@ -197,14 +198,20 @@ def test_a_client_that_goes_while_it_sends(silent):
     assert silent.state.futures == []
 
 
-def set_clock(monkeypatch, app, *seconds):
-    """Let the engine's clock tell these seconds, one by one."""
-    told = iter(seconds)
-    monkeypatch.setattr(app.state.serving.engine, "clock", lambda: next(told))
+def let_time_pass(monkeypatch, app, method):
+    """Let all of a request's time pass while it calls a method of the engine."""
+    engine = app.state.serving.engine
+    original = getattr(engine, method)
+
+    def slow(*arguments):
+        engine.clock.now += 30
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, method, slow)
 
 
 def test_a_deadline_that_passes_gives_the_image_up(silent, monkeypatch):
-    set_clock(monkeypatch, silent, 0, 0, 30)
+    let_time_pass(monkeypatch, silent, "submit_all")
     status, body, _ = call(silent, BODY)
     assert status == 504
     assert body["detail"] == "the deadline passed before the answer was there"
@@ -212,7 +219,7 @@ def test_a_deadline_that_passes_gives_the_image_up(silent, monkeypatch):
 
 
 def test_a_body_that_does_not_come_in_time(silent, monkeypatch):
-    set_clock(monkeypatch, silent, 0, 30)
+    let_time_pass(monkeypatch, silent, "check_room")
     status, body, _ = call(silent, BODY | {"more_body": True})
     assert status == 408
     assert body["detail"] == "the request body did not arrive within 30000 ms"

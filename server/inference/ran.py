@@ -1,0 +1,75 @@
+"""What ran for an image, why and what it cost: the one source of what answers and logs say."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from server.engine.job import Answer
+from server.models.served import RateWork, ServedModel
+from tocom import Cost
+
+
+@dataclass(frozen=True)
+class Ran:
+    """See the module.
+
+    Attributes:
+        model: that ran.
+        rate: that it ran at.
+        compensate: whether a delta was applied.
+        reason: why at that rate.
+        cost: of the image.
+        macs_ratio: its multiply-adds compared to rate 0.
+        bank_digest: of the model's bank; None without one.
+        batch_size: images that ran together.
+        decode_ms, queue_ms, inference_ms: what the image waited for, in milliseconds.
+    """
+
+    model: ServedModel
+    rate: int
+    compensate: bool
+    reason: str
+    cost: Cost
+    macs_ratio: float
+    bank_digest: str | None
+    batch_size: int
+    decode_ms: float
+    queue_ms: float
+    inference_ms: float
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Ran":
+        """Describe what the engine says of an image."""
+        work = answer.work
+        assert isinstance(work, RateWork)  # nothing else is submitted here
+        return cls(
+            model=work.model,
+            rate=work.rate,
+            compensate=work.compensate,
+            reason=answer.reason,
+            cost=work.model.costs[work.rate],
+            macs_ratio=work.model.macs_ratio(work.rate),
+            bank_digest=work.model.bank_digest,
+            batch_size=answer.batch_size,
+            decode_ms=milliseconds(answer.decode),
+            queue_ms=milliseconds(answer.queue),
+            inference_ms=milliseconds(answer.inference),
+        )
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What logs, headers, metrics and traces say of it."""
+        return {
+            "model": self.model.name,
+            "rate": self.rate,
+            "reason": self.reason,
+            "bank_digest": self.bank_digest,
+            "batch_size": self.batch_size,
+            "decode_ms": self.decode_ms,
+            "queue_ms": self.queue_ms,
+            "inference_ms": self.inference_ms,
+        }
+
+
+def milliseconds(seconds: float) -> float:
+    """Return seconds as answers tell them."""
+    return round(1000 * seconds, 3)

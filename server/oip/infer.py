@@ -1,0 +1,145 @@
+"""The Open Inference Protocol, version 2, over HTTP: what Triton's and KServe's clients speak.
+
+With the extensions for binary tensors, classification, parameters, statistics and the model's
+configuration. Has one version of each model, and no sequences, shared memory or streams.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from torch import Tensor
+
+from server.engine.job import Answer
+from server.errors import ImageError
+from server.inference.ran import Ran
+from server.inference.run import Deadline, answer_all, work_for
+from server.models.served import ServedModel
+from server.observe.notes import INFERENCE, note
+from server.oip import tensors
+from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
+from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
+from server.oip.wire import HEADER, inflate, read_request, write_response
+from server.settings import Settings
+from server.web.access import charge
+from server.web.body import in_time, read
+from server.web.problems import described
+from server.web.serving import Serving, ServingDep
+from tocom import TocomError
+
+router = APIRouter(tags=["open inference protocol", INFERENCE])
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Return a schema without references; OpenAPI would look for their targets elsewhere."""
+    if isinstance(schema, list):
+        return [_inlined(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        schema = {**definitions[reference.rpartition("/")[2]], **schema}
+    return {
+        key: _inlined(value, definitions)
+        for key, value in schema.items()
+        if key not in ("$defs", "$ref")
+    }
+
+
+def _request_body() -> dict[str, Any]:
+    schema = InferRequest.model_json_schema()
+    return {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _inlined(schema, schema["$defs"])},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+
+
+@router.post(
+    MODEL + "/infer",
+    response_model=InferResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        **described(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
+    },
+    openapi_extra={"requestBody": _request_body()},
+)
+@router.post(VERSIONED + "/infer", include_in_schema=False)
+async def infer(
+    request: Request, model: AskedModel, serving: ServingDep, statistics: StatisticsDep
+) -> Response:
+    """Run a model on images, at the rate that the parameters of the request ask for."""
+    clock = serving.engine.clock
+    arrived = clock()
+    try:
+        question, asked, found = await _run(request, model, serving, arrived)
+        began = clock()
+        response = _respond(model, question, asked, found)
+    except Exception:
+        statistics.failed(model.name, clock() - arrived)
+        raise
+    ended = clock()
+    statistics.succeeded(model.name, found, ended - arrived, ended - began)
+    note(request, **Ran.of(tensors.telling(found)).notes)
+    return response
+
+
+async def _run(
+    request: Request, model: ServedModel, serving: Serving, arrived: float
+) -> tuple[InferRequest, Sequence[RequestedOutput], Sequence[Answer]]:
+    """Read a request and run its images: all of them, or it fails."""
+    settings, engine = serving.settings, serving.engine
+    engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    sent = await in_time(read(request), settings.timeout_ms / 1000, settings.timeout_ms)
+    # In a thread: large JSON takes its time, and others shall not wait for it.
+    question, images = await asyncio.to_thread(_understand, request, sent, model, settings)
+    query = question.parameters
+    work = work_for(model, query, settings)
+    note(request, model=model.name, rate=query.rate)  # once it is known to be one
+    asked = tensors.wanted(question, model)
+    charge(request, len(images) - 1)
+    deadline = Deadline(engine, query.deadline_ms, settings, arrived)
+    outcomes = await answer_all(request, engine, work, images, deadline)
+    return question, asked, [_whole(index, outcome) for index, outcome in enumerate(outcomes)]
+
+
+def _understand(
+    request: Request, sent: bytes, model: ServedModel, settings: Settings
+) -> tuple[InferRequest, list[Callable[[], Tensor]]]:
+    """Return what a request asks for and what makes each of its images."""
+    encoding = request.headers.get("Content-Encoding", "")
+    body = inflate(sent, encoding, settings.max_body_bytes)
+    question, inputs = read_request(body, request.headers.get(HEADER), raw_input=tensors.IMAGE)
+    return question, tensors.preparations(inputs, model, settings)
+
+
+def _whole(index: int, outcome: Answer | TocomError) -> Answer:
+    """Return an answer, or raise why there is none, naming the image."""
+    if isinstance(outcome, TocomError):
+        outcome.args = (f"image {index}: {outcome}",)
+        raise outcome
+    if not outcome.output.logits.isfinite().all():
+        raise ImageError(
+            f"image {index}: what the model says of it is not finite; are its pixels normalised?"
+        )
+    return outcome
+
+
+def _respond(
+    model: ServedModel,
+    question: InferRequest,
+    asked: Sequence[RequestedOutput],
+    found: Sequence[Answer],
+) -> Response:
+    response = InferResponse(
+        model_name=model.name,
+        id=question.id,
+        parameters=tensors.parameters(found),
+        outputs=[],
+    )
+    body, length = write_response(response, tensors.results(question, asked, found))
+    if length is None:
+        return Response(body, media_type="application/json")
+    return Response(body, media_type="application/octet-stream", headers={HEADER: str(length)})

@@ -1,0 +1,161 @@
+"""What the Open Inference Protocol tells of the server and its models, without running one."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request
+
+from server.errors import ForbiddenError
+from server.oip import tensors
+from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
+from server.oip.schemas import (
+    VERSION,
+    ConfigParameter,
+    ConfiguredTensor,
+    DynamicBatching,
+    ModelConfig,
+    ModelMetadata,
+    ModelReady,
+    RepositoryEntry,
+    RepositoryRequest,
+    ServerLive,
+    ServerMetadata,
+    ServerReady,
+    StatisticsList,
+    TensorMetadata,
+)
+from server.oip.tensors import FREE
+from server.oip.wire import parse
+from server.web.problems import described
+from server.web.serving import ServingDep
+
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "statistics",
+)
+PLATFORM = "pytorch_timm"
+CONFIG_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
+
+router = APIRouter(tags=["open inference protocol"])
+
+
+@router.get("/v2/health/live", responses=described(503))
+async def live(serving: ServingDep) -> ServerLive:
+    """Tell whether the server lives."""
+    serving.check_alive()
+    return ServerLive(live=True)
+
+
+@router.get("/v2/health/ready", responses=described(503))
+async def ready(serving: ServingDep) -> ServerReady:
+    """Tell whether requests should be sent here."""
+    serving.check_ready()
+    return ServerReady(ready=True)
+
+
+@router.get("/v2")
+async def server_metadata() -> ServerMetadata:
+    """Tell what the server is and which extensions of the protocol it has."""
+    return ServerMetadata(
+        name="tocom-serve", version=version("tocom-serve"), extensions=list(EXTENSIONS)
+    )
+
+
+@router.get("/v2/models/stats")
+async def all_statistics(serving: ServingDep, statistics: StatisticsDep) -> StatisticsList:
+    """Tell what all models have done for requests of this protocol."""
+    return StatisticsList(model_stats=[statistics.of(model.name) for model in serving.models.all()])
+
+
+@router.get(MODEL, responses=described(404))
+@router.get(VERSIONED, include_in_schema=False)
+async def model_metadata(model: AskedModel) -> ModelMetadata:
+    """Tell what a model takes and gives."""
+
+    def described_as(described: tensors.Tensors) -> list[TensorMetadata]:
+        return [
+            TensorMetadata(name=name, datatype=datatype, shape=[FREE, *shape])
+            for name, (datatype, shape) in described.items()
+        ]
+
+    return ModelMetadata(
+        name=model.name,
+        versions=[VERSION],
+        platform=PLATFORM,
+        inputs=described_as(tensors.inputs(model)),
+        outputs=described_as(tensors.outputs(model)),
+    )
+
+
+@router.get(MODEL + "/ready", responses=described(404, 503))
+@router.get(VERSIONED + "/ready", include_in_schema=False)
+async def model_ready(model: AskedModel, serving: ServingDep) -> ModelReady:
+    """Tell whether requests for a model should be sent here."""
+    serving.check_ready()
+    return ModelReady(name=model.name, ready=True)
+
+
+@router.get(MODEL + "/config", responses=described(404))
+@router.get(VERSIONED + "/config", include_in_schema=False)
+async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
+    """Tell how a model is served, as Triton would say it."""
+
+    def configured(described: tensors.Tensors, optional: bool) -> list[ConfiguredTensor]:
+        return [
+            ConfiguredTensor(
+                name=name, data_type=CONFIG_TYPES[datatype], dims=list(shape), optional=optional
+            )
+            for name, (datatype, shape) in described.items()
+        ]
+
+    settings = serving.settings
+    told: dict[str, int | str] = {"max_rate": model.max_rate, "source_rate": model.source}
+    if model.bank is not None:
+        told["bank_digest"] = model.bank.info.digest
+    return ModelConfig(
+        name=model.name,
+        platform=PLATFORM,
+        max_batch_size=tensors.max_images(settings),
+        input=configured(tensors.inputs(model), optional=True),
+        output=configured(tensors.outputs(model), optional=False),
+        dynamic_batching=DynamicBatching(
+            preferred_batch_size=[settings.max_batch],
+            max_queue_delay_microseconds=round(1000 * settings.max_wait_ms),
+        ),
+        parameters={name: ConfigParameter(string_value=str(value)) for name, value in told.items()},
+    )
+
+
+@router.get(MODEL + "/stats", responses=described(404))
+@router.get(VERSIONED + "/stats", include_in_schema=False)
+async def model_statistics(model: AskedModel, statistics: StatisticsDep) -> StatisticsList:
+    """Tell what a model has done for requests of this protocol."""
+    return StatisticsList(model_stats=[statistics.of(model.name)])
+
+
+@router.post("/v2/repository/index")
+async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
+    """List the models. All are loaded, so that asking for the ready ones changes nothing."""
+    state = "READY" if serving.warm.is_set() else "LOADING"
+    return [
+        RepositoryEntry(name=model.name, version=VERSION, state=state, reason="")
+        for model in serving.models.all()
+    ]
+
+
+@router.post("/v2/repository/models/{name}/load", responses=described(400, 403, 404, 413))
+async def load(request: Request, name: str, serving: ServingDep) -> None:
+    """Agree that a model be loaded that is."""
+    serving.models.get(name)
+    if parse(RepositoryRequest, await request.body() or b"{}").parameters:
+        raise ForbiddenError("models are served as the settings say: load takes no parameters")
+
+
+@router.post("/v2/repository/models/{name}/unload", responses=described(403, 404))
+async def unload(name: str, serving: ServingDep) -> None:
+    """Refuse: models are served as long as the server runs."""
+    serving.models.get(name)
+    raise ForbiddenError(f"the model {name!r} is served until the server ends; nothing unloads it")
