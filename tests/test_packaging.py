@@ -2,8 +2,11 @@
 
 import importlib
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -14,19 +17,46 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
+TOP_LEVEL = ("adapters", "server", "tocom", "training")
+PACKAGES = sorted(
+    ".".join(init.parent.relative_to(ROOT).parts)
+    for name in TOP_LEVEL
+    for init in (ROOT / name).rglob("__init__.py")
+)
 SCRIPTS = PYPROJECT["project"]["scripts"]
 SAMPLES = ROOT / "tocom" / "bundled" / "samples"
 
 
-def test_every_package_is_listed():
-    top_level = {name.partition(".")[0] for name in PACKAGES}
-    found = {
-        ".".join(init.parent.relative_to(ROOT).parts)
-        for name in top_level
-        for init in (ROOT / name).rglob("__init__.py")
-    }
-    assert sorted(PACKAGES) == sorted(found)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> set[str]:
+    """What a wheel of this tree holds, without its metadata."""
+    built = tmp_path_factory.mktemp("wheel")
+    tree = built / "tree"
+    # A copy: setuptools builds beside its sources, and would pack what an old build has left.
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "dist", "docs", "tests", "runs")
+    )
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(built)],
+        cwd=tree,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = built.glob("*.whl")
+    with ZipFile(path) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_holds_the_packages_of_the_tree(wheel):
+    listed = subprocess.run(
+        ["git", "ls-files", "--", *TOP_LEVEL], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("the tree is no git checkout: what belongs to it is not known")
+    assert wheel == set(listed.stdout.splitlines())
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -14,7 +14,7 @@ from tests.server.conftest import listening
 from tocom.backbones import bundled_folder
 
 ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "server" / "page"
+PAGE = ROOT / "server" / "page" / "static"
 FILES = sorted(path.name for path in PAGE.iterdir())
 KINDS = {
     ".css": ("text/css",),

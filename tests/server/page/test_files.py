@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import problem
-from tests.server.page.conftest import FILES, KINDS, PAGE, ROOT
-from tests.test_packaging import PYPROJECT, SAMPLES
+from tests.server.page.conftest import FILES, KINDS, PAGE
+from tests.test_packaging import SAMPLES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -63,9 +63,3 @@ def test_nothing_comes_from_elsewhere():
 
 def test_the_page_is_light():
     assert sum((PAGE / name).stat().st_size for name in FILES) < 64 * 1024
-
-
-def test_the_wheel_holds_the_page():
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["server"]
-    packed = {path.name for pattern in patterns for path in (ROOT / "server").glob(pattern)}
-    assert packed >= set(FILES)
