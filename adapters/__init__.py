@@ -9,7 +9,8 @@ from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.export import export_model
 from adapters.geometry import BackboneInfo, Geometry
-from adapters.peft import export_peft, import_reference
+from adapters.peft import export_peft
+from adapters.reference import import_reference
 from adapters.store import Store, Version, open_bank, use_bank
 from adapters.task import TaskInfo, TaskModel, open_task
 

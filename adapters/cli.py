@@ -8,7 +8,8 @@ from pathlib import Path
 from adapters.card import facts, model_card, notes
 from adapters.export import export_model
 from adapters.geometry import BackboneInfo
-from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
+from adapters.peft import export_peft
+from adapters.reference import REFERENCE_MAX_RATE, import_reference
 from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import TocomError, load_backbone
