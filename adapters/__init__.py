@@ -9,6 +9,7 @@ from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.export import export_model
 from adapters.geometry import BackboneInfo, Geometry
+from adapters.hub import pull_bank, push_bank
 from adapters.peft import export_peft
 from adapters.reference import import_reference
 from adapters.store import Store, Version, open_bank, use_bank
@@ -32,5 +33,7 @@ __all__ = [
     "model_card",
     "open_bank",
     "open_task",
+    "pull_bank",
+    "push_bank",
     "use_bank",
 ]

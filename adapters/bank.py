@@ -10,7 +10,7 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -121,84 +121,6 @@ class Bank:
             (beside / _INFO).write_text(info + "\n", encoding="utf-8")
             (beside / _TENSORS).write_bytes(save(self.tensors))
         return Path(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ) -> "Bank":
-        """Read a bank from a folder or from the Hugging Face Hub.
-
-        Args:
-            id_or_folder: a bank folder, which wins over the hub; or `ORG/NAME` on the hub.
-            revision, cache_dir, local_files_only, token: of the hub, as for
-                `huggingface_hub.snapshot_download`.
-
-        Raises:
-            BankError: if anything about it is wrong, or it cannot be had from here.
-        """
-        from adapters.hub import fetch  # it builds on this module
-
-        if isinstance(id_or_folder, Path) or (Path(id_or_folder) / _INFO).exists():
-            return cls.load(id_or_folder)
-        return cls.load(
-            fetch(
-                id_or_folder,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        plots: Sequence[str | Path] = (),
-        license: str | None = None,  # noqa: A002 (the hub's word)
-    ) -> str:
-        """Upload the bank to the Hugging Face Hub, with a generated model card.
-
-        Args:
-            repo_id: `ORG/NAME`; it is made if it is not there. Its `README.md` is replaced.
-            private: whether it must be private; by default what the organisation has chosen.
-            revision: branch, made if it is not there; by default the default branch.
-            commit_message: by default the bank's name and digest.
-            token: by default who is signed in.
-            create_pr: open a pull request instead of a commit; then without `revision`.
-            plots: picture files to add to the repository and to show on the card.
-            license: the hub's identifier of the bank's licence; none is claimed unless given.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            BankError: if it cannot be uploaded; nothing is half-committed.
-        """
-        from adapters.hub import push  # it builds on this module
-
-        return push(
-            self,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            token=token,
-            create_pr=create_pr,
-            plots=plots,
-            license=license,
-        )
 
     def check_fits(self, backbone: Backbone) -> None:
         """Raise BankError unless the bank's geometry is the model's.

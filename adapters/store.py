@@ -235,7 +235,7 @@ def use_bank(reference: str | Path, store: Store | None = None) -> Iterator[Bank
         yield Bank.load(bundled_folder(text.removeprefix(BUNDLED)))
     elif text.startswith(hub.SCHEME):
         repo_id, revision = hub.parse(text)
-        yield Bank.load(hub.fetch(repo_id, revision=revision))
+        yield hub.pull_bank(repo_id, revision=revision)
     elif isinstance(reference, Path) or os.sep in text or Path(text).is_dir():
         yield Bank.load(text)
     else:
