@@ -8,10 +8,10 @@ from adapters.bank import Bank, BankInfo
 from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.export import export_model
-from adapters.geometry import BackboneInfo, Geometry
 from adapters.hub import pull_bank, push_bank
 from adapters.peft import export_peft
 from adapters.reference import import_reference
+from adapters.schema import BackboneInfo, Geometry
 from adapters.store import Store, Version, open_bank, use_bank
 from adapters.task import TaskInfo, TaskModel, open_task
 

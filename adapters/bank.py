@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from adapters.durable import new_folder
-from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
+from adapters.schema import BackboneInfo, Count, Geometry, Strict, first_fault
 from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
 from tocom import Backbone, BankError
 from tocom.delta import TARGETS

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from adapters.card import facts, model_card, notes
 from adapters.export import export_model
-from adapters.geometry import BackboneInfo
 from adapters.hub import push_bank
 from adapters.peft import export_peft
 from adapters.reference import REFERENCE_MAX_RATE, import_reference
+from adapters.schema import BackboneInfo
 from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import TocomError, load_backbone

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.bank import Bank, BankInfo
-from adapters.geometry import BackboneInfo, first_fault
+from adapters.schema import BackboneInfo, first_fault
 from tocom import BankError
 
 #: Rates of the reference, whose checkpoints do not say it.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters.adaptformer import adapter
 from adapters.bank import NAME
 from adapters.durable import new_folder
-from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
+from adapters.schema import BackboneInfo, Count, Geometry, Strict, first_fault
 from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
 from tocom import Adapter, Backbone, TaskError, bundled_folder
 from tocom.backbones import BUNDLED, parse_calibration

@@ -19,7 +19,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from adapters import Bank, Store, TaskInfo, open_bank, open_task
-from adapters.geometry import first_fault
+from adapters.schema import first_fault
 from server.controller import Controller, ServiceTimes
 from server.graphs import Forward, Graphs
 from server.schemas import Evaluation

@@ -17,7 +17,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from adapters.geometry import first_fault
+from adapters.schema import first_fault
 from server import forms, uploads
 from server.access import charge_when_allowed
 from server.asking import prepare, until_gone

@@ -1,4 +1,4 @@
-"""What a file of ours says about the model that it is for."""
+"""What `bank.json` and `task.json` are made of: strict parts, and the model that a file is for."""
 
 from typing import Annotated, Any
 
