@@ -1,0 +1,139 @@
+"""What bank and task folders have in common: digests that stay, and files that do no harm."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from adapters import (
+    BackboneInfo,
+    Bank,
+    BankInfo,
+    Geometry,
+    TaskInfo,
+    TaskModel,
+    open_bank,
+    open_task,
+)
+from adapters.bank import tensor_shapes
+from adapters.task import tensor_shapes as task_shapes
+from tests.adapters.banks import ALL_TARGETS, GEOMETRY
+
+BACKBONE = BackboneInfo(architecture="none", geometry=GEOMETRY, digest="0" * 64)
+
+
+def bank_of(info: BankInfo) -> Bank:
+    return Bank(info, {name: torch.ones(shape) for name, shape in tensor_shapes(info).items()})
+
+
+def task_of(info: TaskInfo) -> TaskModel:
+    return TaskModel(info, {name: torch.ones(shape) for name, shape in task_shapes(info).items()})
+
+
+BANK = BankInfo(name="tiny", backbone=BACKBONE, max_rate=3, rank=2, targets=ALL_TARGETS, scale=0.5)
+TASK = TaskInfo(
+    name="colours",
+    method="lora",
+    backbone=BACKBONE,
+    source=2,
+    class_names=("blue", "grün"),
+    rank=2,
+    layers=("attn.qkv", "mlp.fc2"),
+    scale=0.5,
+)
+
+
+def test_digests_of_what_there_is_never_change():
+    assert open_bank("bundled:deit_tiny_bank").info.digest == (
+        "f0c78389b8d939b75352efe7da88c2956079c43a54968074061d642eb0fdd6ff"
+    )
+    assert open_task("bundled:deit_tiny_textures").info.digest == (
+        "81c75d1e22518ec5617498c8ccce47a46bc34ba26ef670ee98b23aab658c86c8"
+    )
+    assert bank_of(BANK).info.digest == (
+        "e8bfa413e4000669db8cd3b5adbf0a0d9af21a5f05890dc38ad9b1669b876bc5"
+    )
+    assert task_of(TASK).info.digest == (
+        "aed2f186b79ecb3ee9996471c365b0dc05dfb1a91a57465552a03e9901e023f3"
+    )
+
+
+class NewGeometry(Geometry):
+    pooling: str = "token"
+
+
+class NewBackboneInfo(BackboneInfo):
+    geometry: NewGeometry
+    licence: str = "unknown"
+
+
+class NewBankInfo(BankInfo):
+    backbone: NewBackboneInfo
+    proportional: bool = True
+
+
+class NewTaskInfo(TaskInfo):
+    backbone: NewBackboneInfo
+    proportional: bool = True
+
+
+def test_an_entry_that_comes_later_changes_no_digest():
+    bank = NewBankInfo.model_validate(BANK.model_dump())
+    assert bank.model_dump().keys() > BANK.model_dump().keys()
+    assert bank_of(bank).info.digest == bank_of(BANK).info.digest
+    task = NewTaskInfo.model_validate(TASK.model_dump())
+    assert task_of(task).info.digest == task_of(TASK).info.digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"max_rate": 4},
+        {"rank": 1},
+        {"targets": ALL_TARGETS[:-1]},
+        {"scale": 0.25},
+        {"backbone": BACKBONE.model_copy(update={"architecture": "other"})},
+        {"backbone": BACKBONE.model_copy(update={"digest": "1" * 64})},
+        *(
+            {
+                "backbone": BACKBONE.model_copy(
+                    update={"geometry": GEOMETRY.model_copy(update={entry: value})}
+                )
+            }
+            for entry, value in {
+                "depth": 3,
+                "width": 8,
+                "heads": 1,
+                "hidden": 8,
+                "input": (8, 4),
+                "patch": (2, 2),
+            }.items()
+        ),
+    ],
+    ids=str,
+)
+def test_what_decides_a_banks_answers_decides_its_digest(changes: dict[str, Any]):
+    changed = bank_of(BANK.model_copy(update=changes))
+    assert changed.info.digest != bank_of(BANK).info.digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"method": "linear", "rank": None, "layers": ()},
+        {"source": 1},
+        {"class_names": ("blue", "green")},
+        {"rank": 1},
+        {"layers": ("attn.qkv",)},
+        {"scale": 0.25},
+        {"resize": "squash"},
+        {"heads": ("head", "head_dist")},
+        {"backbone": BACKBONE.model_copy(update={"digest": "1" * 64})},
+    ],
+    ids=str,
+)
+def test_what_decides_a_tasks_answers_decides_its_digest(changes: dict[str, Any]):
+    changed = task_of(TASK.model_copy(update=changes))
+    assert changed.info.digest != task_of(TASK).info.digest
