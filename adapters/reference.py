@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.bank import Bank, BankInfo
+from adapters.format import parse_tensors
 from adapters.schema import BackboneInfo, first_fault
 from tocom import BankError
 
@@ -112,10 +111,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise BankError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (KeyError, SafetensorError) as error:
-            raise BankError(f"{path} is truncated or corrupted: {error}") from error
+        return parse_tensors(path.read_bytes(), path, BankError)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead to

@@ -1,9 +1,12 @@
 """What bank and task folders have in common: digests that stay, and files that do no harm."""
 
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from adapters import (
     BackboneInfo,
@@ -12,12 +15,15 @@ from adapters import (
     Geometry,
     TaskInfo,
     TaskModel,
+    import_reference,
     open_bank,
     open_task,
 )
 from adapters.bank import tensor_shapes
+from adapters.format import parse_tensors
 from adapters.task import tensor_shapes as task_shapes
 from tests.adapters.banks import ALL_TARGETS, GEOMETRY
+from tocom import BankError, TaskError
 
 BACKBONE = BackboneInfo(architecture="none", geometry=GEOMETRY, digest="0" * 64)
 
@@ -137,3 +143,28 @@ def test_what_decides_a_banks_answers_decides_its_digest(changes: dict[str, Any]
 def test_what_decides_a_tasks_answers_decides_its_digest(changes: dict[str, Any]):
     changed = task_of(TASK.model_copy(update=changes))
     assert changed.info.digest != task_of(TASK).info.digest
+
+
+def test_a_header_that_is_too_large_is_not_parsed(tmp_path):
+    bank, task = bank_of(BANK).save(tmp_path / "bank"), task_of(TASK).save(tmp_path / "task")
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    header = b"{}".ljust(2**20 + 1)
+    for file in (bank / "plugins.safetensors", task / "task.safetensors", checkpoint):
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+    message = r"safetensors is truncated .*: its header has 1,048,577 bytes, 1,048,576 are allowed"
+    with pytest.raises(BankError, match=message):
+        Bank.load(bank)
+    with pytest.raises(TaskError, match=message):
+        TaskModel.load(task)
+    with pytest.raises(BankError, match=message):
+        import_reference(checkpoint, "tiny", BACKBONE)
+
+
+def test_a_header_of_a_large_model_is_read():
+    deep = GEOMETRY.model_copy(update={"depth": 200})
+    backbone = BACKBONE.model_copy(update={"geometry": deep})
+    bank = bank_of(BANK.model_copy(update={"backbone": backbone}))
+    plugins = save(bank.tensors)
+    assert int.from_bytes(plugins[:8], "little") > 100_000
+    read = parse_tensors(plugins, Path("plugins.safetensors"), BankError)
+    assert read.keys() == bank.tensors.keys()
