@@ -13,15 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from adapters.format import VERSION, Format
-from adapters.schema import BackboneInfo, Count, Geometry, Strict
+from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Backbone, BankError
 from tocom.delta import TARGETS
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
+#: A real `bank.json` has some kilobytes, notes included.
+MAX_INFO_BYTES: Final = 2**20
 FILES: Final = "bank.json", "plugins.safetensors"
 
 
@@ -36,8 +38,8 @@ class BankInfo(Strict):
     rank: Count = Field(description="width of one step's low-rank pair")
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(min_length=1)
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
-    training: dict[str, JsonValue] = Field({})
-    evaluation: dict[str, JsonValue] = Field({})
+    training: Notes = Field({})
+    evaluation: Notes = Field({})
     digest: str = Field(
         default="", description="SHA-256 of the tensors and what gives them meaning"
     )
@@ -177,4 +179,5 @@ _FORMAT = Format(
     shapes=tensor_shapes,
     covered=("format_version", "name", "method", "max_rate", "rank", "targets", "scale"),
     fault=BankError,
+    max_info_bytes=MAX_INFO_BYTES,
 )

@@ -49,6 +49,7 @@ class Format(Generic[Info]):
         covered: entries that the digest covers, besides `backbone` and the tensors. They are
             written out, so that a new entry with a default changes no digest that there is.
         fault: the error that is raised.
+        max_info_bytes: that the description may have.
     """
 
     what: str
@@ -57,6 +58,7 @@ class Format(Generic[Info]):
     shapes: Callable[[Info], Mapping[str, Sequence[int]]]
     covered: tuple[str, ...]
     fault: type[TocomError]
+    max_info_bytes: int
 
     def own(self, info: Info, tensors: Mapping[str, Tensor]) -> tuple[Info, dict[str, Tensor]]:
         """Return the description with its digest, and copies of the tensors on the CPU.
@@ -79,16 +81,17 @@ class Format(Generic[Info]):
                 f"{what}: the content does not match its digest (says {said['digest'][:12]}, is "
                 f"{digest[:12]}): it was changed or corrupted"
             )
-        return self._validate(type(info), said | {"digest": digest}, what), copies
+        info = self._validate(type(info), said | {"digest": digest}, what)
+        self._check_size(_json(info), f"{what}: {self.files[0]}")
+        return info, copies
 
     def read(self, folder: Path) -> tuple[bytes, bytes]:
         """Return the contents of the two files of a folder."""
-        info, tensors = (self._read(folder / name) for name in self.files)
-        return info, tensors
+        return self._read_info(folder), self._read(folder / self.files[1])
 
     def read_info(self, folder: Path) -> Info:
         """Read the description of a folder; nothing that it says of the tensors is checked."""
-        return self._parse_info(self._read(folder / self.files[0]), folder)
+        return self._parse_info(self._read_info(folder), folder)
 
     def parse(self, info: bytes, tensors: bytes, folder: Path) -> tuple[Info, dict[str, Tensor]]:
         """Read the contents of the two files; `folder` is where they are from, for messages."""
@@ -102,15 +105,18 @@ class Format(Generic[Info]):
         Raises:
             TocomError: a `fault`, if `folder` exists; what is written is never changed.
         """
-        said = json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False)
         with new_folder(folder, self.fault) as beside:
-            (beside / self.files[0]).write_text(said + "\n", encoding="utf-8")
+            (beside / self.files[0]).write_bytes(_json(info))
             (beside / self.files[1]).write_bytes(save(dict(tensors)))
         return folder
 
-    def _read(self, file: Path) -> bytes:
+    def _read_info(self, folder: Path) -> bytes:
+        return self._read(folder / self.files[0], self.max_info_bytes + 1)
+
+    def _read(self, file: Path, most: int = -1) -> bytes:
         try:
-            return file.read_bytes()
+            with file.open("rb") as opened:
+                return opened.read(most)
         except (FileNotFoundError, NotADirectoryError):
             raise self.fault(f"{file.parent} is no {self.what}: it has no {file.name}") from None
         except OSError as error:
@@ -118,6 +124,7 @@ class Format(Generic[Info]):
 
     def _parse_info(self, content: bytes, folder: Path) -> Info:
         file = folder / self.files[0]
+        self._check_size(content, str(file))
         try:
             said = from_json(content, allow_inf_nan=False)
         except ValueError as error:
@@ -126,6 +133,12 @@ class Format(Generic[Info]):
         if not said.get("digest"):
             raise self.fault(f"{file} has no digest")
         return info
+
+    def _check_size(self, content: bytes, what: str) -> None:
+        if len(content) > self.max_info_bytes:
+            raise self.fault(
+                f"{what} is larger than the {self.max_info_bytes:,} bytes that are allowed"
+            )
 
     def _validate(self, model: type[Info], said: Any, where: str) -> Info:
         version = said.get("format_version") if isinstance(said, dict) else None
@@ -172,6 +185,11 @@ def parse_tensors(content: bytes, file: Path, fault: type[TocomError]) -> dict[s
         raise fault(f"{file} holds a tensor of the unknown type {error}") from error
     except SafetensorError as error:
         raise fault(f"{file} is truncated or corrupted: {error}") from error
+
+
+def _json(info: Strict) -> bytes:
+    said = json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    return f"{said}\n".encode()
 
 
 def _digest(meaning: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

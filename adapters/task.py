@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters.adaptformer import adapter
 from adapters.bank import NAME
 from adapters.format import VERSION, Format
-from adapters.schema import BackboneInfo, Count, Geometry, Strict
+from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Adapter, Backbone, TaskError, bundled_folder
 from tocom.backbones import BUNDLED, parse_calibration
 from tocom.delta import TARGETS
@@ -44,9 +44,9 @@ class TaskInfo(Strict):
     resize: Literal["crop", "squash"] = Field(
         "crop", description="what becomes of a picture: the backbone's own crop, or all of it"
     )
-    training: dict[str, JsonValue] = Field({})
-    evaluation: dict[str, JsonValue] | None = None
-    calibration: dict[str, JsonValue] | None = None
+    training: Notes = Field({})
+    evaluation: Notes | None = None
+    calibration: Notes | None = None
     digest: str = Field("", description="SHA-256 of the tensors and what gives them meaning")
 
 
@@ -223,4 +223,5 @@ _FORMAT = Format(
         "resize",
     ),
     fault=TaskError,
+    max_info_bytes=2**24,  # the class names of ImageNet-21k alone have close to a megabyte
 )

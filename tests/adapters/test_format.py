@@ -1,5 +1,6 @@
 """What bank and task folders have in common: digests that stay, and files that do no harm."""
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from adapters import (
     open_bank,
     open_task,
 )
-from adapters.bank import tensor_shapes
+from adapters.bank import read_info, tensor_shapes
 from adapters.format import parse_tensors
 from adapters.task import tensor_shapes as task_shapes
 from tests.adapters.banks import ALL_TARGETS, GEOMETRY
@@ -168,3 +169,60 @@ def test_a_header_of_a_large_model_is_read():
     assert int.from_bytes(plugins[:8], "little") > 100_000
     read = parse_tensors(plugins, Path("plugins.safetensors"), BankError)
     assert read.keys() == bank.tensors.keys()
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Return notes of so many levels."""
+    value: Any = {}
+    for i in range(depth - 2):
+        value = {"inner": value} if i % 2 else [value]
+    return {"inner": value}
+
+
+@pytest.mark.parametrize(
+    ("make", "info", "fault", "entry"),
+    [
+        (bank_of, BANK, BankError, "training"),
+        (bank_of, BANK, BankError, "evaluation"),
+        (task_of, TASK, TaskError, "training"),
+        (task_of, TASK, TaskError, "evaluation"),
+        (task_of, TASK, TaskError, "calibration"),
+    ],
+)
+def test_notes_are_nested_32_deep_and_no_deeper(tmp_path, make, info, fault, entry):
+    sound = make(info.model_copy(update={entry: nested(32)}))
+    folder = sound.save(tmp_path / "sound")
+    assert type(sound).load(folder).info == sound.info
+    message = f"{entry}: .*lists and objects may be nested 32 deep"
+    with pytest.raises(fault, match=message):
+        make(info.model_copy(update={entry: nested(33)}))
+    file = next(folder.glob("*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {entry: nested(190)}))
+    with pytest.raises(fault, match=message):
+        type(sound).load(folder)
+
+
+def test_notes_that_no_file_can_hold_are_refused():
+    with pytest.raises(TaskError, match=r"task 'colours': training\.loss.*finite"):
+        task_of(TASK.model_copy(update={"training": {"loss": float("nan")}}))
+
+
+def test_a_description_that_is_too_large_is_refused(tmp_path):
+    message = r"bank\.json is larger than the 1,048,576 bytes that are allowed"
+    with pytest.raises(BankError, match=message):
+        bank_of(BANK.model_copy(update={"training": {"said": "x" * 2**20}}))
+    folder = bank_of(BANK).save(tmp_path / "bank")
+    file = folder / "bank.json"
+    said = file.read_bytes()
+    file.write_bytes(said.ljust(2**20))
+    assert Bank.load(folder).info == read_info(folder)
+    file.write_bytes(said.ljust(2**20 + 1))
+    for read in (Bank.load, read_info):
+        with pytest.raises(BankError, match=message):
+            read(folder)
+
+
+def test_a_task_may_have_as_many_classes_as_there_are(tmp_path):
+    names = tuple(f"a name of some fifty letters for the class {i:>9}" for i in range(21_841))
+    task = task_of(TASK.model_copy(update={"class_names": names}))
+    assert TaskModel.load(task.save(tmp_path / "task")).info == task.info
