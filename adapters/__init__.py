@@ -7,9 +7,11 @@ from adapters.adaptformer import AdaptFormer
 from adapters.bank import Bank, BankInfo
 from adapters.card import model_card
 from adapters.compose import compose, compose_steps
-from adapters.geometry import BackboneInfo, Geometry
-from adapters.peft import export_peft, import_reference
-from adapters.runtimes import export_model
+from adapters.export import export_model
+from adapters.hub import pull_bank, push_bank
+from adapters.peft import export_peft
+from adapters.reference import import_reference
+from adapters.schema import BackboneInfo, Geometry
 from adapters.store import Store, Version, open_bank, use_bank
 from adapters.task import TaskInfo, TaskModel, open_task
 
@@ -31,5 +33,7 @@ __all__ = [
     "model_card",
     "open_bank",
     "open_task",
+    "pull_bank",
+    "push_bank",
     "use_bank",
 ]

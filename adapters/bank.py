@@ -8,32 +8,29 @@ arithmetic of rates (`compose`) nor where banks are kept (`store`, `hub`).
 Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 """
 
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from pydantic import Field, JsonValue, ValidationError, field_validator
-from pydantic_core import from_json
-from safetensors.torch import save
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from adapters.durable import new_folder
-from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
-from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
+from adapters.format import VERSION, Format
+from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Backbone, BankError
 from tocom.delta import TARGETS
 
-FORMAT_VERSION: Final = 1
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
-FILES = _INFO, _TENSORS = "bank.json", "plugins.safetensors"
+#: A real `bank.json` has some kilobytes, notes included.
+MAX_INFO_BYTES: Final = 2**20
+FILES: Final = "bank.json", "plugins.safetensors"
 
 
 class BankInfo(Strict):
     """Everything in `bank.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = VERSION
     name: str = Field(pattern=f"^{NAME}$")
     backbone: BackboneInfo
     method: Literal["tome"] = "tome"
@@ -41,8 +38,8 @@ class BankInfo(Strict):
     rank: Count = Field(description="width of one step's low-rank pair")
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(min_length=1)
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
-    training: dict[str, JsonValue] = Field({})
-    evaluation: dict[str, JsonValue] = Field({})
+    training: Notes = Field({})
+    evaluation: Notes = Field({})
     digest: str = Field(
         default="", description="SHA-256 of the tensors and what gives them meaning"
     )
@@ -71,18 +68,7 @@ class Bank:
             BankError: naming the first tensor that is missing, extra, misshapen or not finite,
                 or the entry of `info` that no `bank.json` can hold.
         """
-        check_tensors(f"bank {info.name!r}", tensors, tensor_shapes(info), BankError)
-        self.tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in tensors.items()
-        }
-        digest = _digest(info, self.tensors)
-        if info.digest not in ("", digest):
-            raise BankError(
-                f"bank {info.name!r}: the content does not match its digest "
-                f"(says {info.digest[:12]}, is {digest[:12]}): it was changed or corrupted"
-            )
-        self.info = _parse(info.model_dump(mode="json") | {"digest": digest}, f"bank {info.name!r}")
+        self.info, self.tensors = _FORMAT.own(info, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Bank":
@@ -91,9 +77,7 @@ class Bank:
         Raises:
             BankError: if anything about it is wrong; the message names the fault.
         """
-        folder = Path(folder)
-        info, plugins = read_files(folder, FILES, "bank", BankError)
-        return cls.from_bytes(info, plugins, folder)
+        return cls.from_bytes(*_FORMAT.read(Path(folder)), Path(folder))
 
     @classmethod
     def from_bytes(cls, info: bytes, plugins: bytes, folder: Path = Path()) -> "Bank":
@@ -107,8 +91,7 @@ class Bank:
         Raises:
             BankError: if anything about it is wrong; the message names the fault.
         """
-        parsed = _parse_file(info, folder / _INFO)
-        return cls(parsed, parse_tensors(plugins, folder / _TENSORS, BankError))
+        return cls(*_FORMAT.parse(info, plugins, folder))
 
     def save(self, folder: str | Path) -> Path:
         """Write the bank as the new folder `folder`, whole or not at all.
@@ -116,89 +99,7 @@ class Bank:
         Raises:
             BankError: if `folder` exists; a written bank is never changed.
         """
-        info = json.dumps(self.info.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        with new_folder(Path(folder)) as beside:
-            (beside / _INFO).write_text(info + "\n", encoding="utf-8")
-            (beside / _TENSORS).write_bytes(save(self.tensors))
-        return Path(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ) -> "Bank":
-        """Read a bank from a folder or from the Hugging Face Hub.
-
-        Args:
-            id_or_folder: a bank folder, which wins over the hub; or `ORG/NAME` on the hub.
-            revision, cache_dir, local_files_only, token: of the hub, as for
-                `huggingface_hub.snapshot_download`.
-
-        Raises:
-            BankError: if anything about it is wrong, or it cannot be had from here.
-        """
-        from adapters.hub import fetch  # it builds on this module
-
-        if isinstance(id_or_folder, Path) or (Path(id_or_folder) / _INFO).exists():
-            return cls.load(id_or_folder)
-        return cls.load(
-            fetch(
-                id_or_folder,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        plots: Sequence[str | Path] = (),
-        license: str | None = None,  # noqa: A002 (the hub's word)
-    ) -> str:
-        """Upload the bank to the Hugging Face Hub, with a generated model card.
-
-        Args:
-            repo_id: `ORG/NAME`; it is made if it is not there. Its `README.md` is replaced.
-            private: whether it must be private; by default what the organisation has chosen.
-            revision: branch, made if it is not there; by default the default branch.
-            commit_message: by default the bank's name and digest.
-            token: by default who is signed in.
-            create_pr: open a pull request instead of a commit; then without `revision`.
-            plots: picture files to add to the repository and to show on the card.
-            license: the hub's identifier of the bank's licence; none is claimed unless given.
-
-        Returns:
-            The URL of the commit.
-
-        Raises:
-            BankError: if it cannot be uploaded; nothing is half-committed.
-        """
-        from adapters.hub import push  # it builds on this module
-
-        return push(
-            self,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            token=token,
-            create_pr=create_pr,
-            plots=plots,
-            license=license,
-        )
+        return _FORMAT.save(Path(folder), self.info, self.tensors)
 
     def check_fits(self, backbone: Backbone) -> None:
         """Raise BankError unless the bank's geometry is the model's.
@@ -251,10 +152,7 @@ def read_info(folder: Path) -> BankInfo:
     Raises:
         BankError: if it cannot be read or is no `bank.json`.
     """
-    try:
-        return _parse_file((folder / _INFO).read_bytes(), folder / _INFO)
-    except OSError as error:
-        raise BankError(f"{folder / _INFO} cannot be read: {error}") from error
+    return _FORMAT.read_info(folder)
 
 
 def target_names(info: BankInfo) -> list[str]:
@@ -274,30 +172,12 @@ def tensor_shapes(info: BankInfo) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def _parse_file(content: bytes, file: Path) -> BankInfo:
-    try:
-        raw = from_json(content, allow_inf_nan=False)
-    except ValueError as error:
-        raise BankError(f"{file} cannot be read: {error}") from error
-    info = _parse(raw, str(file))
-    if not info.digest:
-        raise BankError(f"{file} has no digest")
-    return info
-
-
-def _parse(raw: Any, where: str) -> BankInfo:
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise BankError(
-            f"{where} has bank format {version!r}; this version reads format {FORMAT_VERSION}"
-        )
-    try:
-        return BankInfo.model_validate(raw)
-    except ValidationError as error:
-        raise BankError(f"{where}: {first_fault(error)}") from error
-
-
-def _digest(info: BankInfo, tensors: Mapping[str, Tensor]) -> str:
-    """Name what decides an answer; training notes and evaluations may be added later."""
-    meaning = info.model_dump(mode="json", exclude={"training", "evaluation", "digest"})
-    return content_digest(meaning, tensors)
+_FORMAT = Format(
+    what="bank",
+    files=FILES,
+    info=BankInfo,
+    shapes=tensor_shapes,
+    covered=("format_version", "name", "method", "max_rate", "rank", "targets", "scale"),
+    fault=BankError,
+    max_info_bytes=MAX_INFO_BYTES,
+)

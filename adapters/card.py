@@ -149,9 +149,9 @@ In a program, with the backbone or a model tuned from it:
 ```python
 import torch
 import tocom
-from adapters import Bank, compose
+from adapters import compose, open_bank
 
-bank = Bank.from_pretrained("{repo_id}")
+bank = open_bank("hf://{repo_id}")
 backbone = tocom.load_backbone("{backbone}")
 bank.check_fits(backbone)
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 from adapters.card import facts, model_card, notes
-from adapters.geometry import BackboneInfo
-from adapters.peft import REFERENCE_MAX_RATE, export_peft, import_reference
-from adapters.runtimes import export_model
+from adapters.export import export_model
+from adapters.hub import push_bank
+from adapters.peft import export_peft
+from adapters.reference import REFERENCE_MAX_RATE, import_reference
+from adapters.schema import BackboneInfo
 from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import TocomError, load_backbone
@@ -188,7 +190,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     print(
-        open_bank(arguments.bank, arguments.store).push_to_hub(
+        push_bank(
+            open_bank(arguments.bank, arguments.store),
             arguments.repo_id,
             private=arguments.private,
             revision=arguments.revision,

@@ -2,7 +2,7 @@
 
 The client's cache, sign-in, `HF_HUB_OFFLINE` and `HF_ENDPOINT` hold here as elsewhere: what was
 downloaded once loads without a network. What the client raises becomes a BankError that says
-what to do. Does not look into a bank, which `Bank.load` does strictly, wherever it came from.
+what to do. A bank is read as strictly as from a folder.
 """
 
 import re
@@ -45,15 +45,15 @@ def parse(reference: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def fetch(
+def pull_bank(
     repo_id: str,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
-) -> Path:
-    """Return the folder of a bank in the hub's cache, downloaded if need be.
+) -> Bank:
+    """Read a bank from the hub's cache, downloaded if need be.
 
     Both files are of one commit, and no other file of the repository is downloaded.
 
@@ -63,12 +63,9 @@ def fetch(
         cache_dir, local_files_only, token: as for `huggingface_hub.snapshot_download`.
 
     Raises:
-        BankError: if there is no such bank, or none that can be had from here.
+        BankError: if there is no such bank, it cannot be had from here, or it is faulty.
     """
-    if not _ID.fullmatch(repo_id):
-        raise BankError(
-            f"{repo_id!r} is neither a bank folder (it has no {FILES[0]}) nor a hub id ORG/NAME"
-        )
+    _check_id(repo_id)
     with _explained(repo_id, revision):
         folder = Path(
             snapshot_download(
@@ -83,10 +80,10 @@ def fetch(
     for name in FILES:
         if not (folder / name).is_file():
             raise BankError(f"{_at(repo_id, revision)} on the hub is no bank: it has no {name}")
-    return folder
+    return Bank.load(folder)
 
 
-def push(
+def push_bank(
     bank: Bank,
     repo_id: str,
     *,
@@ -98,9 +95,26 @@ def push(
     plots: Sequence[str | Path] = (),
     license: str | None = None,  # noqa: A002 (the hub's word)
 ) -> str:
-    """Upload a bank as `Bank.push_to_hub` says; return the URL of the commit."""
-    if not _ID.fullmatch(repo_id):
-        raise BankError(f"a hub id is ORG/NAME, got {repo_id!r}")
+    """Upload a bank, with a generated model card.
+
+    Args:
+        bank: the bank.
+        repo_id: `ORG/NAME`; it is made if it is not there. Its `README.md` is replaced.
+        private: whether it must be private; by default what the organisation has chosen.
+        revision: branch, made if it is not there; by default the default branch.
+        commit_message: by default the bank's name and digest.
+        token: by default who is signed in.
+        create_pr: open a pull request instead of a commit; then without `revision`.
+        plots: picture files to add to the repository and to show on the card.
+        license: the hub's identifier of the bank's licence; none is claimed unless given.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        BankError: if it cannot be uploaded; nothing is half-committed.
+    """
+    _check_id(repo_id)
     api = HfApi(token=token)
     with TemporaryDirectory() as temporary:
         folder = bank.save(Path(temporary) / bank.info.name)
@@ -119,6 +133,11 @@ def push(
                 create_pr=create_pr,
             )
     return commit.commit_url
+
+
+def _check_id(repo_id: str) -> None:
+    if not _ID.fullmatch(repo_id):
+        raise BankError(f"a hub id is ORG/NAME, got {repo_id!r}")
 
 
 def _add(plot: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import hub
-from adapters.bank import NAME, Bank
+from adapters.bank import FILES, NAME, Bank
 from adapters.durable import replace_file, sync
 from tocom import BankError, StoreError, bundled_folder
 from tocom.backbones import BUNDLED
@@ -67,13 +67,14 @@ class Store:
         """Add a bank, or a bank folder, and make it what its name stands for.
 
         A version that is there already stays as it is, its notes (training, evaluation)
-        included. A crash leaves what was published before whole and in its place.
+        included, unless it is damaged: then it is replaced. A crash leaves what was published
+        before whole and in its place.
 
         Returns:
             The reference `NAME@DIGEST`.
 
         Raises:
-            BankError: if the folder, or the same version in the store, is faulty.
+            BankError: if the folder is faulty.
         """
         if not isinstance(bank, Bank):
             bank = Bank.load(bank)
@@ -81,11 +82,11 @@ class Store:
         version = Version(name, digest, self._banks / name / digest, current=True)
         self._banks.mkdir(parents=True, exist_ok=True)
         with self._changing():
-            if version.folder.exists():
-                _load(version)
-            else:
+            if not version.folder.exists():
                 bank.save(version.folder)
                 sync(self._banks)
+            elif _fault(version):
+                _repair(version, bank)
             if self._current(name) != digest:
                 replace_file(version.folder.parent / _CURRENT, f"{digest}\n")
         return version.reference
@@ -235,7 +236,7 @@ def use_bank(reference: str | Path, store: Store | None = None) -> Iterator[Bank
         yield Bank.load(bundled_folder(text.removeprefix(BUNDLED)))
     elif text.startswith(hub.SCHEME):
         repo_id, revision = hub.parse(text)
-        yield Bank.load(hub.fetch(repo_id, revision=revision))
+        yield hub.pull_bank(repo_id, revision=revision)
     elif isinstance(reference, Path) or os.sep in text or Path(text).is_dir():
         yield Bank.load(text)
     else:
@@ -259,6 +260,15 @@ def _fault(version: Version) -> str:
     except BankError as error:
         return str(error)
     return ""
+
+
+def _repair(version: Version, bank: Bank) -> None:
+    """Replace the files of a damaged version; the folder stays, with the locks on it."""
+    whole = bank.save(version.folder.with_name(f".{version.digest}.whole"))
+    for name in FILES:  # each by itself is no worse than what was there
+        (whole / name).replace(version.folder / name)
+    sync(version.folder)
+    whole.rmdir()
 
 
 @contextmanager

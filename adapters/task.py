@@ -7,31 +7,23 @@ bank it is served with is not known here.
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
-from pydantic_core import from_json
-from safetensors.torch import save
+from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters.adaptformer import adapter
 from adapters.bank import NAME
-from adapters.durable import new_folder
-from adapters.geometry import BackboneInfo, Count, Geometry, Strict, first_fault
-from adapters.tensors import check_tensors, content_digest, parse_tensors, read_files
+from adapters.format import VERSION, Format
+from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Adapter, Backbone, TaskError, bundled_folder
 from tocom.backbones import BUNDLED, parse_calibration
 from tocom.delta import TARGETS
 
-FORMAT_VERSION: Final = 1
-_INFO, _TENSORS = "task.json", "task.safetensors"
-#: What may be said of a task later: no part of its digest.
-_NOTES = {"training", "evaluation", "calibration", "digest"}
 #: timm's layers that LoRA may change.
 LAYERS = tuple(dict.fromkeys(path for path, _ in TARGETS.values()))
 
@@ -39,7 +31,7 @@ LAYERS = tuple(dict.fromkeys(path for path, _ in TARGETS.values()))
 class TaskInfo(Strict):
     """Everything in `task.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = VERSION
     name: str = Field(pattern=f"^{NAME}$")
     method: Literal["adaptformer", "lora", "linear"]
     backbone: BackboneInfo = Field(description="the model that it was tuned on")
@@ -52,9 +44,9 @@ class TaskInfo(Strict):
     resize: Literal["crop", "squash"] = Field(
         "crop", description="what becomes of a picture: the backbone's own crop, or all of it"
     )
-    training: dict[str, JsonValue] = Field({})
-    evaluation: dict[str, JsonValue] | None = None
-    calibration: dict[str, JsonValue] | None = None
+    training: Notes = Field({})
+    evaluation: Notes | None = None
+    calibration: Notes | None = None
     digest: str = Field("", description="SHA-256 of the tensors and what gives them meaning")
 
 
@@ -83,18 +75,7 @@ class TaskModel:
                 f"{what}: the layers that LoRA changes are some of {', '.join(LAYERS)}; "
                 f"{info.method} cannot have {', '.join(info.layers) or 'none'}"
             )
-        check_tensors(what, tensors, tensor_shapes(info), TaskError)
-        self.tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in tensors.items()
-        }
-        digest = content_digest(info.model_dump(mode="json", exclude=_NOTES), self.tensors)
-        if info.digest not in ("", digest):
-            raise TaskError(
-                f"{what}: the content does not match its digest (says {info.digest[:12]}, is "
-                f"{digest[:12]}): it was changed or corrupted"
-            )
-        self.info = info.model_copy(update={"digest": digest})
+        self.info, self.tensors = _FORMAT.own(info, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> "TaskModel":
@@ -103,10 +84,7 @@ class TaskModel:
         Raises:
             TaskError: if anything about it is wrong; the message names the fault.
         """
-        folder = Path(folder)
-        info, tensors = read_files(folder, (_INFO, _TENSORS), "task model", TaskError)
-        parsed = _parse(info, folder / _INFO)
-        return cls(parsed, parse_tensors(tensors, folder / _TENSORS, TaskError))
+        return cls(*_FORMAT.parse(*_FORMAT.read(Path(folder)), Path(folder)))
 
     def save(self, folder: str | Path) -> Path:
         """Write the task as the new folder `folder`, whole or not at all.
@@ -114,11 +92,7 @@ class TaskModel:
         Raises:
             TaskError: if `folder` exists; a written task is never changed.
         """
-        info = json.dumps(self.info.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        with new_folder(Path(folder), TaskError) as beside:
-            (beside / _INFO).write_text(info + "\n", encoding="utf-8")
-            (beside / _TENSORS).write_bytes(save(self.tensors))
-        return Path(folder)
+        return _FORMAT.save(Path(folder), self.info, self.tensors)
 
     def on(self, backbone: Backbone) -> Backbone:
         """Return the task as a model that runs; it shares the backbone's weights in memory.
@@ -231,20 +205,23 @@ def heads_of(model: VisionTransformer) -> tuple[str, ...]:
     return ("head", "head_dist") if hasattr(model, "head_dist") else ("head",)
 
 
-def _parse(content: bytes, file: Path) -> TaskInfo:
-    try:
-        raw = from_json(content, allow_inf_nan=False)
-    except ValueError as error:
-        raise TaskError(f"{file} cannot be read: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise TaskError(
-            f"{file} has task format {version!r}; this version reads format {FORMAT_VERSION}"
-        )
-    try:
-        info = TaskInfo.model_validate(raw)
-    except ValidationError as error:
-        raise TaskError(f"{file}: {first_fault(error)}") from error
-    if not info.digest:
-        raise TaskError(f"{file} has no digest")
-    return info
+_FORMAT = Format(
+    what="task",
+    files=("task.json", "task.safetensors"),
+    info=TaskInfo,
+    shapes=tensor_shapes,
+    covered=(
+        "format_version",
+        "name",
+        "method",
+        "source",
+        "class_names",
+        "heads",
+        "rank",
+        "layers",
+        "scale",
+        "resize",
+    ),
+    fault=TaskError,
+    max_info_bytes=2**24,  # the class names of ImageNet-21k alone have close to a megabyte
+)

@@ -19,7 +19,7 @@ import adapters.cli
 from adapters import export_model
 from server.app import create_app
 from server.settings import ApiKey, ModelSettings, Settings
-from tests.adapters.test_runtimes import small_backbone
+from tests.adapters.test_export import small_backbone
 from training.cli import _parser
 from training.config import (
     CalibrateConfig,

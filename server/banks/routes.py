@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from starlette.datastructures import UploadFile
 
 from adapters import BackboneInfo
-from adapters.bank import tensor_shapes
+from adapters.bank import MAX_INFO_BYTES, tensor_shapes
 from server.banks.catalogue import Banks, Change, Known, Origin
 from server.errors import BadRequestError, TooLargeError, UnsupportedTypeError
 from server.web.access import require_admin
@@ -18,8 +18,6 @@ from server.web.problems import described
 from server.web.serving import held
 
 PATH = "/v1/banks"
-#: A real one has some kilobytes, notes included.
-MAX_INFO_BYTES = 2**20
 
 _SHOWN = {"name", "digest", "max_rate", "rank", "targets", "backbone"}
 _HOW = f"curl -F info=@bank.json -F plugins=@plugins.safetensors .../{PATH[1:]}"

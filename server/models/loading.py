@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 
 from adapters import Store, open_bank, open_task
-from adapters.geometry import first_fault
+from adapters.schema import first_fault
 from server.engine.rates import Controller
 from server.engine.times import ServiceTimes
 from server.models.graphs import Graphs

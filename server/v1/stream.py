@@ -17,7 +17,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from adapters.geometry import first_fault
+from adapters.schema import first_fault
 from server.engine.job import Answer
 from server.engine.scheduler import Work
 from server.errors import (

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
-from adapters.geometry import first_fault
+from adapters.schema import first_fault
 from server.errors import BadRequestError, ParameterError, TooLargeError, UnsupportedTypeError
 from server.settings import Settings
 from server.web import multipart

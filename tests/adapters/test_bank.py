@@ -211,7 +211,7 @@ def test_a_description_is_read_without_its_tensors(folder):
     with pytest.raises(BankError, match=r"bank\.json has no digest"):
         read_info(folder)
     (folder / "bank.json").unlink()
-    with pytest.raises(BankError, match=r"bank\.json cannot be read"):
+    with pytest.raises(BankError, match=r"is no bank: it has no bank\.json"):
         read_info(folder)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from adapters import BackboneInfo, Bank, Geometry, Store
 from adapters.cli import main
 from tests.adapters.banks import random_bank, same
-from tests.adapters.test_peft import reference_checkpoint
+from tests.adapters.test_reference import reference_checkpoint
 
 BANK = random_bank()
 REFERENCE = f"tiny@{BANK.info.digest[:12]}"

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, close_session, constants
 from safetensors.torch import save_file
 
-from adapters import BackboneInfo, Bank, Geometry, model_card, open_bank
+from adapters import BackboneInfo, Bank, Geometry, model_card, open_bank, pull_bank, push_bank
 from adapters.cli import main
 from tests.adapters import fake_hub
 from tests.adapters.banks import random_bank, same
@@ -67,32 +66,22 @@ def put_in_cache(cache, bank, revision="main", commit=COMMIT):
     bank.save(repository / "snapshots" / commit)
 
 
-# From a folder and from the cache.
-
-
-def test_a_folder_is_loaded_as_it_is(folder, monkeypatch):
-    assert same(Bank.from_pretrained(folder), BANK)
-    assert same(Bank.from_pretrained(str(folder)), BANK)
-    BANK.save(folder.parent / "org" / "bank")
-    monkeypatch.chdir(folder.parent)
-    assert same(Bank.from_pretrained("org/bank"), BANK)
-    with pytest.raises(BankError, match=r"^nowhere is no bank: it has no bank\.json"):
-        Bank.from_pretrained(Path("nowhere"))
+# From the cache.
 
 
 def test_the_cache_serves_without_a_network(cache, tmp_path, monkeypatch):
     put_in_cache(cache, BANK)
     put_in_cache(cache, NEWER, revision="v2", commit="d" * 40)
-    assert same(Bank.from_pretrained("org/bank"), BANK)
-    assert same(Bank.from_pretrained("org/bank", revision="v2"), NEWER)
-    assert same(Bank.from_pretrained("org/bank", revision=COMMIT), BANK)
+    assert same(pull_bank("org/bank"), BANK)
+    assert same(pull_bank("org/bank", revision="v2"), NEWER)
+    assert same(pull_bank("org/bank", revision=COMMIT), BANK)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert same(Bank.from_pretrained("org/bank", local_files_only=True), BANK)
+    assert same(pull_bank("org/bank", local_files_only=True), BANK)
     cache.rename(tmp_path / "elsewhere")
     elsewhere = {"cache_dir": tmp_path / "elsewhere", "local_files_only": True}
-    assert same(Bank.from_pretrained("org/bank", **elsewhere), BANK)
+    assert same(pull_bank("org/bank", **elsewhere), BANK)
     with pytest.raises(BankError, match=r"org/bank is not in the hub's cache.*local_files_only"):
-        Bank.from_pretrained("org/bank", local_files_only=True)
+        pull_bank("org/bank", local_files_only=True)
 
 
 def test_every_door_takes_a_reference(cache, capsys):
@@ -114,31 +103,31 @@ def test_a_reference_of_another_form_is_refused(reference):
 
 
 @pytest.mark.parametrize("malformed", ["nowhere", "a/b/c", "org/ba nk", "", "hf://org/bank"])
-def test_what_is_neither_folder_nor_id_is_refused(malformed):
-    with pytest.raises(BankError, match=r"is neither a bank folder .* nor a hub id ORG/NAME"):
-        Bank.from_pretrained(malformed)
+def test_what_is_no_id_is_refused(malformed):
+    with pytest.raises(BankError, match="a hub id is ORG/NAME, got "):
+        pull_bank(malformed)
 
 
 def test_an_id_that_the_hub_forbids_is_refused():
     with pytest.raises(BankError, match=r"'org/a--b' is no hub id: Cannot have -- or \.\. in"):
-        Bank.from_pretrained("org/a--b")
+        pull_bank("org/a--b")
 
 
 def test_without_network_and_cache_is_said():
     message = r"org/bank@v2 is not in the hub's cache.*OfflineModeIsEnabled.*HF_HUB_OFFLINE"
     with pytest.raises(BankError, match=message):
-        Bank.from_pretrained("org/bank", revision="v2")
+        pull_bank("org/bank", revision="v2")
 
 
 def test_a_hub_out_of_reach_is_said(monkeypatch, cache):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     point_at("http://127.0.0.1:9", monkeypatch)  # the port where everything is discarded
     with pytest.raises(BankError, match=r"org/bank is not in the hub's cache.*Connect"):
-        Bank.from_pretrained("org/bank")
+        pull_bank("org/bank")
     with pytest.raises(BankError, match=r"org/bank: the hub's client failed \(Connect"):
-        BANK.push_to_hub("org/bank")
+        push_bank(BANK, "org/bank")
     put_in_cache(cache, BANK)
-    assert same(Bank.from_pretrained("org/bank"), BANK)
+    assert same(pull_bank("org/bank"), BANK)
     close_session()
 
 
@@ -149,7 +138,7 @@ def test_a_cached_repository_that_is_no_bank_is_named(cache, missing):
     with pytest.raises(
         BankError, match=f"org/bank@main on the hub is no bank: it has no {missing}"
     ):
-        Bank.from_pretrained("org/bank", revision="main")
+        pull_bank("org/bank", revision="main")
 
 
 def test_a_bank_of_the_hub_is_checked_as_strictly(cache):
@@ -157,7 +146,7 @@ def test_a_bank_of_the_hub_is_checked_as_strictly(cache):
     file = cache / "models--org--bank" / "snapshots" / COMMIT / "bank.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scale": 2.0}))
     with pytest.raises(BankError, match="does not match its digest"):
-        Bank.from_pretrained("org/bank")
+        pull_bank("org/bank")
 
 
 # From the hub.
@@ -165,30 +154,30 @@ def test_a_bank_of_the_hub_is_checked_as_strictly(cache):
 
 def test_a_bank_is_downloaded_once_and_alone(hub, folder, monkeypatch):
     hub.add("org/bank", folder, **{"README.md": b"# Page", "code.py": b"raise SystemExit"})
-    assert same(Bank.from_pretrained("org/bank"), BANK)
+    assert same(pull_bank("org/bank"), BANK)
     assert hub.downloaded() == sorted(BANK_FILES)
     hub.asked.clear()
     assert same(open_bank("hf://org/bank"), BANK)
     assert hub.downloaded() == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same(Bank.from_pretrained("org/bank"), BANK)
+    assert same(pull_bank("org/bank"), BANK)
 
 
 def test_what_the_hub_refuses_is_explained(hub, folder, capsys):
     with pytest.raises(BankError, match=r"no repository org/bank, or a private one: .*sign in"):
-        Bank.from_pretrained("org/bank")
+        pull_bank("org/bank")
     hub.add("org/bank", folder)
     with pytest.raises(BankError, match=r"org/bank has no revision 'v9': name a branch, a tag"):
-        Bank.from_pretrained("org/bank", revision="v9")
+        pull_bank("org/bank", revision="v9")
     hub.gated.add("org/bank")
     with pytest.raises(BankError, match=r"org/bank is gated: ask for access .*sign in"):
-        Bank.from_pretrained("org/bank")
+        pull_bank("org/bank")
     assert "org/bank is gated" in refused(capsys, "inspect", "hf://org/bank")
     hub.branches["org/other"] = {"main": {"README.md": b"# Page"}}
     with pytest.raises(BankError, match=r"org/other on the hub is no bank: it has no bank\.json"):
-        Bank.from_pretrained("org/other")
+        pull_bank("org/other")
     with pytest.raises(BankError, match=r"org/bank: the hub's client failed \(LocalTokenNotFound"):
-        Bank.from_pretrained("org/bank", token=True)
+        pull_bank("org/bank", token=True)
 
 
 # To the hub.
@@ -197,7 +186,7 @@ def test_what_the_hub_refuses_is_explained(hub, folder, capsys):
 def test_what_is_pushed_loads_again(hub, tmp_path):
     plot = tmp_path / "evaluation.png"
     plot.write_bytes(b"a picture")
-    url = BANK.push_to_hub("org/bank", plots=[plot], license="apache-2.0")
+    url = push_bank(BANK, "org/bank", plots=[plot], license="apache-2.0")
     files = hub.branches["org/bank"]["main"]
     assert set(files) == BANK_FILES | {"README.md", "evaluation.png"}
     assert files["evaluation.png"] == b"a picture"
@@ -206,23 +195,23 @@ def test_what_is_pushed_loads_again(hub, tmp_path):
     assert url == f"{hub.address}/org/bank/commit/{fake_hub.commit_of(files)}"
     assert hub.commits == [("org/bank", "main", f"Bank tiny@{BANK.info.digest[:12]}")]
     assert "org/bank" not in hub.private
-    assert same(Bank.from_pretrained("org/bank"), BANK)
+    assert same(pull_bank("org/bank"), BANK)
 
 
 def test_a_push_can_be_private_and_on_a_branch(hub):
-    BANK.push_to_hub("org/bank", private=True)
-    NEWER.push_to_hub("org/bank", private=True, revision="v2", commit_message="Better")
-    NEWER.push_to_hub("org/bank", revision="v2", commit_message="Again")
+    push_bank(BANK, "org/bank", private=True)
+    push_bank(NEWER, "org/bank", private=True, revision="v2", commit_message="Better")
+    push_bank(NEWER, "org/bank", revision="v2", commit_message="Again")
     assert hub.private == {"org/bank"}
     assert [commit[1:] for commit in hub.commits[1:]] == [("v2", "Better"), ("v2", "Again")]
-    assert same(Bank.from_pretrained("org/bank"), BANK)
-    assert same(Bank.from_pretrained("org/bank", revision="v2"), NEWER)
+    assert same(pull_bank("org/bank"), BANK)
+    assert same(pull_bank("org/bank", revision="v2"), NEWER)
 
 
 def test_nothing_private_goes_to_a_public_repository(hub, folder):
     hub.add("org/bank", folder)
     with pytest.raises(BankError, match="org/bank is on the hub already and public: make it priv"):
-        NEWER.push_to_hub("org/bank", private=True)
+        push_bank(NEWER, "org/bank", private=True)
     assert hub.commits == []
 
 
@@ -231,22 +220,22 @@ def test_a_push_can_be_a_pull_request(hub, folder, monkeypatch):
     # The client has opened them in two ways so far; both begin here.
     upload = Mock(return_value=Mock(commit_url="the commit"))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert NEWER.push_to_hub("org/bank", create_pr=True) == "the commit"
+    assert push_bank(NEWER, "org/bank", create_pr=True) == "the commit"
     assert upload.call_args.kwargs["create_pr"] is True
     assert list(hub.branches["org/bank"]) == ["main"]
 
 
 def test_a_push_that_cannot_be_is_explained(hub, tmp_path):
     with pytest.raises(BankError, match="a hub id is ORG/NAME, got 'bank'"):
-        BANK.push_to_hub("bank")
+        push_bank(BANK, "bank")
     with pytest.raises(BankError, match="there is no plot nowhere.png"):
-        BANK.push_to_hub("org/bank", plots=["nowhere.png"])
+        push_bank(BANK, "org/bank", plots=["nowhere.png"])
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(BankError, match=r"cannot be added: the bank has a file README\.md already"):
-        BANK.push_to_hub("org/bank", plots=[tmp_path / "README.md"])
+        push_bank(BANK, "org/bank", plots=[tmp_path / "README.md"])
     hub.read_only = True
     with pytest.raises(BankError, match=r"org/bank: .*403.* sign in .* with the right to do this"):
-        BANK.push_to_hub("org/bank")
+        push_bank(BANK, "org/bank")
     assert hub.branches == {}
 
 
@@ -303,7 +292,7 @@ def test_a_card_says_what_a_bank_is():
         "| scale | 0.5 |",
         "| parameters | 192 |",
         "| recipe.lr | 0.001 |",
-        'bank = Bank.from_pretrained("org/bank")',
+        'bank = open_bank("hf://org/bank")',
         "tocom-serve --model my-model=none,bank=hf://org/bank",
     ):
         assert line in card.text.splitlines()
@@ -388,4 +377,4 @@ def test_card_from_the_shell(folder, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{model_card(BANK, 'org/bank', license='mit', plots=['a.png'])}\n"
     assert main(["card", str(folder)]) == 0
-    assert 'Bank.from_pretrained("ORG/tiny")' in capsys.readouterr().out
+    assert 'open_bank("hf://ORG/tiny")' in capsys.readouterr().out

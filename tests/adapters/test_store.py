@@ -64,11 +64,75 @@ def test_publishing_again_changes_nothing(store):
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
 
 
-def test_publishing_over_a_faulty_version_says_so(store):
+def damage(folder: Path, how: str) -> None:
+    match how:
+        case "tensors":
+            file = folder / "plugins.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+        case "description":
+            (folder / "bank.json").write_text("{")
+        case "empty":
+            for file in folder.iterdir():
+                file.unlink()
+        case "another":
+            for file in NEW.save(folder.parent.parent / "new").iterdir():
+                file.replace(folder / file.name)
+
+
+@pytest.mark.parametrize("how", ["tensors", "description", "empty", "another"])
+def test_publishing_a_whole_bank_repairs_a_damaged_version(store, how):
+    reference = store.publish(OLD)
+    damage(store.find("tiny").folder, how)
+    assert store.verify().keys() == {reference}
+    assert store.publish(OLD) == reference
+    assert same(store.get("tiny"), OLD)
+    assert store.verify() == {}
+    assert list(store.root.rglob(".*")) == []
+
+
+def test_a_repair_that_stops_between_two_files_is_taken_up_again(store, monkeypatch):
     store.publish(OLD)
-    (store.find("tiny").folder / "plugins.safetensors").write_bytes(b"")
-    with pytest.raises(BankError, match="truncated or corrupted"):
+    folder = store.find("tiny").folder
+    damage(folder, "empty")
+    replace = Path.replace
+
+    def fail(path, target):
+        if target == folder / "plugins.safetensors":
+            raise OSError("power cut")
+        return replace(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="power cut"):
+            store.publish(OLD)
+    assert store.verify().keys() == {store.find("tiny").reference}
+    store.publish(OLD)
+    assert same(store.get("tiny"), OLD)
+    assert list(store.root.rglob(".*")) == []
+
+
+def test_a_full_disk_leaves_a_damaged_version_as_it_was(store, monkeypatch):
+    store.publish(OLD)
+    damage(store.find("tiny").folder, "tensors")
+    faults = store.verify()
+
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            store.publish(OLD)
+    assert store.verify() == faults
+
+
+def test_what_is_in_use_while_it_is_repaired_stays(store):
+    reference = store.publish(OLD)
+    with store.use("tiny"):
+        damage(store.find("tiny").folder, "tensors")
         store.publish(OLD)
+        with pytest.raises(StoreError, match=f"{reference} is in use"):
+            store.delete("tiny")
 
 
 def test_a_faulty_folder_is_not_published(store, tmp_path):

@@ -52,6 +52,15 @@ def test_uploading_it_again_changes_nothing(admin, store, make_bank):
     assert len(store.versions()) == 1
 
 
+@pytest.mark.parametrize(("file", "status"), [("plugins.safetensors", 200), ("bank.json", 201)])
+def test_uploading_it_again_repairs_a_damaged_copy(admin, store, make_bank, file, status):
+    bank = make_bank()
+    (store.find(store.publish(bank)).folder / file).write_bytes(b"damaged")
+    assert admin.post("/v1/banks", files=files(bank)).status_code == status
+    assert store.verify() == {}
+    assert store.get("new").info == bank.info
+
+
 @pytest.mark.parametrize("digits", [8, 12, 64])
 def test_a_bank_is_found_by_the_beginning_of_its_digest(admin, served, digits):
     digest = served.bank.info.digest

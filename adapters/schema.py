@@ -1,12 +1,32 @@
-"""What a file of ours says about the model that it is for."""
+"""What `bank.json` and `task.json` are made of: strict parts, and the model that a file is for."""
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from timm.models.vision_transformer import VisionTransformer
 
 from tocom import Backbone
 
+#: Levels of lists and objects within notes. A trainer's have six.
+MAX_DEPTH = 32
+
+
+def _shallow(notes: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    level: list[dict[str, JsonValue] | list[JsonValue]] = [notes]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, (dict, list))
+        ]
+    if level:
+        raise ValueError(f"lists and objects may be nested {MAX_DEPTH} deep")
+    return notes
+
+
+#: What may be said of a file's content in any form; no part of its digest.
+Notes = Annotated[dict[str, JsonValue], AfterValidator(_shallow)]
 # Far above any model; keeps the arithmetic on a forged bank.json small.
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 
