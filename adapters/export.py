@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapters.bank import Bank
 from adapters.compose import compose
 from adapters.durable import new_files
-from tocom import Backbone, ConfigError, FoldedWeights, RateError, TocomError, fold
+from tocom import Backbone, ConfigError, FoldedWeights, RateError, TocomError, Variant, fold
 from tocom.vit import embed, outputs
 
 #: Suffix -> what writes such a file.
@@ -74,13 +74,11 @@ class _AtRate(nn.Module):
 
     def __init__(self, backbone: Backbone, rate: int, folded: FoldedWeights | None) -> None:
         super().__init__()
-        self.model, self.adapter = backbone.model, backbone.adapter
-        self.rate, self.folded = rate, folded
+        self.model, self.variant = backbone.model, Variant(rate, folded, backbone.adapter)
         self.names = ("logits", "features") if backbone.model.num_classes else ("features",)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        tokens = embed(self.model, images)
-        answer = outputs(self.model, tokens, self.rate, self.folded, adapter=self.adapter)
+        answer = outputs(self.model, embed(self.model, images), self.variant)
         return tuple(getattr(answer, name) for name in self.names)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adapters import BackboneInfo, BankInfo
-from tocom import Backbone, forward, load_backbone
+from tocom import Backbone, Variant, forward, load_backbone
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, DistillConfig, LoopConfig, PicturesConfig
 from training.distill import Plugins, draw_rates
@@ -50,10 +50,10 @@ def shared(model: torch.nn.Module, plugins: Plugins, images: Tensor, rates: Rate
     with torch.no_grad():
         tokens = embed(model, images)
     with torch.inference_mode():
-        teacher = outputs(model, tokens, source).logits
+        teacher = outputs(model, tokens, Variant(source)).logits
     teacher = teacher.clone()
     for target in targets:
-        student = outputs(model, tokens, target, plugins(source, target)).logits
+        student = outputs(model, tokens, Variant(target, plugins(source, target))).logits
         (kd_loss(student, teacher) / len(targets)).backward()
 
 

@@ -30,7 +30,7 @@ from benchmarks import machine
 from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.plain_tome import plain_tome
 from server.models.graphs import SIZES
-from tocom import cost
+from tocom import Variant, cost
 from tocom.allocator import keep_freed_memory
 from tocom.merging import match, merge
 from tocom.schedule import plan
@@ -47,7 +47,8 @@ def kinds(model: VisionTransformer, rate: int, batch: int, threads: int) -> dict
         found["plain ToMe"] = lambda images: plain_tome(model, images, rate)
         if find_spec("tome") is not None:
             found["authors' ToMe"] = _authors(model, rate)
-    found["eager"] = lambda images: outputs(model, embed(model, images), rate)
+    variant = Variant(rate)
+    found["eager"] = lambda images: outputs(model, embed(model, images), variant)
     if find_spec("openvino") is not None:
         found["compiled"] = _compiled(model, rate, batch, threads)
     return found
@@ -70,13 +71,14 @@ def _compiled(model: VisionTransformer, rate: int, batch: int, threads: int) -> 
     if dtype != torch.float32:  # graphs are made of fp32 and convert it themselves
         model = copy.deepcopy(model).float()
     pieces = [size for size in SIZES if size <= batch]
-    graphs = {size: Graph(model, rate, size, threads=threads, dtype=dtype) for size in pieces}
+    variant = Variant(rate)
+    graphs = {size: Graph(model, variant, size, threads, dtype) for size in pieces}
 
     def run(images: Tensor) -> None:
         images = images.float()
         while len(images):
             size = next(size for size in pieces if size <= len(images))
-            graphs[size](images[:size])
+            graphs[size](images[:size], variant)
             images = images[size:]
 
     return run
@@ -186,10 +188,11 @@ def compiling(model: VisionTransformer, rates: Sequence[int]) -> None:
     images = torch.zeros(SIZES[0], 3, *model.patch_embed.img_size)
     before, seconds, graphs = _resident(), [], []
     for rate in rates:
+        variant = Variant(rate)
         began = time.perf_counter()
-        graphs.append(Graph(model, rate, SIZES[0], threads=torch.get_num_threads()))
+        graphs.append(Graph(model, variant, SIZES[0], threads=torch.get_num_threads()))
         seconds.append(time.perf_counter() - began)
-        graphs[-1](images)
+        graphs[-1](images, variant)
     used = (_resident() - before) / len(graphs)
     print(f"a graph of {SIZES[0]} images: {spread(seconds)} s to compile, {used:.0f} MiB\n")
 

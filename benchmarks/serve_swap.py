@@ -52,7 +52,7 @@ from benchmarks.subject import Subject
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.settings import Settings
-from tocom import forward
+from tocom import trace
 
 KEY = "a-key-for-benchmarks"
 #: Seconds between two swaps; seconds between two looks at /readyz.
@@ -90,10 +90,8 @@ class Offline:
                 delta = self.handles[question.digest].delta(question.rate)
             image = self.images[question.picture]
             with torch.inference_mode():
-                logits, trace = forward(
-                    self.model.backbone.model, image, question.rate, delta, trace=True
-                )
-            self._known[question] = logits[0], bool(trace.margin[0] < TIE)
+                traced = trace(self.model.backbone.model, image, question.rate, delta)
+            self._known[question] = traced.logits[0], bool(traced.margin[0] < TIE)
         return self._known[question]
 
     def least_difference(self) -> float:

@@ -23,7 +23,8 @@ from tocom.errors import (
 )
 from tocom.merging import Match, match, merge, unmerge
 from tocom.schedule import Plan, Rate, plan, schedule
-from tocom.vit import Trace, forward, forward_features
+from tocom.variant import Variant
+from tocom.vit import Trace, forward, forward_features, trace
 
 __all__ = [
     "Adapter",
@@ -48,6 +49,7 @@ __all__ = [
     "TocomError",
     "Trace",
     "UnsupportedModelError",
+    "Variant",
     "bundled_folder",
     "check_delta",
     "check_supported",
@@ -60,5 +62,6 @@ __all__ = [
     "merge",
     "plan",
     "schedule",
+    "trace",
     "unmerge",
 ]

@@ -26,6 +26,11 @@ class Adapter:
 
     branches: Sequence[LowRank]
 
+    @property
+    def bottleneck(self) -> int:
+        """The width K of the branches."""
+        return self.branches[0].down.shape[0]
+
     def __call__(self, block: int, x: Tensor) -> Tensor:
         """Return what the branch of a block adds to its tokens x [B, N, D]."""
         down, up = self.branches[block]

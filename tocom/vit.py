@@ -12,7 +12,7 @@ Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -23,14 +23,59 @@ from tocom.adapter import Adapter
 from tocom.attention import attend
 from tocom.delta import AnyDelta, has_plain_mlp, linear
 from tocom.merging import follow, match, merge
-from tocom.schedule import Plan, Rate, plan
+from tocom.schedule import Plan, Rate
+from tocom.variant import Variant
+
+
+def forward(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    *,
+    proportional: bool = True,
+    adapter: Adapter | None = None,
+) -> Tensor:
+    """Return the logits [B, classes] of `images` at `rate`.
+
+    Args:
+        model: a supported timm ViT; not modified.
+        images: [B, 3, H, W], normalised as the model wants.
+        rate, delta, proportional, adapter: as in `Variant`.
+
+    Raises:
+        RateError: if the rate is malformed.
+    """
+    variant = Variant(rate, delta, adapter, proportional)
+    last = _last(run_blocks(model, embed(model, images), variant))
+    return head(model, model.norm(last.x), last.size)
+
+
+def forward_features(
+    model: VisionTransformer,
+    images: Tensor,
+    rate: Rate = 0,
+    delta: AnyDelta | None = None,
+    *,
+    proportional: bool = True,
+    adapter: Adapter | None = None,
+) -> Tensor:
+    """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
+
+    Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
+    """
+    variant = Variant(rate, delta, adapter, proportional)
+    final: Tensor = model.norm(_last(run_blocks(model, embed(model, images), variant)).x)
+    return final
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened to the tokens of a batch.
+    """The answers to a batch and what happened to its tokens.
 
     Attributes:
+        logits: [B, classes], those of `forward`.
+        features: [B, D] what the head reads.
         plan: token counts of every block.
         size: [B, M, 1] input tokens that each final token stands for, in fp32.
         source: [B, N] the final token that holds each input token.
@@ -38,106 +83,39 @@ class Trace:
             below about 1e-6 another rounding may merge otherwise.
     """
 
+    logits: Tensor
+    features: Tensor
     plan: Plan
     size: Tensor
     source: Tensor
     margin: Tensor
 
 
-@overload
-def forward(
-    model: VisionTransformer,
-    images: Tensor,
-    rate: Rate = ...,
-    delta: AnyDelta | None = ...,
-    trace: Literal[False] = ...,
-    proportional: bool = ...,
-    adapter: Adapter | None = ...,
-) -> Tensor: ...
-@overload
-def forward(
-    model: VisionTransformer,
-    images: Tensor,
-    rate: Rate = ...,
-    delta: AnyDelta | None = ...,
-    *,
-    trace: Literal[True],
-    proportional: bool = ...,
-    adapter: Adapter | None = ...,
-) -> tuple[Tensor, Trace]: ...
-def forward(
+def trace(
     model: VisionTransformer,
     images: Tensor,
     rate: Rate = 0,
     delta: AnyDelta | None = None,
-    trace: bool = False,
-    proportional: bool = True,
-    adapter: Adapter | None = None,
-) -> Tensor | tuple[Tensor, Trace]:
-    """Return the logits of `images` at `rate`.
-
-    Args:
-        model: a supported timm ViT; not modified.
-        images: [B, 3, H, W], normalised as the model wants.
-        rate: tokens merged per block: an int, `(r, inflection)` or a list; 0 is the stock model.
-        delta: the change of weights to run with, low-rank or folded. It is not checked here,
-            where every batch passes: `check_delta` does it once.
-        trace: also return what happened to the tokens.
-        proportional: merged tokens count in attention by their size. Off for MAE models that
-            run untuned and for models that were trained with merging but without it.
-        adapter: branches that the model was tuned with.
-
-    Returns:
-        Logits [B, classes]; with `trace`, (logits, Trace).
-
-    Raises:
-        RateError: if the rate is malformed.
-    """
-    x, size, traced = encode(
-        model, embed(model, images), rate, delta, trace, proportional, adapter=adapter
-    )
-    logits = head(model, x, size)
-    return (logits, traced) if traced is not None else logits
-
-
-@overload
-def forward_features(
-    model: VisionTransformer,
-    images: Tensor,
-    rate: Rate = ...,
-    delta: AnyDelta | None = ...,
-    trace: Literal[False] = ...,
-    proportional: bool = ...,
-    adapter: Adapter | None = ...,
-) -> Tensor: ...
-@overload
-def forward_features(
-    model: VisionTransformer,
-    images: Tensor,
-    rate: Rate = ...,
-    delta: AnyDelta | None = ...,
     *,
-    trace: Literal[True],
-    proportional: bool = ...,
-    adapter: Adapter | None = ...,
-) -> tuple[Tensor, Trace]: ...
-def forward_features(
-    model: VisionTransformer,
-    images: Tensor,
-    rate: Rate = 0,
-    delta: AnyDelta | None = None,
-    trace: bool = False,
     proportional: bool = True,
     adapter: Adapter | None = None,
-) -> Tensor | tuple[Tensor, Trace]:
-    """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
-
-    Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
-    """
-    x, _, traced = encode(
-        model, embed(model, images), rate, delta, trace, proportional, adapter=adapter
+) -> Trace:
+    """Run `forward` and note what happens to the tokens; arguments and errors as there."""
+    variant = Variant(rate, delta, adapter, proportional)
+    x = embed(model, images)
+    last = _last(run_blocks(model, x, variant, trace=True))
+    features, logits, _ = read(model, last.x, last.size)
+    size = x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if last.size is None else last.size
+    assert last.source is not None
+    assert last.margin is not None
+    return Trace(
+        logits=logits,
+        features=features,
+        plan=variant.plan(model, x.shape[1]),
+        size=size,
+        source=last.source,
+        margin=last.margin,
     )
-    return (x, traced) if traced is not None else x
 
 
 def embed(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -216,92 +194,47 @@ class Outputs(NamedTuple):
     states: tuple[State, ...] = ()  # after each block but the last, which the head reads
 
 
-def outputs(
-    model: VisionTransformer,
-    x: Tensor,
-    rate: Rate = 0,
-    delta: AnyDelta | None = None,
-    trace: bool = False,
-    proportional: bool = True,
-    adapter: Adapter | None = None,
-) -> Outputs:
-    """Return features and logits of embedded tokens x [B, N, D] at `rate`.
+def outputs(model: VisionTransformer, x: Tensor, variant: Variant, trace: bool = False) -> Outputs:
+    """Return features and logits of embedded tokens x [B, N, D].
 
     The logits of `forward` but for rounding, in less time: several calls share one `embed`, and
     of the last block only what the head reads is computed. With `trace` also the tokens on the
-    way. Arguments as in `forward`.
+    way.
     """
-    steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
-    prefix_only = not pools_patches(model)
-    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only, adapter)
+    blocks = run_blocks(model, x, variant, trace, prefix_only=not pools_patches(model))
     *before, last = deque(blocks, maxlen=None if trace else 1)
     return read(model, last.x, last.size)._replace(states=tuple(before))
-
-
-def encode(
-    model: VisionTransformer,
-    x: Tensor,
-    rate: Rate = 0,
-    delta: AnyDelta | None = None,
-    trace: bool = False,
-    proportional: bool = True,
-    prefix_only: bool = False,
-    adapter: Adapter | None = None,
-) -> tuple[Tensor, Tensor | None, Trace | None]:
-    """Run the blocks and the last norm on embedded tokens.
-
-    Args:
-        model: a supported timm ViT.
-        x: [B, N, D] what `embed` returned.
-        rate, delta, trace, proportional, adapter: as in `forward`.
-        prefix_only: as in `run_blocks`; not to be traced.
-
-    Returns:
-        Final tokens [B, M, D], or [B, prefix, D]; their sizes [B, M, 1], None where nothing
-        has merged; and the trace, if asked for.
-    """
-    steps = plan(rate, len(model.blocks), x.shape[1], model.num_prefix_tokens)
-    blocks = run_blocks(model, x, steps, delta, trace, proportional, prefix_only, adapter)
-    state = deque(blocks, maxlen=1).pop()  # the last; the others are not kept
-    final, size = model.norm(state.x), state.size
-    if state.source is None or state.margin is None:
-        return final, size, None
-    sizes = final.new_ones(*final.shape[:2], 1, dtype=torch.float32) if size is None else size
-    return final, size, Trace(plan=steps, size=sizes, source=state.source, margin=state.margin)
 
 
 def run_blocks(
     model: VisionTransformer,
     x: Tensor,
-    steps: Plan,
-    delta: AnyDelta | None = None,
+    variant: Variant,
     trace: bool = False,
-    proportional: bool = True,
     prefix_only: bool = False,
-    adapter: Adapter | None = None,
 ) -> Iterator[State]:
     """Run the blocks on embedded tokens x [B, N, D] and yield the tokens after each.
 
     Args:
         model: a supported timm ViT.
         x: [B, N, D] what `embed` returned.
-        steps: how many tokens each block merges away.
-        delta, trace, proportional, adapter: as in `forward`.
+        variant: how to run them.
+        trace: follow where the tokens go.
         prefix_only: compute only the prefix tokens of the last block, which is all that the
             head of a model without pooling reads.
     """
     batch, tokens, _ = x.shape
-    wanted = steps.prefix if prefix_only else None
+    plan, delta, adapter = variant.plan(model, tokens), variant.delta, variant.adapter
     size: Tensor | None = None
     source = torch.arange(tokens, device=x.device).expand(batch, tokens) if trace else None
     margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
-    for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
-        bias = size if proportional else None
-        queries = wanted if i == len(model.blocks) - 1 else None
+    for i, (block, removed) in enumerate(zip(model.blocks, plan.removed, strict=True)):
+        bias = size if variant.proportional else None
+        queries = plan.prefix if prefix_only and i == len(model.blocks) - 1 else None
         y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta, queries)
         x = x[:, :queries] + block.drop_path1(block.ls1(y))
         if removed and queries is None:
-            merging = match(keys.mean(dim=1), removed, steps.prefix, margin=trace)
+            merging = match(keys.mean(dim=1), removed, plan.prefix, margin=trace)
             x, size = merge(x, size, merging)
             if source is not None:
                 source = follow(source, merging)
@@ -310,6 +243,10 @@ def run_blocks(
         y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
         x = x + y if adapter is None else x + y + adapter(i, x)
         yield State(x, size, source, margin)
+
+
+def _last(states: Iterator[State]) -> State:
+    return deque(states, maxlen=1).pop()  # the others are not kept
 
 
 def _mlp(block: Block, name: str, x: Tensor, delta: AnyDelta | None) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from adapters.compose import compose_steps
-from tocom import Backbone, ConfigError, Delta, load_backbone
+from tocom import Backbone, ConfigError, Delta, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
@@ -134,12 +134,12 @@ class Distillation:
             with torch.no_grad():
                 tokens = embed(self.teacher, share)
             with torch.inference_mode():
-                teacher = outputs(self.teacher, tokens, source, trace=self.traced)
+                teacher = outputs(self.teacher, tokens, Variant(source), self.traced)
             teacher = _usable(teacher)
             weight = len(share) / len(images) / self.config.students
             for target in targets:
-                delta = self.module(source, target, self.config.dropout)
-                student = outputs(self.student, tokens, target, delta, trace=self.traced)
+                variant = Variant(target, self.module(source, target, self.config.dropout))
+                student = outputs(self.student, tokens, variant, self.traced)
                 loss = weight * self._loss(student, teacher)
                 yield loss if self.plain is None else loss / self.plain[source, target]
 
@@ -160,7 +160,7 @@ class Distillation:
         images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
         tokens = embed(self.teacher, images)
         rates = range(self.config.highest + 1)
-        plain = [outputs(self.teacher, tokens, rate, trace=self.traced) for rate in rates]
+        plain = [outputs(self.teacher, tokens, Variant(rate), self.traced) for rate in rates]
         losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
         found = torch.tensor(losses)
         # Rates that merge (nearly) alike must not outweigh all others.
@@ -187,10 +187,10 @@ class Distillation:
         pictures = sum(len(images) for images in self.unseen)
         for images in self.unseen:
             tokens = embed(self.teacher, images.to(device))
-            stock = outputs(self.teacher, tokens)
+            stock = outputs(self.teacher, tokens, Variant())
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
-                    student = outputs(self.teacher, tokens, rate, delta)
+                    student = outputs(self.teacher, tokens, Variant(rate, delta))
                     if head:
                         loss = kd_loss(student.logits, stock.logits)
                     else:

@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from adapters import BackboneInfo, TaskInfo, TaskModel
 from adapters.durable import replace_file
 from adapters.task import data_config
-from tocom import Backbone, DataError, load_backbone
+from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig, PicturesConfig
@@ -257,10 +257,11 @@ def _accuracy(
         DataError: if a picture has a class that the model lacks.
     """
     device = next(backbone.model.parameters()).device
+    variant = Variant(rate, adapter=backbone.adapter)
     correct = total = 0
     for images, labels in evaluation_batches(backbone, [part], keys):
         tokens = embed(backbone.model, images.to(device))
-        logits = outputs(backbone.model, tokens, rate, adapter=backbone.adapter).logits
+        logits = outputs(backbone.model, tokens, variant).logits
         if (highest := int(labels.max())) >= logits.shape[1]:
             raise DataError(
                 f"{part.list or part.path} has the class {highest}; the model has "

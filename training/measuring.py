@@ -24,6 +24,7 @@ from tocom import (
     ConfigError,
     DataError,
     FoldedWeights,
+    Variant,
     cost,
     fold,
     load_backbone,
@@ -110,8 +111,8 @@ class Measurement:
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
-        backbone = self.backbone
-        answer = outputs(backbone.model, tokens, rate, delta, adapter=backbone.adapter).logits
+        variant = Variant(rate, delta, self.backbone.adapter)
+        answer = outputs(self.backbone.model, tokens, variant).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer
 

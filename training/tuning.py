@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adapters import AdaptFormer
 from adapters.task import heads_of
-from tocom import Backbone, ConfigError
+from tocom import Backbone, ConfigError, Variant
 from tocom.vit import embed, outputs
 from training.config import FinetuneConfig, LoraConfig
 from training.data import derive, mixing
@@ -53,8 +53,8 @@ class Tuned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""
         (model,) = self._model
-        adapter = self.adapter() if self.adapter is not None else None
-        return outputs(model, embed(model, images), self.rate, adapter=adapter).logits
+        variant = Variant(self.rate, adapter=self.adapter() if self.adapter is not None else None)
+        return outputs(model, embed(model, images), variant).logits
 
 
 class Finetuning:

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from server.errors import UnavailableError
-from tocom import Adapter, AnyDelta, Delta
+from tocom import Delta, Variant
 from tocom.vit import Outputs, embed, outputs
 
 logger = logging.getLogger(__name__)
@@ -50,25 +50,17 @@ class Forward(NamedTuple):
     """What is run, but for the images."""
 
     model: VisionTransformer
-    rate: int
-    delta: AnyDelta | None
-    adapter: Adapter | None
+    variant: Variant
 
     def __call__(self, images: Tensor) -> Outputs:
         """Run images [B, 3, H, W], from any device, eagerly."""
         device = self.model.patch_embed.proj.weight.device
-        tokens = embed(self.model, images.to(device))
-        return outputs(self.model, tokens, self.rate, self.delta, adapter=self.adapter)
+        return outputs(self.model, embed(self.model, images.to(device)), self.variant)
 
     @property
     def is_folded(self) -> bool:
         """Whether a graph can run it: deltas are none of a graph's own business."""
-        return not isinstance(self.delta, Delta)
-
-    @property
-    def bottleneck(self) -> int | None:
-        """Width of the adapter's branches, if there is one."""
-        return None if self.adapter is None else self.adapter.branches[0].down.shape[0]
+        return not isinstance(self.variant.delta, Delta)
 
 
 @dataclass(eq=False)
@@ -134,9 +126,9 @@ class Graphs:
             while len(rest) >= size and cell.graph is not None and forward.is_folded:
                 cell.used = self._clock()
                 try:
-                    done.append(cell.graph(rest[:size], forward.delta, forward.adapter))
+                    done.append(cell.graph(rest[:size], forward.variant))
                 except Exception:
-                    logger.exception("rate %d runs eagerly: its graph failed", forward.rate)
+                    logger.exception("rate %d runs eagerly: its graph failed", forward.variant.rate)
                     cell.graph, cell.eager = None, True
                     break
                 rest = rest[size:]
@@ -153,7 +145,9 @@ class Graphs:
         return Outputs(torch.cat(features), torch.cat(logits))
 
     def _cell(self, forward: Forward, size: int) -> _Cell:
-        key = forward.model, forward.rate, forward.bottleneck, size
+        model, variant = forward
+        bottleneck = variant.adapter and variant.adapter.bottleneck
+        key = model, variant.rate, variant.proportional, bottleneck, size
         return self._cells.setdefault(key, _Cell())
 
     def _is_worth_it(self, cell: _Cell) -> bool:
@@ -184,12 +178,10 @@ class Graphs:
         began = self._clock()
         try:
             if (reason := engine.unsupported(forward.model)) is not None:
-                logger.info("rate %d runs eagerly: %s", forward.rate, reason)
+                logger.info("rate %d runs eagerly: %s", forward.variant.rate, reason)
                 cell.eager = True
                 return
-            graph = engine.Graph(
-                forward.model, forward.rate, size, forward.bottleneck, self._threads, self._dtype
-            )
+            graph = engine.Graph(*forward, size, self._threads, self._dtype)
             with suppress(UnavailableError):  # the server ends
                 tries = (self._call(partial(self._try, forward, size, graph)) for _ in range(TRIES))
                 compiled = min(each.result() for each in tries)
@@ -198,7 +190,7 @@ class Graphs:
                     for measure in self._call(faster).result():
                         self._call(measure).result()
         except Exception:  # whatever it is, the service goes on without the graph
-            logger.exception("rate %d runs eagerly: its graph cannot be had", forward.rate)
+            logger.exception("rate %d runs eagerly: its graph cannot be had", forward.variant.rate)
             cell.eager = True
         finally:
             self._pause = self._clock() + PAUSE * (self._clock() - began)
@@ -208,7 +200,7 @@ class Graphs:
         images = torch.zeros(size, *_input_size(forward.model))
         began = self._clock()
         with torch.inference_mode():
-            graph(images, forward.delta, forward.adapter)
+            graph(images, forward.variant)
         return self._clock() - began
 
     def _take(
@@ -220,7 +212,7 @@ class Graphs:
             cell.graph, cell.used = graph, self._clock()
         logger.info(
             "rate %d, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
-            forward.rate, size, 1000 * took, 1000 * cell.seconds,
+            forward.variant.rate, size, 1000 * took, 1000 * cell.seconds,
             "stays eager" if cell.eager else "compiled from now on",
         )  # fmt: skip
 

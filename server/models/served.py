@@ -27,10 +27,11 @@ from tocom import (
     ConfigError,
     Cost,
     RateError,
+    Variant,
     cost,
+    trace,
 )
 from tocom.backbones import Calibration
-from tocom.vit import embed, encode, head, pool
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +222,10 @@ class RateWork:
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
-            tokens = embed(model, images.to(self.model.device))
-            x, size, traced = encode(model, tokens, self.rate, delta, True, adapter=adapter)
-            assert traced is not None
-            features, logits = pool(model, x, size), head(model, x, size)
-            sources = list(traced.source.cpu())
+            traced = trace(model, images.to(self.model.device), self.rate, delta, adapter=adapter)
+            features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:
-            forward = Forward(model, self.rate, delta, adapter)
+            forward = Forward(model, Variant(self.rate, delta, adapter))
             features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
         rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
         return [Output(*row) for row in rows]

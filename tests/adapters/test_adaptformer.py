@@ -3,8 +3,7 @@ from torch import Tensor, nn
 
 from adapters import AdaptFormer
 from tests.tocom_models import pictures, small_model
-from tocom import Adapter, forward
-from tocom.schedule import plan
+from tocom import Adapter, Variant, forward
 from tocom.vit import embed, run_blocks
 
 
@@ -61,10 +60,9 @@ def test_the_branch_reads_the_merged_tokens_of_its_block() -> None:
             read.append(x)
             return super().__call__(block, x)
 
-    steps = plan(3, 3, 17, 1)
-    tokens = embed(model, pictures(model))
-    states = list(run_blocks(model, tokens, steps, adapter=Spy(adapter.branches)))
-    assert [x.shape[1] for x in read] == list(steps.tokens[-3:]) == [14, 11, 8]
+    variant = Variant(3, adapter=Spy(adapter.branches))
+    states = list(run_blocks(model, embed(model, pictures(model)), variant))
+    assert [x.shape[1] for x in read] == [14, 11, 8]
     for i, (state, x) in enumerate(zip(states, read, strict=True)):
         block = model.blocks[i]
         expected = x + block.mlp(block.norm2(x)) + slow_branch(x, tuned.down[i], tuned.up[i], 0.7)

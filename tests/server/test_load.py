@@ -16,7 +16,7 @@ from torch import Tensor
 from server.app import create_app
 from server.models.pictures import decode
 from tests.server.conftest import MAX_RATE, picture, png
-from tocom import forward
+from tocom import trace
 from tocom.backbones import weights_digest
 
 PICTURES = [png(picture(seed)) for seed in range(8)]
@@ -62,8 +62,8 @@ def address(app) -> Iterator[str]:
 def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
     image = served.transform(decode(data, 10**6))[None]
     delta = served.delta(rate) if compensate and rate != served.source else None
-    logits, trace = forward(served.backbone.model, image, rate, delta, trace=True)
-    return Expected(logits[0], bool(trace.margin[0] < TIE))
+    traced = trace(served.backbone.model, image, rate, delta)
+    return Expected(traced.logits[0], bool(traced.margin[0] < TIE))
 
 
 def test_mixed_rates_from_eight_threads(app, address, served):

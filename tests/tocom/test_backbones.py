@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from tocom import BackboneError, UnsupportedModelError, bundled_folder, forward, load_backbone
+from tocom import (
+    BackboneError,
+    UnsupportedModelError,
+    bundled_folder,
+    forward,
+    load_backbone,
+    trace,
+)
 from tocom.backbones import weights_digest
 
 TINY = {"img_size": 32, "depth": 2, "num_classes": 7}
@@ -355,6 +362,6 @@ def test_the_bundled_model_is_what_its_card_says():
 
     stored = load_file(bundled_model() / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    logits, trace = forward(backbone.model, torch.zeros(1, 3, 224, 224), 16, trace=True)
-    assert logits.isfinite().all()
-    assert trace.plan.tokens[-1] == 11
+    traced = trace(backbone.model, torch.zeros(1, 3, 224, 224), 16)
+    assert traced.logits.isfinite().all()
+    assert traced.plan.tokens[-1] == 11

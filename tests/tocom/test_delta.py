@@ -18,6 +18,7 @@ from tocom import (
     fold,
     forward,
     forward_features,
+    trace,
 )
 from tocom.delta import TARGETS, linear, parts, target_layers
 
@@ -79,9 +80,9 @@ def test_low_rank_folded_and_changed_by_hand_agree(kind, rate):
     if rate == 0:
         assert torch.equal(expected, by_hand(images))
     for form in (delta, fold(model, delta)):
-        logits, trace = forward(model, images, rate, form, trace=True)
-        assert trace.margin.min() > 1e-5
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        traced = trace(model, images, rate, form)
+        assert traced.margin.min() > 1e-5
+        torch.testing.assert_close(traced.logits, expected, rtol=0, atol=1e-4)
         features = forward_features(model, images, rate, form)
         torch.testing.assert_close(
             features, forward_features(by_hand, images, rate), rtol=0, atol=1e-4

@@ -9,7 +9,7 @@ from adapters import open_bank
 from adapters.compose import compose
 from tests import oracle_case
 from tests.tocom_models import KINDS, pictures, small_model
-from tocom import Adapter, FoldedWeights, LowRank, fold, load_backbone
+from tocom import Adapter, FoldedWeights, LowRank, Variant, fold, load_backbone
 from tocom.delta import target_layers
 from tocom.engines.openvino import Graph, unsupported
 from tocom.vit import embed, outputs
@@ -40,10 +40,10 @@ def delta(model, seed=0):
     )
 
 
-def agree(graph, model, images, rate, delta=None, adapter=None):
+def agree(graph, model, images, variant):
     with torch.inference_mode():
-        expected = outputs(model, embed(model, images), rate, delta, adapter=adapter)
-        found = graph(images, delta, adapter)
+        expected = outputs(model, embed(model, images), variant)
+        found = graph(images, variant)
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)
     return found.logits
@@ -54,28 +54,32 @@ def test_every_rate_agrees_with_the_reference(name):
     case, tensors = oracle_case.read(name)
     model, images = oracle_case.build(case, tensors), tensors["images"]
     for i, rate in enumerate(oracle_case.rates(case)):
-        logits = Graph(model, rate, len(images))(images).logits
+        variant = Variant(rate)
+        logits = Graph(model, variant, len(images))(images, variant).logits
         torch.testing.assert_close(logits, tensors[f"r{i}.logits"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rate", [0, 3, 99])
-def test_every_kind_of_model_agrees_with_the_eager_forward(kind, rate):
+@pytest.mark.parametrize(
+    "variant", [Variant(0), Variant(3), Variant(3, proportional=False), Variant(99)]
+)
+def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     model = small_model(kind)
     assert unsupported(model) is None
-    agree(Graph(model, rate, images=3), model, pictures(model), rate)
+    agree(Graph(model, variant, images=3), model, pictures(model), variant)
 
 
 @pytest.mark.parametrize("rate", [0, 4])
 def test_one_graph_serves_every_delta_and_every_task(rate):
     model = small_model("deit3_small")
     images = pictures(model)
-    plain, tuned = Graph(model, rate, 3), Graph(model, rate, 3, BOTTLENECK)
+    plain = Graph(model, Variant(rate), 3)
+    tuned = Graph(model, Variant(rate, adapter=adapter(model)), 3)
     seen = []
     for change in (None, delta(model, 1), delta(model, 2), None):
-        seen.append(agree(plain, model, images, rate, change))
-        tasks = [adapter(model, seed) for seed in (1, 2)]
-        seen += [agree(tuned, model, images, rate, change, task) for task in tasks]
+        seen.append(agree(plain, model, images, Variant(rate, change)))
+        tasks = [Variant(rate, change, adapter(model, seed)) for seed in (1, 2)]
+        seen += [agree(tuned, model, images, task) for task in tasks]
     first, last = seen[:3], seen[-3:]
     for before, after in zip(first, last, strict=True):
         assert torch.equal(before, after)
@@ -90,16 +94,17 @@ def test_the_bundled_model_with_its_bank():
     images = torch.randn(2, 3, 224, 224, generator=generator)
     for rate in (0, 8, 16):
         folded = fold(backbone.model, compose(bank, 16, rate)) if rate != 16 else None
-        agree(Graph(backbone.model, rate, 2, threads=1), backbone.model, images, rate, folded)
+        variant = Variant(rate, folded)
+        agree(Graph(backbone.model, variant, 2, threads=1), backbone.model, images, variant)
 
 
 def test_what_it_returns_is_not_overwritten_by_the_next_call():
-    model = small_model()
-    graph = Graph(model, 2, 3)
+    model, variant = small_model(), Variant(2)
+    graph = Graph(model, variant, 3)
     with torch.inference_mode():
-        first = graph(pictures(model))
+        first = graph(pictures(model), variant)
         kept = first.features.clone(), first.logits.clone()
-        graph(1 + pictures(model))
+        graph(1 + pictures(model), variant)
     assert torch.equal(first.features, kept[0])
     assert torch.equal(first.logits, kept[1])
 
@@ -126,10 +131,11 @@ def test_bfloat16_stays_within_what_it_rounds():
     """Each layer rounds to 8 bits; over three blocks that adds up to a few thousandths."""
     model = small_model()
     images = pictures(model)
-    exact = Graph(model, 0, 3)(images).features
-    rough = Graph(model, 0, 3, dtype=torch.bfloat16)(images, delta(model), adapter=None).features
+    stock, variant = Variant(), Variant(0, delta(model))
+    exact = Graph(model, stock, 3)(images, stock).features
+    rough = Graph(model, variant, 3, dtype=torch.bfloat16)(images, variant).features
     assert not torch.allclose(exact, rough, rtol=0, atol=0.1)  # the delta was not forgotten
-    changed = Graph(model, 0, 3)(images, delta(model)).features
+    changed = Graph(model, variant, 3)(images, variant).features
     assert (rough - changed).abs().max() < 2**-8 * 8 * changed.abs().max()
 
 
@@ -138,5 +144,5 @@ def test_all_graphs_of_a_process_have_one_core(monkeypatch):
     made, core = [], openvino.Core
     monkeypatch.setattr(openvino, "Core", lambda: made.append(core()) or made[-1])
     for rate in range(3):
-        Graph(small_model(), rate, 1)
+        Graph(small_model(), Variant(rate), 1)
     assert len(made) <= 1  # another test may have made it

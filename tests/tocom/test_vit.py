@@ -10,8 +10,8 @@ import tocom
 from tests import oracle_case
 from tests.tocom.slow_reference import slow_forward
 from tests.tocom_models import KINDS, SMALL, pictures, small_model
-from tocom import RateError, forward, forward_features, plan
-from tocom.vit import head
+from tocom import RateError, Variant, forward, forward_features, plan, trace
+from tocom.vit import embed, head, outputs, pool
 
 MODELS = ["vit_class", "vit_deep", "vit_distilled", "vit_noprop"]
 RATES = [0, 1, 3, 8, (3, -1.0), (3, 0.5), [4, 0, 1]]
@@ -36,15 +36,15 @@ def test_every_rate_agrees_with_the_reference(name):
     case, tensors = oracle_case.read(name)
     model, images = oracle_case.build(case, tensors), tensors["images"]
     for i, rate in enumerate(oracle_case.rates(case)):
-        logits, trace = forward(model, images, rate, trace=True, proportional=case["prop_attn"])
-        torch.testing.assert_close(logits, tensors[f"r{i}.logits"], rtol=0, atol=1e-4)
-        assert trace.plan.tokens == tuple(case["tokens"][f"r{i}"])
-        assert trace.plan.asked == tuple(case["schedules"][f"r{i}"])
+        traced = trace(model, images, rate, proportional=case["prop_attn"])
+        torch.testing.assert_close(traced.logits, tensors[f"r{i}.logits"], rtol=0, atol=1e-4)
+        assert traced.plan.tokens == tuple(case["tokens"][f"r{i}"])
+        assert traced.plan.asked == tuple(case["schedules"][f"r{i}"])
         if rate == 0:
-            torch.testing.assert_close(logits, tensors["stock_logits"], rtol=0, atol=1e-4)
+            torch.testing.assert_close(traced.logits, tensors["stock_logits"], rtol=0, atol=1e-4)
             continue  # the reference has no sizes where nothing merges
-        torch.testing.assert_close(trace.size, tensors[f"r{i}.size"], rtol=0, atol=1e-4)
-        assert torch.equal(trace.source, tensors[f"r{i}.source"].long())
+        torch.testing.assert_close(traced.size, tensors[f"r{i}.size"], rtol=0, atol=1e-4)
+        assert torch.equal(traced.source, tensors[f"r{i}.source"].long())
 
 
 def test_proportional_attention_is_a_choice():
@@ -95,10 +95,10 @@ def test_dynamic_image_sizes_are_stock_timm_too(kind, size):
     images = pictures(model, size=size)
     with torch.no_grad():
         assert torch.equal(forward(model, images), model(images))
-        _, trace = forward(model, images, 2, trace=True)
+        traced = trace(model, images, 2)
     tokens = size[0] * size[1] // 16**2 + model.num_prefix_tokens
-    assert trace.plan.tokens_in == tokens
-    assert trace.size.sum(dim=1).flatten().tolist() == [tokens] * 3
+    assert traced.plan.tokens_in == tokens
+    assert traced.size.sum(dim=1).flatten().tolist() == [tokens] * 3
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -151,21 +151,21 @@ def test_training_at_a_rate_reaches_every_weight():
 def test_the_fast_path_equals_plain_loops(kind, rate, fused):
     model = fuse(small_model(kind), fused)
     images = pictures(model, batch=2)
-    logits, trace = forward(model, images, rate, trace=True)
-    assert trace.margin.min() > 1e-5  # closer than this, fp32 may decide otherwise
+    traced = trace(model, images, rate)
+    assert traced.margin.min() > 1e-5  # closer than this, fp32 may decide otherwise
     for i in range(2):
-        slow, size, source = slow_forward(model, images[i], trace.plan.removed)
-        torch.testing.assert_close(logits[i], slow.float(), rtol=0, atol=1e-4)
-        assert trace.size[i].flatten().tolist() == size.tolist()
-        assert trace.source[i].tolist() == source
+        slow, size, source = slow_forward(model, images[i], traced.plan.removed)
+        torch.testing.assert_close(traced.logits[i], slow.float(), rtol=0, atol=1e-4)
+        assert traced.size[i].flatten().tolist() == size.tolist()
+        assert traced.source[i].tolist() == source
 
 
 def test_without_proportional_attention_it_equals_plain_loops_too():
     model = small_model("global_pool")
     images = pictures(model, batch=1)
-    logits, trace = forward(model, images, 3, trace=True, proportional=False)
-    slow, _, _ = slow_forward(model, images[0], trace.plan.removed, proportional=False)
-    torch.testing.assert_close(logits[0], slow.float(), rtol=0, atol=1e-4)
+    traced = trace(model, images, 3, proportional=False)
+    slow, _, _ = slow_forward(model, images[0], traced.plan.removed, proportional=False)
+    torch.testing.assert_close(traced.logits[0], slow.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("include_prefix", [True, False])
@@ -177,10 +177,10 @@ def test_average_pooling_weighs_tokens_by_their_size(include_prefix, fc_norm):
         pool_include_prefix=include_prefix,
     ).eval().requires_grad_(False)  # fmt: skip
     images = pictures(model, batch=2)
-    logits, trace = forward(model, images, 4, trace=True)
+    traced = trace(model, images, 4)
     for i in range(2):
-        slow, _, _ = slow_forward(model, images[i], trace.plan.removed)
-        torch.testing.assert_close(logits[i], slow.float(), rtol=0, atol=1e-4)
+        slow, _, _ = slow_forward(model, images[i], traced.plan.removed)
+        torch.testing.assert_close(traced.logits[i], slow.float(), rtol=0, atol=1e-4)
 
     # A token of size three weighs as three tokens of size one in timm's own pooling.
     x = torch.randn(1, 3 + 5, model.embed_dim)
@@ -209,46 +209,46 @@ def test_dropout_before_the_head_is_timms_own():
 def test_the_trace_is_consistent(kind, rate):
     model = small_model(kind)
     images = pictures(model)
-    logits, trace = forward(model, images, rate, trace=True)
+    traced = trace(model, images, rate)
     prefix = model.num_prefix_tokens
     tokens = model.patch_embed.num_patches + prefix
-    assert trace.plan == plan(rate, len(model.blocks), tokens, prefix)
+    assert traced.plan == plan(rate, len(model.blocks), tokens, prefix)
 
-    left = trace.plan.tokens[-1]
-    assert trace.size.shape == (3, left, 1)
-    assert trace.size.sum(dim=1).flatten().tolist() == [tokens] * 3
-    assert (trace.size[:, :prefix] == 1).all()
-    assert torch.equal(trace.source[:, :prefix], torch.arange(prefix).expand(3, prefix))
+    left = traced.plan.tokens[-1]
+    assert traced.size.shape == (3, left, 1)
+    assert traced.size.sum(dim=1).flatten().tolist() == [tokens] * 3
+    assert (traced.size[:, :prefix] == 1).all()
+    assert torch.equal(traced.source[:, :prefix], torch.arange(prefix).expand(3, prefix))
     for i in range(3):
-        held = trace.source[i].bincount(minlength=left)
-        assert torch.equal(held, trace.size[i].flatten().long())
-    assert torch.equal(forward(model, images, rate), logits)  # tracing changes nothing
-    assert trace.margin.shape == (3,)
-    assert ((trace.margin >= 0) & (trace.margin <= 2)).all()
+        held = traced.source[i].bincount(minlength=left)
+        assert torch.equal(held, traced.size[i].flatten().long())
+    assert torch.equal(forward(model, images, rate), traced.logits)  # tracing changes nothing
+    assert traced.margin.shape == (3,)
+    assert ((traced.margin >= 0) & (traced.margin <= 2)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_what_the_head_reads(kind):
     model = small_model(kind)
     images = pictures(model)
-    logits, trace = forward(model, images, 4, trace=True)
-    features, again = forward_features(model, images, 4, trace=True)
-    assert features.shape == (3, trace.plan.tokens[-1], model.embed_dim)
-    assert torch.equal(head(model, features, again.size), logits)
-    assert torch.equal(forward_features(model, images, 4), features)
+    traced = trace(model, images, 4)
+    tokens = forward_features(model, images, 4)
+    assert tokens.shape == (3, traced.plan.tokens[-1], model.embed_dim)
+    assert torch.equal(head(model, tokens, traced.size), traced.logits)
+    assert torch.equal(pool(model, tokens, traced.size), traced.features)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_alone_equals_it_in_a_batch(kind):
     model = small_model(kind)
     images = pictures(model, batch=5)
-    together, trace = forward(model, images, 4, trace=True)
-    assert trace.margin.min() > 1e-5
+    traced = trace(model, images, 4)
+    assert traced.margin.min() > 1e-5
     for i in range(5):
-        alone, own = forward(model, images[i : i + 1], 4, trace=True)
-        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
-        assert torch.equal(own.source[0], trace.source[i])
-        torch.testing.assert_close(own.margin[0], trace.margin[i], rtol=0, atol=1e-5)
+        own = trace(model, images[i : i + 1], 4)
+        torch.testing.assert_close(own.logits[0], traced.logits[i], rtol=0, atol=1e-5)
+        assert torch.equal(own.source[0], traced.source[i])
+        torch.testing.assert_close(own.margin[0], traced.margin[i], rtol=0, atol=1e-5)
 
 
 def test_identical_neighbours_merge_first_and_change_nothing():
@@ -259,9 +259,9 @@ def test_identical_neighbours_merge_first_and_change_nothing():
     row = torch.randn(1, 3, 64, 32, generator=torch.Generator().manual_seed(0))
     patches = row.unfold(3, 16, 16).repeat_interleave(2, dim=3)  # each column of patches twice
     images = patches.permute(0, 1, 2, 3, 4).reshape(1, 3, 64, 64)
-    logits, trace = forward(model, images, [8], trace=True)
-    assert trace.size.flatten().tolist() == [2] * 8
-    torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-5)
+    traced = trace(model, images, [8])
+    assert traced.size.flatten().tolist() == [2] * 8
+    torch.testing.assert_close(traced.logits, model(images), rtol=0, atol=1e-5)
 
 
 def test_the_margin_of_a_forward_is_its_smallest(monkeypatch):
@@ -275,26 +275,26 @@ def test_the_margin_of_a_forward_is_its_smallest(monkeypatch):
         return matched
 
     monkeypatch.setattr("tocom.vit.match", recording)
-    _, trace = forward(model, images, [3, 0, 2], trace=True)
+    traced = trace(model, images, [3, 0, 2])
     assert len(margins) == 2
-    assert torch.equal(trace.margin, torch.stack(margins).amin(dim=0))
+    assert torch.equal(traced.margin, torch.stack(margins).amin(dim=0))
     assert len({int(row.argmin()) for row in torch.stack(margins).T}) == 2  # neither block always
-    _, trace = forward(model, images, 0, trace=True)
-    assert trace.margin.tolist() == [2] * 3
+    traced = trace(model, images, 0)
+    assert traced.margin.tolist() == [2] * 3
 
 
 def test_equal_patches_have_no_margin():
     model = small_model("vit_tiny")
     model.pos_embed.zero_()
-    _, trace = forward(model, torch.ones(2, 3, 64, 64), 2, trace=True)
-    assert trace.margin.max() < 1e-6
+    traced = trace(model, torch.ones(2, 3, 64, 64), 2)
+    assert traced.margin.max() < 1e-6
 
 
 def test_an_empty_batch_is_an_empty_answer():
     model = small_model("vit_tiny")
-    logits, trace = forward(model, torch.zeros(0, 3, 64, 64), 4, trace=True)
-    assert logits.shape == (0, 10)
-    assert trace.size.shape == (0, 5, 1)
+    traced = trace(model, torch.zeros(0, 3, 64, 64), 4)
+    assert traced.logits.shape == (0, 10)
+    assert traced.size.shape == (0, 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +307,27 @@ def test_a_malformed_rate_is_refused(rate, message):
         forward(model, pictures(model), rate)
     with pytest.raises(RateError, match=message):
         forward_features(model, pictures(model), rate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_reads_the_same_where_the_last_block_is_cut_short(kind):
+    model = small_model(kind)
+    images = pictures(model)
+    for variant in (Variant(), Variant(3), Variant(3, proportional=False)):
+        traced = trace(model, images, variant.rate, proportional=variant.proportional)
+        answer = outputs(model, embed(model, images), variant)
+        torch.testing.assert_close(answer.logits, traced.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(answer.features, traced.features, rtol=0, atol=1e-5)
+        assert answer.states == ()
+
+
+@pytest.mark.parametrize("kind", ["vit_tiny", "global_pool"])
+@pytest.mark.parametrize("rate", [0, 4])
+def test_torch_compiles_it_as_one_graph(kind, rate):
+    model = small_model(kind)
+    images = pictures(model)
+    compiled = torch.compile(forward, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(model, images, rate), forward(model, images, rate))
 
 
 # --- a rate is an argument, not a state
@@ -325,9 +346,9 @@ def test_threads_at_mixed_rates_get_the_answers_of_each_alone():
     alone = {}
     for i in range(8):
         for rate in range(5):
-            logits, trace = forward(model, images[i : i + 1], rate, trace=True)
-            assert trace.margin.item() > 1e-6
-            alone[i, rate] = logits
+            traced = trace(model, images[i : i + 1], rate)
+            assert traced.margin.item() > 1e-6
+            alone[i, rate] = traced.logits
     work = list(alone) * 3
 
     def answer(key):

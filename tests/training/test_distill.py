@@ -12,9 +12,8 @@ from pydantic import ValidationError
 
 from adapters import Bank
 from tests import oracle_case
-from tocom import ConfigError, forward, forward_features, load_backbone
+from tocom import ConfigError, Variant, forward, forward_features, load_backbone
 from tocom.delta import Delta, LowRank
-from tocom.schedule import plan
 from tocom.vit import State, embed, outputs, run_blocks
 from training.config import DistillConfig
 from training.distill import Distillation, distill, draw_rates
@@ -51,7 +50,7 @@ def all_of_it(model: Any, images: torch.Tensor, rate: int, delta: Any = None) ->
 def what_the_head_reads(
     model: Any, images: torch.Tensor, rate: int, delta: Any = None
 ) -> torch.Tensor:
-    return outputs(model, embed(model, images), rate, delta).logits
+    return outputs(model, embed(model, images), Variant(rate, delta)).logits
 
 
 @pytest.mark.parametrize("logits", [all_of_it, what_the_head_reads])
@@ -199,9 +198,7 @@ def test_shared_step_has_the_gradients_of_the_straightforward_one(
 def states_of(
     model: Any, images: torch.Tensor, rate: int, delta: Delta | None = None
 ) -> list[State]:
-    tokens = embed(model, images)
-    steps = plan(rate, len(model.blocks), tokens.shape[1], model.num_prefix_tokens)
-    return list(run_blocks(model, tokens, steps, delta, trace=True))[:-1]
+    return list(run_blocks(model, embed(model, images), Variant(rate, delta), trace=True))[:-1]
 
 
 def test_relative_losses_are_shares_of_what_plain_merging_costs(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.tocom_models import pictures, small_model
+from tocom import Variant
 from tocom.vit import Outputs, State, embed, outputs
 from training.losses import kd_loss, token_error
 
@@ -32,7 +33,7 @@ def slow_token_error(student: Outputs, teacher: Outputs) -> float:
 
 def traced(kind: str, rate: int) -> Outputs:
     model = small_model(kind)
-    return outputs(model, embed(model, pictures(model)), rate, trace=True)
+    return outputs(model, embed(model, pictures(model)), Variant(rate), trace=True)
 
 
 @pytest.mark.parametrize("kind", ["vit_tiny", "global_pool"])

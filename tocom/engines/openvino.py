@@ -20,8 +20,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tocom.adapter import Adapter
-from tocom.delta import FoldedWeights, parts, target_layers
-from tocom.schedule import Rate, plan
+from tocom.delta import AnyDelta, Delta, FoldedWeights, parts, target_layers
+from tocom.variant import Variant
 from tocom.vit import Outputs, pools_patches, read
 
 #: What graphs compute in.
@@ -58,9 +58,8 @@ class Graph:
     def __init__(
         self,
         model: VisionTransformer,
-        rate: Rate,
+        variant: Variant,
         images: int,
-        bottleneck: int | None = None,
         threads: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -69,10 +68,9 @@ class Graph:
         Args:
             model: one that is not `unsupported`. Weights that a delta can change are not copied,
                 unless they are converted.
-            rate: tokens merged per block.
+            variant: what it is for. Weights are its inputs: it runs with any other delta, and
+                with any other adapter of the same bottleneck.
             images: how many it takes at once.
-            bottleneck: width of the branches of the adapters that it runs with; None: it runs
-                without.
             threads: how many run it; 0: OpenVINO's own choice.
             dtype: what it computes in, torch.bfloat16 or torch.float32.
         """
@@ -84,16 +82,19 @@ class Graph:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
-        graph = _Builder(model, images, bottleneck, _TYPES[dtype]).build(rate)
+        graph = _Builder(model, variant, images, _TYPES[dtype]).build()
         self._compiled = _core().compile_model(graph, "CPU", options)
         self._request = self._compiled.create_infer_request()
         self._bound: tuple[object, ...] | None = None
 
-    def __call__(
-        self, images: Tensor, delta: FoldedWeights | None = None, adapter: Adapter | None = None
-    ) -> Outputs:
-        """Return features and logits of the images [B, 3, H, W], as many as it was made for."""
-        self._bind(delta, adapter)
+    def __call__(self, images: Tensor, variant: Variant) -> Outputs:
+        """Return features and logits.
+
+        Args:
+            images: [B, 3, H, W], as many as it was made for.
+            variant: the one that it was made for, or another that differs in weights alone.
+        """
+        self._bind(variant.delta, variant.adapter)
         images = images.contiguous()
         self._request.set_input_tensor(0, _shared(images))
         self._request.infer()
@@ -106,8 +107,9 @@ class Graph:
         finally:
             torch.set_num_threads(threads)
 
-    def _bind(self, delta: FoldedWeights | None, adapter: Adapter | None) -> None:
+    def _bind(self, delta: AnyDelta | None, adapter: Adapter | None) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""
+        assert not isinstance(delta, Delta), "a graph takes folded weights"
         if self._bound is not None and self._bound[0] is delta and self._bound[1] is adapter:
             return
         tensors = list(_weights(self._model, delta).values())
@@ -162,9 +164,10 @@ class _Builder:
     """Builds the graph of a forward."""
 
     def __init__(
-        self, model: VisionTransformer, images: int, bottleneck: int | None, weights: Any
+        self, model: VisionTransformer, variant: Variant, images: int, weights: Any
     ) -> None:
         self._model = model
+        self._variant = variant
         self._images = images
         self._prefix = model.num_prefix_tokens
         convolution = model.patch_embed.proj
@@ -176,7 +179,8 @@ class _Builder:
         }
         width = model.embed_dim
         self._branches = []
-        if bottleneck is not None:
+        if variant.adapter is not None:
+            bottleneck = variant.adapter.bottleneck
             self._branches = [
                 (
                     ops.parameter([bottleneck, width], weights),
@@ -185,19 +189,19 @@ class _Builder:
                 for _ in model.blocks
             ]
 
-    def build(self, rate: Rate) -> Any:
+    def build(self) -> Any:
         """Return the graph from pixels and weights to the tokens after the last block.
 
         Of these only what the head reads; and their sizes where it needs them.
         """
         model = self._model
         x, size = self._embed(), None
-        tokens = x.shape[1]
-        steps = plan(rate, len(model.blocks), tokens, self._prefix)
-        for i, (block, removed) in enumerate(zip(model.blocks, steps.removed, strict=True)):
+        plan = self._variant.plan(model, x.shape[1])
+        for i, (block, removed) in enumerate(zip(model.blocks, plan.removed, strict=True)):
             is_last = i == len(model.blocks) - 1
             queries = self._prefix if is_last and not pools_patches(model) else None
-            y, keys = self._attention(block, f"blocks.{i}.attn", x, size, queries)
+            bias = size if self._variant.proportional else None
+            y, keys = self._attention(block, f"blocks.{i}.attn", x, bias, queries)
             x = ops.add(self._first(x, queries), self._scaled(block.ls1, y))
             if removed and queries is None:
                 x, size = self._merge(x, size, keys, removed)
@@ -210,7 +214,7 @@ class _Builder:
         inputs = [self._pixels, *self._weights.values()]
         for branch in self._branches:
             inputs += branch
-        return openvino.Model(results, inputs, f"rate {rate}")
+        return openvino.Model(results, inputs, f"rate {self._variant.rate}")
 
     def _embed(self) -> Any:
         """All of it that does not depend on the pixels is one constant: what zeros give."""

@@ -14,6 +14,7 @@ from server.models.graphs import IDLE, WORTH, Forward, Graphs
 from server.models.loading import load_models
 from tests.server.conftest import picture, png
 from tests.tocom_models import pictures, small_model
+from tocom import Variant
 from tocom.vit import embed, outputs
 
 
@@ -35,17 +36,18 @@ class Double:
     def unsupported(self, model):
         return self.reason
 
-    def Graph(self, model, rate, images, bottleneck, threads, dtype):  # noqa: N802
+    def Graph(self, model, variant, images, threads, dtype):  # noqa: N802
         if self.error:
             raise self.error
         assert dtype == torch.float32
-        self.made.append((rate, images, bottleneck, threads))
+        self.made.append((variant.rate, images, threads))
 
-        def graph(batch, delta, adapter):
+        def graph(batch, asked):
             assert len(batch) == images
-            self.ran.append((rate, images))
+            assert asked.rate == variant.rate
+            self.ran.append((asked.rate, images))
             self.clock.now += self.seconds
-            return outputs(model, embed(model, batch), rate, delta, adapter=adapter)
+            return outputs(model, embed(model, batch), asked)
 
         return graph
 
@@ -62,8 +64,7 @@ def clock(monkeypatch):
 
     def eager(forward, images):
         clock.now += WORTH
-        tokens = embed(forward.model, images)
-        return outputs(forward.model, tokens, forward.rate, forward.delta, adapter=forward.adapter)
+        return outputs(forward.model, embed(forward.model, images), forward.variant)
 
     monkeypatch.setattr(Forward, "__call__", eager)
     return clock
@@ -84,7 +85,7 @@ def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0):
 
 def run(made, model, images, rate=2, faster=lambda: ()):
     """Run and let what is being compiled become ready; return the logits."""
-    logits = made.run(Forward(model, rate, None, None), images, faster).logits
+    logits = made.run(Forward(model, Variant(rate)), images, faster).logits
     wait_for_compiler()
     return logits
 
@@ -104,7 +105,7 @@ def test_what_runs_often_is_compiled_and_answers_the_same(monkeypatch, clock, mo
         logits = run(made, model, images, faster=lambda: [lambda: calls.append(1)])
         torch.testing.assert_close(logits, expected)
     # First for fours, then for what is left of six; each is tried before it is used.
-    assert engine.made == [(2, 4, None, 3), (2, 1, None, 3)]
+    assert engine.made == [(2, 4, 3), (2, 1, 3)]
     assert engine.ran[-3:] == [(2, 4), (2, 1), (2, 1)]
     assert len(calls) == 2
 
@@ -117,7 +118,7 @@ def test_what_runs_rarely_is_not_compiled(monkeypatch, clock, model):
         run(made, model, pictures(model, 1))
     assert engine.made == []
     run(made, model, pictures(model, 1))
-    assert engine.made == [(2, 1, None, 3)]
+    assert engine.made == [(2, 1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_one_graph_is_made_at_a_time_and_tried_in_single_runs(monkeypatch, clock
     made = started(monkeypatch, clock, engine, call=later)
     image = pictures(model, 1)
     for rate in (1, 2):
-        made.run(Forward(model, rate, None, None), image, lambda: ())
+        made.run(Forward(model, Variant(rate)), image, lambda: ())
     answered = 0
     while any(thread.name == "compile" for thread in threading.enumerate()):
         if len(calls) > answered:
@@ -251,7 +252,7 @@ def test_a_server_answers_by_graphs_what_it_answers_eagerly(eager_is_slow, setti
     """With OpenVINO itself, five images at once: in which batches they run is not said."""
     files = [("file", (f"{seed}.png", png(picture(seed)))) for seed in range(5)]
     answers = []
-    for limit, wanted in ((0, set()), (99, {(3, None, 1)})):
+    for limit, wanted in ((0, set()), (99, {(3, True, None, 1)})):
         app = create_app(settings.model_copy(update={"max_graphs": limit}))
         with TestClient(app) as client:
             cells = app.state.serving.models.get(None).graphs._cells

@@ -17,7 +17,7 @@ from server.models.served import AutoWork, RateWork, ServedModel
 from server.settings import ModelSettings
 from tests.server.conftest import CLASSES, MAX_RATE
 from tests.tocom_models import small_model
-from tocom import BackboneError, BankError, ConfigError, RateError, cost, forward
+from tocom import BackboneError, BankError, ConfigError, RateError, cost, forward, trace
 
 
 def logits(work: RateWork, images: torch.Tensor) -> torch.Tensor:
@@ -111,8 +111,8 @@ def test_a_traced_forward_says_which_token_holds_each(served, images):
     work = served.at(4, compensate=True, trace=True)
     assert work != served.at(4, compensate=True)
     delta = compose(served.bank, 0, 4)
-    _, trace = forward(served.backbone.model, images, 4, delta, trace=True)
-    for output, source in zip(work(images), trace.source, strict=True):
+    traced = trace(served.backbone.model, images, 4, delta)
+    for output, source in zip(work(images), traced.source, strict=True):
         assert torch.equal(output.source, source)
     assert served.grid == (4, 4)
 

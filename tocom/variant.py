@@ -1,0 +1,39 @@
+"""One variant of a model's forward, as one value that is passed down whole.
+
+A model has one set of weights and many variants: at each rate, with each delta, for each task.
+"""
+
+from dataclasses import dataclass
+
+from timm.models.vision_transformer import VisionTransformer
+
+from tocom.adapter import Adapter
+from tocom.delta import AnyDelta
+from tocom.schedule import Plan, Rate, plan
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """What decides an answer beside the model and its images; equal to itself only.
+
+    Attributes:
+        rate: tokens merged per block: an int, `(r, inflection)` or a list; 0 is the stock model.
+        delta: the change of weights to run with, low-rank or folded. It is not checked here,
+            where every batch passes: `check_delta` does it once.
+        adapter: branches that the model was tuned with.
+        proportional: merged tokens count in attention by their size. Off for MAE models that
+            run untuned and for models that were trained with merging but without it.
+    """
+
+    rate: Rate = 0
+    delta: AnyDelta | None = None
+    adapter: Adapter | None = None
+    proportional: bool = True
+
+    def plan(self, model: VisionTransformer, tokens: int) -> Plan:
+        """Return the token counts of a forward of `tokens` tokens, prefix tokens included.
+
+        Raises:
+            RateError: if the rate is malformed.
+        """
+        return plan(self.rate, len(model.blocks), tokens, model.num_prefix_tokens)
