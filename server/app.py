@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-import torch
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -16,7 +15,6 @@ from adapters import Store
 from server.banks import routes as bank_routes
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
-from server.engine.threads import set_torch_threads
 from server.models.loading import load_models
 from server.models.registry import Registry
 from server.observe import tracing
@@ -51,17 +49,10 @@ higher rates are cheaper, and a bank of plug-ins makes up for what merging costs
 def create_app(settings: Settings) -> FastAPI:
     """Load the models and return the application; its engine starts with it.
 
-    From here on one torch thread is all that the process's threads get, but for the engine's
-    worker. OpenMP's threads wait awake for their next operation, of which a forward has hundreds,
-    only as long as all that it ever started have a core each: a second team, however idle, makes
-    them sleep in between, and a forward take up to twice as long.
-
     Raises:
         TocomError: if a model or bank cannot be loaded; nothing has been started then.
     """
     keep_freed_memory()
-    threads = settings.threads or torch.get_num_threads()
-    set_torch_threads(1)
     registry = Registry(load_models(settings))
     counted = Metrics(registry, settings.slo_ms / 1000)
     engine = Engine(
@@ -70,7 +61,6 @@ def create_app(settings: Settings) -> FastAPI:
         max_wait=settings.max_wait_ms / 1000,
         slo=settings.slo_ms / 1000,
         decode_threads=settings.decode_threads,
-        threads=threads,
         observer=counted,
     )
     provider = tracing.provider(settings)
@@ -81,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         version="1",
         description=DESCRIPTION,
         redoc_url=None,
-        lifespan=_lifespan(serving, threads),
+        lifespan=_lifespan(serving),
         telemetry=tracing.telemetry(provider),
     )
     app.state.serving = serving
@@ -110,13 +100,11 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _lifespan(
-    serving: Serving, threads: int
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         serving.engine.start()
-        serving.models.get(None).graphs.start(serving.engine.call, threads)
+        serving.models.get(None).graphs.start(serving.engine.call)
         try:
             await asyncio.to_thread(warm_up, serving)
             yield

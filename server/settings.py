@@ -125,7 +125,10 @@ class Settings(BaseSettings):
         default="auto", description="where models run: cpu, cuda, cuda:1, ...; auto: a GPU if any"
     )
     threads: int | None = Field(
-        default=None, ge=1, description="torch threads of a forward; default: torch's choice"
+        default=None,
+        ge=1,
+        description="threads of a forward; default: one for each processor that the process may use, "
+        "by its affinity and its container's CPU limit",
     )
     decode_threads: int = Field(
         default=2, ge=1, description="threads that decode images beside the forward"

@@ -87,7 +87,6 @@ class Engine:
         max_wait: float = 0.0,
         slo: float = math.inf,
         decode_threads: int = 2,
-        threads: int | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -100,15 +99,12 @@ class Engine:
                 work-conserving: under load batches fill while their predecessor runs.
             slo: seconds in which answers are wanted, which batches leave room for.
             decode_threads: threads that prepare images.
-            threads: torch threads of the forward; None: torch's own choice.
             observer: is told what happens.
             clock: tells seconds; deadlines are in its time.
         """
         self.max_queue = max_queue
         self.max_wait = max_wait
         self.clock = clock
-        # Asked for here: a thread's default later is whatever another thread set last.
-        self._threads = threads or torch.get_num_threads()
         self._pool: UrgentPool[Job] = UrgentPool(
             decode_threads, "decode", self._prepare, urgency, partial(set_torch_threads, 1)
         )
@@ -125,12 +121,8 @@ class Engine:
         self._drained = False
 
     def start(self) -> None:
-        """Start the worker, the only thread of this process that several torch threads help."""
-        threads = torch.get_num_threads()
+        """Start the worker."""
         self._worker.start()
-        self.call(int).result()
-        # What was set last, by the worker, is where threads begin that are yet to come.
-        torch.set_num_threads(threads)
 
     def stop(self) -> None:
         """Refuse what comes, answer what has come, end the threads."""
@@ -277,7 +269,7 @@ class Engine:
                 self._observer.missed(job.work, "queue")
 
     def _loop(self) -> None:
-        set_torch_threads(self._threads)
+        set_torch_threads(1)  # work takes more where it has use for them
         while not (self._drained and not self._scheduler and not self._calls):
             self._beat = self.clock()
             jobs: Sequence[Job] = []

@@ -1,10 +1,138 @@
-"""How many torch threads the operations of a thread may use."""
+"""Which processors there are for this process, and how many torch threads a forward gets.
+
+OpenMP's threads wait awake for their next operation, of which a forward has hundreds. Alone that
+is the fastest way. Beside a busy program they wait for a thread that has lost its core, while they
+keep it from getting one: then a forward on one thread takes half of the time.
+
+Reference: docs/decisions/0008-fair-beside-neighbours.md has the figures.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from typing_extensions import Self
+
+#: Share of its time that a forward must have a core for, to be alone.
+ALONE = 0.85
+#: How much the last forward weighs in that share: one that was interrupted says little.
+WEIGHT = 0.3
+#: Seconds on one thread before all are tried again, at first and at most; each try in vain
+#: doubles them.
+PAUSE, LONGEST_PAUSE = 1.0, 16.0
+
+
+def available_processors(root: Path = Path("/")) -> int:
+    """Return how many processors this process may keep busy.
+
+    Those of its affinity mask, and no more than the quota of its control groups, as container
+    engines set it, rounded up.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min([allowed or 1, *map(math.ceil, _quotas(root))]))
+
+
+def _quotas(root: Path) -> list[float]:
+    """Return the processors that each control group of this process allows; none: no limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        v1 = "cpu" in controllers.split(",")
+        if controllers and not v1:
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if v1 else "")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            if quota := _quota(folder, v1):
+                quotas.append(quota)
+    return quotas
+
+
+def _quota(folder: Path, v1: bool) -> float | None:
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if v1 else ("cpu.max",)
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # none there, or `max`
+        return None
 
 
 def set_torch_threads(threads: int) -> None:
-    """Set it for the calling thread."""
+    """Set how many torch threads the calling thread gets, and one for threads that are to come."""
     # Asked first: a thread that was never asked takes over what any other thread set last.
     torch.get_num_threads()
     torch.set_num_threads(threads)
+    if threads > 1:
+        # What was set last is where new threads begin.
+        last = threading.Thread(target=set_torch_threads, args=(1,))
+        last.start()
+        last.join()
+
+
+class Team:
+    """The torch threads of a forward: all while it is alone, one beside busy programs.
+
+    Use: `with team: ...` around a forward, on a thread that has one torch thread otherwise.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        clock: Callable[[], float] = time.perf_counter,
+        spent: Callable[[], float] = time.thread_time,
+    ) -> None:
+        """Begin alone.
+
+        Args:
+            threads: all.
+            clock: tells seconds.
+            spent: tells the seconds that the calling thread has had a core for.
+        """
+        self.threads = threads
+        self._clock = clock
+        self._spent = spent
+        self._share = 1.0
+        self._pause = PAUSE
+        self._until = -math.inf  # when all threads may be tried again
+
+    @property
+    def size(self) -> int:
+        """How many threads the next forward gets."""
+        return self.threads if self._clock() >= self._until else 1
+
+    def __enter__(self) -> Self:
+        self._size = self.size
+        if self._size > 1:
+            set_torch_threads(self._size)
+        self._began = self._clock(), self._spent()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, spent = self._clock() - self._began[0], self._spent() - self._began[1]
+        if self._size > 1:
+            torch.set_num_threads(1)
+            if wall > 0:
+                self._take_note(spent / wall)
+
+    def _take_note(self, share: float) -> None:
+        """Judge by the share of its time that a forward on all threads had a core for."""
+        self._share += WEIGHT * (share - self._share)
+        if self._share < ALONE:
+            self._until = self._clock() + self._pause
+            self._share = 1.0  # the next try is judged by itself
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        elif share >= ALONE:
+            self._pause = PAUSE

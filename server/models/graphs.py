@@ -23,6 +23,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from server.engine.threads import Team
 from server.errors import UnavailableError
 from tocom import Delta, Variant
 from tocom.vit import Outputs, embed, outputs
@@ -85,8 +86,10 @@ class Graphs:
         limit: int = 0,
         clock: Callable[[], float] = time.monotonic,
         dtype: torch.dtype = torch.float32,
+        threads: int = 1,
     ) -> None:
-        """Keep at most `limit` graphs, which compute in `dtype`."""
+        """Keep at most `limit` graphs, which compute in `dtype`; all forwards on `threads`."""
+        self.team = Team(threads)
         self._limit = limit
         self._dtype = dtype
         self._clock = clock
@@ -94,13 +97,8 @@ class Graphs:
         self._engine: Any = None  # the module that makes graphs
         self._pause = 0.0  # when the next graph may be made
 
-    def start(self, call: Call, threads: int) -> None:
-        """Begin to make graphs.
-
-        Args:
-            call: runs something where batches run, between two of them.
-            threads: how many run a graph.
-        """
+    def start(self, call: Call) -> None:
+        """Begin to make graphs; `call` runs something where batches run, between two of them."""
         if not self._limit:
             return
         try:
@@ -109,7 +107,6 @@ class Graphs:
             logger.info("forwards are not compiled: pip install 'tocom-serve[openvino]'")
             return
         self._call = call
-        self._threads = threads
 
     def run(self, forward: Forward, images: Tensor, faster: Faster) -> Outputs:
         """Run images [B, 3, H, W], by graphs where there are some.
@@ -134,7 +131,8 @@ class Graphs:
                 rest = rest[size:]
             if len(rest) >= size:
                 began = self._clock()
-                done.append(forward(rest))
+                with self.team:
+                    done.append(forward(rest))
                 took = self._clock() - began
                 cell.spent += took
                 cell.seconds = min(cell.seconds, took * size / len(rest))
@@ -181,7 +179,7 @@ class Graphs:
                 logger.info("rate %d runs eagerly: %s", forward.variant.rate, reason)
                 cell.eager = True
                 return
-            graph = engine.Graph(*forward, size, self._threads, self._dtype)
+            graph = engine.Graph(*forward, size, self.team.threads, self._dtype)
             with suppress(UnavailableError):  # the server ends
                 tries = (self._call(partial(self._try, forward, size, graph)) for _ in range(TRIES))
                 compiled = min(each.result() for each in tries)

@@ -10,6 +10,7 @@ from timm.data.transforms_factory import create_transform
 from adapters import Store, open_bank, open_task
 from adapters.schema import first_fault
 from server.engine.rates import Controller
+from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
 from server.models.graphs import Graphs
 from server.models.served import ServedModel
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 def load_models(settings: Settings) -> list[ServedModel]:
     """Load all models of a server, where its settings say.
 
+    From here on one torch thread is all that the process's threads get, but for forwards. OpenMP's
+    threads wait awake for their next operation, of which a forward has hundreds, only as long as
+    all that it ever started have a core each: a second team, however idle, makes them sleep in
+    between, and a forward take up to twice as long.
+
     Raises:
         TocomError: if one cannot be loaded, or there is no such device.
     """
@@ -35,11 +41,14 @@ def load_models(settings: Settings) -> list[ServedModel]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
+    # Torch's own choice is a bound, too: OMP_NUM_THREADS may say it.
+    threads = settings.threads or min(available_processors(), torch.get_num_threads())
+    set_torch_threads(1)
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
     backbones = Backbones(
         device,
-        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype)),
+        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype), threads=threads),
         settings.max_folded_bytes,
     )
     return [load_model(each, backbones, batch, slo, store) for each in settings.models]

@@ -222,7 +222,9 @@ class RateWork:
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
-            traced = trace(model, images.to(self.model.device), self.rate, delta, adapter=adapter)
+            with self.model.graphs.team:
+                on_device = images.to(self.model.device)
+                traced = trace(model, on_device, self.rate, delta, adapter=adapter)
             features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:
             forward = Forward(model, Variant(self.rate, delta, adapter))

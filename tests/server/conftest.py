@@ -96,7 +96,7 @@ def make(clock: Clock) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(**arguments: object) -> Engine:
-        engine = Engine(**{"decode_threads": 1, "threads": 1, "clock": clock, **arguments})
+        engine = Engine(**{"decode_threads": 1, "clock": clock, **arguments})
         made.append(engine)
         return engine
 

@@ -88,7 +88,7 @@ class Graph:
         self._bound: tuple[object, ...] | None = None
 
     def __call__(self, images: Tensor, variant: Variant) -> Outputs:
-        """Return features and logits.
+        """Return features and logits; one torch thread is enough for its part in that.
 
         Args:
             images: [B, 3, H, W], as many as it was made for.
@@ -99,13 +99,7 @@ class Graph:
         self._request.set_input_tensor(0, _shared(images))
         self._request.infer()
         x, *size = (torch.from_numpy(tensor.data) for tensor in self._request.output_tensors)
-        threads = torch.get_num_threads()
-        # Torch's other threads would wait awake, on the cores that the next call wants.
-        torch.set_num_threads(1)
-        try:
-            return read(self._model, x, size[0] if size else None)
-        finally:
-            torch.set_num_threads(threads)
+        return read(self._model, x, size[0] if size else None)
 
     def _bind(self, delta: AnyDelta | None, adapter: Adapter | None) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""

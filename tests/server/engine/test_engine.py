@@ -339,7 +339,7 @@ def test_a_stop_ends_the_wait_for_company(make, work):
     assert value(future) == 2
 
 
-def test_forwards_run_without_gradients_and_with_their_own_threads(make):
+def test_forwards_run_without_gradients_and_on_one_thread_unless_they_take_more(make):
     seen: list[tuple[bool, int]] = []
     prepared: list[int] = []
 
@@ -351,24 +351,9 @@ def test_forwards_run_without_gradients_and_with_their_own_threads(make):
         prepared.append(torch.get_num_threads())
         return image(1)()
 
-    engine = make(threads=3)
+    engine = make()
     engine.start()
     engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
     engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
-    assert seen == [(True, 3)] * 2
+    assert seen == [(True, 1)] * 2
     assert prepared == [1, 1]
-
-
-def test_threads_that_are_yet_to_come_begin_with_the_callers(make):
-    def ask(seen):
-        seen.append(torch.get_num_threads())
-
-    before = torch.get_num_threads()
-    engine = make(threads=3)
-    engine.start()
-    assert engine.call(torch.get_num_threads).result(PATIENCE) == 3
-    seen = []
-    thread = threading.Thread(target=ask, args=(seen,))
-    thread.start()
-    thread.join()
-    assert seen == [before] == [torch.get_num_threads()]

@@ -78,8 +78,8 @@ def model():
 def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0):
     monkeypatch.setattr(graphs, "import_module", lambda name: engine)
     monkeypatch.setattr(graphs, "PAUSE", pause)
-    made = Graphs(limit, clock)
-    made.start(call, threads=3)
+    made = Graphs(limit, clock, threads=3)
+    made.start(call)
     return made
 
 
@@ -181,7 +181,7 @@ def test_without_openvino_all_runs_eagerly(monkeypatch, clock, model, caplog):
     monkeypatch.setattr(graphs, "import_module", missing)
     made = Graphs(2, clock)
     with caplog.at_level("INFO"):
-        made.start(at_once, threads=1)
+        made.start(at_once)
     assert "pip install 'tocom-serve[openvino]'" in caplog.text
     for _ in range(2):
         assert run(made, model, pictures(model, 1)).shape == (1, 10)
@@ -235,7 +235,7 @@ def test_a_forward_that_became_faster_is_measured_again(monkeypatch, eager_is_sl
     assert tiny.graphs is bare.graphs
     engine = Double(Clock())
     monkeypatch.setattr(graphs, "import_module", lambda name: engine)
-    tiny.graphs.start(at_once, threads=1)
+    tiny.graphs.start(at_once)
     measured = []
     times = tiny.controller.times
     for cell in ((3, 2), (3, 16), (4, 2)):
