@@ -23,7 +23,7 @@ class BackboneConfig(Recipe):
 
 
 class PicturesConfig(Recipe):
-    """A set of pictures; `training.pictures` says what is read and how."""
+    """A set of pictures; `training.pictures.sets` says what is read and how."""
 
     path: str = Field(
         min_length=1, description="a folder, a .tar, a folder of .tar files or hfds/ORG/NAME"

@@ -30,15 +30,11 @@ from tocom import Backbone, ConfigError, Delta, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
-from training.data import (
-    Pictures,
-    derive,
-    evaluation_batches,
-    mixing,
-    train_transform,
-)
 from training.losses import kd_loss, token_error
+from training.pictures.augment import mixing, train_transform
+from training.pictures.batches import Pictures, evaluation_batches
 from training.run_folder import refuse_other_run
+from training.seeds import derive
 
 #: Pictures that tell what plain merging costs: the order of magnitude is what matters.
 PLAIN_PICTURES = 24

@@ -24,9 +24,11 @@ from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig, PicturesConfig
-from training.data import Pictures, derive, evaluation_batches, train_transform
-from training.pictures import class_names, open_pictures
+from training.pictures.augment import train_transform
+from training.pictures.batches import Pictures, evaluation_batches
+from training.pictures.sets import class_names, open_pictures
 from training.run_folder import refuse_other_run
+from training.seeds import derive
 from training.tuning import Finetuning
 
 Keys = Sequence[tuple[int, int]]

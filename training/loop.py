@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from tocom import ConfigError
 from training.config import AugmentConfig, LoopConfig, Recipe
-from training.data import Pictures, Shares, StepSampler, derive, train_batches
+from training.pictures.batches import Pictures, train_batches
+from training.pictures.sampler import Shares, StepSampler
 from training.run_folder import RunFolder, TrainingError
+from training.seeds import derive
 
 
 class Job(Protocol):

@@ -31,8 +31,8 @@ from tocom import (
 )
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, PicturesConfig, Recipe
-from training.data import evaluation_batches
-from training.pictures import class_names, open_pictures
+from training.pictures.batches import evaluation_batches
+from training.pictures.sets import class_names, open_pictures
 from training.run_folder import refuse_other_recipe
 
 MEASURES = ("top1", "agreement", "kl")

@@ -20,7 +20,8 @@ from adapters.task import heads_of
 from tocom import Backbone, ConfigError, Variant
 from tocom.vit import embed, outputs
 from training.config import FinetuneConfig, LoraConfig
-from training.data import derive, mixing
+from training.pictures.augment import mixing
+from training.seeds import derive
 
 #: What PEFT calls the factors of a pair, and what a task folder calls them.
 _FACTORS = {".lora_A.default.weight": ".A", ".lora_B.default.weight": ".B"}

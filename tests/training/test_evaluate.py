@@ -14,9 +14,9 @@ from tocom import ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
 from training.config import EvaluateConfig, PicturesConfig
-from training.data import evaluation_batches
 from training.evaluate import evaluate, matrix_table, sign_test, table
 from training.measuring import class_indices, standard_error
+from training.pictures.batches import evaluation_batches
 from training.plot import changes, plot_evaluation
 
 ROOT = Path(__file__).parents[2]

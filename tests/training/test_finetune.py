@@ -132,7 +132,7 @@ def test_labels_of_test_pictures_are_read_once_at_the_end(
         run_loop(*arguments)
 
     monkeypatch.setattr(module, "open_pictures", note)
-    monkeypatch.setattr("training.data.open_pictures", note)
+    monkeypatch.setattr("training.pictures.batches.open_pictures", note)
     monkeypatch.setattr(module, "evaluation_batches", measure)
     monkeypatch.setattr(module.loop, "run", train)
 

@@ -19,8 +19,9 @@ from adapters import Bank
 from tocom import ConfigError, load_backbone
 from training import loop
 from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig
-from training.data import Pictures, evaluation_transform
 from training.distill import distill
+from training.pictures.augment import evaluation_transform
+from training.pictures.batches import Pictures
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
 
