@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -110,7 +111,10 @@ def run(
     run_folder = RunFolder(folder, accelerator, config)
     run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(_decay_groups(trained, config.weight_decay), config.learning_rate)
+    # Biases and norms do not decay, nor what the module names in timm's `no_weight_decay()`.
+    optimizer = create_optimizer_v2(
+        job.module, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     job.module, optimizer = accelerator.prepare(job.module, optimizer)
     scheduler = CosineLRScheduler(
         optimizer,
@@ -205,14 +209,6 @@ def _micros(step: int, shares: Shares) -> range:
 
 def _due(step: int, every: int, config: LoopConfig) -> bool:
     return step % every == 0 or step == config.steps
-
-
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms do not decay, as in timm."""
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 @contextmanager

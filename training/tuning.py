@@ -51,6 +51,10 @@ class Tuned(nn.Module):
         self._model[0].train(mode)
         return super().train(mode)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of positions and prefix tokens, which timm keeps from decaying."""
+        return {f"weights.{name}" for name in self._model[0].no_weight_decay()}
+
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""
         (model,) = self._model

@@ -24,6 +24,7 @@ from training.pictures.augment import evaluation_transform
 from training.pictures.batches import Pictures
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
+from training.tuning import Tuned
 
 RECIPE = """
 name = "tiny"
@@ -102,6 +103,15 @@ class Brightness:
         return {}
 
 
+def run_job(
+    job: loop.Job, loop_config: LoopConfig, pictures: Path, model_folder: Path, folder: Path
+) -> None:
+    parts = [PicturesConfig(path=str(pictures))]
+    read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
+    accelerator = loop.start(loop_config, folder)
+    loop.run(accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig())
+
+
 def test_accumulation_is_the_whole_batch(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -112,16 +122,35 @@ def test_accumulation_is_the_whole_batch(
             steps=3, batch_size=8, accumulation=accumulation, learning_rate=0.1, clip_norm=0.05,
             workers=0,
         )  # fmt: skip
-        parts = [PicturesConfig(path=str(pictures))]
-        read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
         folder, job = tmp_path / str(accumulation), Brightness()
-        accelerator = loop.start(loop_config, folder)
-        loop.run(
-            accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig()
-        )
+        run_job(job, loop_config, pictures, model_folder, folder)
         weights.append(job.module.weight)
         assert metrics(folder)[0]["micros"] == accumulation
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+class Still(Brightness):
+    """Nothing has a gradient: what changes has decayed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        yield torch.stack([0 * parameter.sum() for parameter in self.module.parameters()]).sum()
+
+
+def test_biases_norms_positions_and_prefix_tokens_do_not_decay(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    model = load_backbone(str(model_folder)).model.requires_grad_(True)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    loop_config = LoopConfig(
+        steps=1, batch_size=8, learning_rate=0.1, weight_decay=0.5, workers=0
+    )  # fmt: skip
+    run_job(Still(Tuned(model, 0)), loop_config, pictures, model_folder, tmp_path)
+    for name, parameter in model.named_parameters():
+        kept = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        torch.testing.assert_close(parameter, before[name] * (1 if kept else 0.95))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path, tmp_path: Path) -> None:
