@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
@@ -16,7 +17,11 @@ from tocom import DataError
 class TarReader(ReaderImageInTar):  # type: ignore[misc]
     """timm's reader of a .tar or of a folder of them.
 
-    Classes are the folders in the tars or, for pictures outside of folders, the tars.
+    Classes are the folders in the tars; or, in the shards of a WebDataset, the numbers in the
+    `.cls` files beside the pictures, which a file classes.txt beside the tars may name.
+
+    Attributes:
+        unlabelled: why the pictures have no classes; empty if they have.
     """
 
     samples: Any
@@ -27,10 +32,41 @@ class TarReader(ReaderImageInTar):  # type: ignore[misc]
         # timm would keep its index beside large tars: every process at the same moment, and
         # without ever comparing it with the tars again. A read-only folder has no place for it.
         super().__init__(root, cache_tarinfo=False)
-        self.class_to_idx = self.class_name_to_idx
         # timm leaves pictures of the same name in the order in which the disk lists their tars.
         order = sorted(range(len(self.samples)), key=lambda i: natural_key(self._filename(i)))
         self.samples, self.targets = self.samples[order], self.targets[order]
+        self.class_to_idx, self.unlabelled = self.class_name_to_idx, ""
+        try:
+            self._label()
+        except DataError as error:  # is told to those who want classes; the others need none
+            self.class_to_idx, self.unlabelled = {}, str(error)
+            self.targets = np.full(len(self.samples), -1)
+
+    def _label(self) -> None:
+        """Take the classes from .cls files, if there are any.
+
+        Raises:
+            DataError: if a picture has no class. timm would take the tar for it, which is a shard.
+        """
+        root = Path(self.root)
+        tars = {
+            tar: _class_files(root / (tar or "")) for tar in {tar for _, tar, _ in self.samples}
+        }
+        if any(tars.values()):
+            labels = [
+                _class_number(tars[tar].get(_key(member.name)), self._filename(i))
+                for i, (member, tar, _) in enumerate(self.samples)
+            ]
+            beside = (root.parent if self.root_is_tar else root) / "classes.txt"
+            names = _class_names(beside, 1 + max(labels), self.root)
+            self.targets = np.array(labels)
+            self.class_to_idx = {name: i for i, name in enumerate(names)}
+        elif not self.root_is_tar:
+            for i, (member, _, inner) in enumerate(self.samples):
+                if inner is None and posixpath.dirname(member.name) in ("", "."):
+                    raise DataError(
+                        f"{self._filename(i)} is in no class folder and has no .cls file beside it"
+                    )
 
     def forget_files(self) -> None:
         """Leave the open tars, to be opened anew."""
@@ -74,7 +110,9 @@ class ListReader(Reader):  # type: ignore[misc]
         for name, _ in self.samples:
             if not ((root / name).is_file() if self.places is None else name in self.places):
                 raise DataError(f"{file} names {name}, which is not in {root}")
-        self.class_to_idx = {name: i for i, name in enumerate(self._classes(file))}
+        count = 1 + max(label for _, label in self.samples)
+        names = _class_names(file.with_name("classes.txt"), count, file.name)
+        self.class_to_idx = {name: i for i, name in enumerate(names)}
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -96,17 +134,48 @@ class ListReader(Reader):  # type: ignore[misc]
             return str(self.root / name)
         return posixpath.basename(name) if basename else name
 
-    def _classes(self, file: Path) -> list[str]:
-        count = 1 + max(label for _, label in self.samples)
-        if not (named := file.with_name("classes.txt")).is_file():
-            return [str(label) for label in range(count)]
-        names = [line.strip() for line in _lines(named) if line.strip()]
-        if len(names) < count or len(set(names)) < len(names):
-            raise DataError(
-                f"{named} names {len(set(names))} different classes in {len(names)} lines; "
-                f"{file.name} needs {count}"
-            )
-        return names
+
+def _class_names(file: Path, count: int, of: str) -> list[str]:
+    """Return the names of classes, a line each in `file`; their numbers, if there is no such file.
+
+    Raises:
+        DataError: if it names fewer than the `count` classes of the set `of`.
+    """
+    if not file.is_file():
+        return [str(label) for label in range(count)]
+    names = [line.strip() for line in _lines(file) if line.strip()]
+    if len(names) < count or len(set(names)) < len(names):
+        raise DataError(
+            f"{file} names {len(set(names))} different classes in {len(names)} lines; "
+            f"{of} needs {count}"
+        )
+    return names
+
+
+def _class_files(tar: Path) -> dict[str, bytes]:
+    """Return the content of the .cls files in `tar` by what WebDataset calls their sample."""
+    with tarfile.open(tar, "r:") as opened:
+        return {
+            _key(member.name): file.read()
+            for member in opened
+            if member.name.endswith(".cls") and (file := opened.extractfile(member))
+        }
+
+
+def _key(name: str) -> str:
+    """Return the path up to the first dot of the file's name, which all files of a sample share."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _class_number(content: bytes | None, picture: str) -> int:
+    if content is None:
+        raise DataError(f"{picture} has no .cls file beside it, as other pictures have")
+    if not content.strip().isdigit():
+        raise DataError(
+            f"the .cls file of {picture} must hold the number of a class, got {content[:20]!r}"
+        )
+    return int(content)
 
 
 def _lines(file: Path) -> list[str]:

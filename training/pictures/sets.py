@@ -75,7 +75,8 @@ def open_pictures(pictures: PicturesConfig) -> PictureSet:
     """Open a set of pictures.
 
     - a folder of class folders, or of pictures alone; the innermost folder is the class
-    - a .tar of the same, or a folder of such .tar files (shards)
+    - a .tar of the same, or a folder of such .tar files (shards, those of WebDataset too, whose
+      `.cls` files say the classes)
     - with `list`: the pictures of a folder or .tar that a list file names
     - hfds/ORG/NAME with `split`: a data set of the Hugging Face hub, or hfds/FOLDER
 
@@ -102,10 +103,12 @@ def class_names(pictures: PictureSet) -> list[str]:
     """Return the name of every class, in the order of their numbers.
 
     Raises:
-        DataError: if a hub data set does not say.
+        DataError: if the pictures have no classes, or a hub data set does not name them.
     """
     numbers_of: dict[str, int] = pictures.reader.class_to_idx
     if not numbers_of:
+        if isinstance(pictures.reader, TarReader):
+            raise DataError(f"{pictures.path} has no classes: {pictures.reader.unlabelled}")
         raise DataError(
             f"{pictures.path} has no names of classes: its column "
             f"{pictures.reader.label_key!r} is no ClassLabel"

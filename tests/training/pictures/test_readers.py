@@ -20,6 +20,50 @@ def test_shards_of_a_web_data_set_are_read_in_the_order_of_their_names(tmp_path:
     assert shards.filename(2) == "shard-2.tar/0.png"
 
 
+def write_shards(root: Path, classes: dict[str, bytes]) -> None:
+    """Write two shards of pictures of grey level 0, 1, ... and the .cls files of some."""
+    for shard in range(2):
+        files = {}
+        for i in (2 * shard, 2 * shard + 1):
+            files[f"{i:04}.png"] = png(i)
+            if content := classes.get(f"{i:04}"):
+                files[f"{i:04}.cls"] = content
+            files[f"{i:04}.json"] = b"{}"
+        write_tar(root / f"train-{shard:06}.tar", files)
+
+
+def test_classes_of_a_web_data_set_are_in_its_cls_files(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"0000": b"2", "0001": b"0", "0002": b"2\n", "0003": b"10"})
+    shards = opened(tmp_path)
+    assert (colours(shards), labels(shards)) == ([0, 1, 2, 3], [2, 0, 2, 10])
+    assert class_names(shards) == [str(number) for number in range(11)]
+    one = opened(tmp_path / "train-000001.tar")
+    assert (colours(one), labels(one)) == ([2, 3], [2, 10])
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghijk"))
+    assert class_names(opened(tmp_path)) == class_names(opened(one.path)) == [*"abcdefghijk"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, r"train-000000\.tar/0000\.png is in no class folder and has no \.cls file"),
+        ({"0000": b"0", "0003": b"1"}, r"train-000000\.tar/0001\.png has no \.cls file"),
+        (
+            {"0000": b"0", "0001": b"0", "0002": b"cat", "0003": b"1"},
+            r"\.cls file of train-000001\.tar/0002\.png must hold the number.*got b'cat'",
+        ),
+    ],
+)
+def test_shards_without_classes_can_be_read_and_not_trained_for(
+    tmp_path: Path, classes: dict[str, bytes], message: str
+) -> None:
+    write_shards(tmp_path, classes)
+    shards = opened(tmp_path)
+    assert (colours(shards), labels(shards)) == ([0, 1, 2, 3], [-1] * 4)
+    with pytest.raises(DataError, match=f"{tmp_path} has no classes: .*{message}"):
+        class_names(shards)
+
+
 def test_nothing_is_written_beside_the_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "large.tar", {"a/0.png": png(5)})
     os.truncate(tmp_path / "large.tar", 11 * 2**30)  # sparse; timm keeps an index from 10 GB
