@@ -77,8 +77,16 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         """Split off and return the keys of `count` pictures, spread evenly over all.
 
         They do not stand in for unreadable ones either.
+
+        Raises:
+            DataError: if no picture would be left.
         """
         keys = self.keys()
+        if count >= len(keys):
+            raise DataError(
+                f"unseen={count} pictures cannot be held out of {len(keys)}: give at most "
+                f"{len(keys) - 1}, one must be left to train on"
+            )
         held = sorted({keys[i * len(keys) // count] for i in range(count)})
         self.held_out |= frozenset(held)
         return held

@@ -113,6 +113,8 @@ def test_held_out_pictures_are_spread_evenly(damaged: Path, backbone: Backbone) 
     assert sets.hold_out(2) == [(0, 0), (0, 2)]
     assert sets.keys() == [(0, 1), (0, 3), (0, 4)]
     assert sets.hold_out(0) == []
+    with pytest.raises(DataError, match="unseen=3 .* held out of 3: give at most 2"):
+        sets.hold_out(3)
 
 
 def test_a_set_without_a_readable_picture_ends_the_search(
