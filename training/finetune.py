@@ -27,7 +27,7 @@ from training.config import FinetuneConfig, PicturesConfig
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.sets import class_names, open_pictures
-from training.run_folder import refuse_other_run
+from training.run_folder import read_metrics, refuse_other_run
 from training.seeds import derive
 from training.tuning import Finetuning
 
@@ -190,13 +190,12 @@ def _notes(
     config: FinetuneConfig, backbone: Backbone, pictures: int, folder: Path
 ) -> dict[str, Any]:
     """Return what is worth knowing of a run beside what came out."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     paths = {"pictures", "test", "backbone", "search"}  # they say nothing elsewhere
     return {
         "recipe": config.model_dump(mode="json", exclude=paths),
         "backbone": backbone.architecture,
         "pictures": pictures,
-        "seconds": round(sum(json.loads(line)["seconds"] for line in lines), 1),
+        "seconds": round(sum(line["seconds"] for line in read_metrics(folder)), 1),
     }
 
 

@@ -1,6 +1,5 @@
 """Runs of several processes, killed runs, full disks: what a loop must survive."""
 
-import json
 import logging
 import os
 import signal
@@ -9,19 +8,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from adapters import Bank
+from tests.training.jobs import Brightness, metrics, run_job
 from tocom import ConfigError, load_backbone
-from training import loop
-from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig
+from training.config import DistillConfig, LoopConfig
 from training.distill import distill
-from training.pictures.augment import evaluation_transform
-from training.pictures.batches import Pictures
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
 from training.tuning import Tuned
@@ -58,10 +54,6 @@ def config(recipe: Path, *overrides: str) -> DistillConfig:
     return read_recipe(DistillConfig, str(recipe), overrides)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -82,34 +74,6 @@ def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_p
     first, second = Bank.load(one), Bank.load(tmp_path / "two" / "bank")
     for name, tensor in first.tensors.items():
         torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-3, atol=1e-5)
-
-
-class Brightness:
-    """The smallest job: one linear layer that tells the class by the mean colour."""
-
-    losses_each = 1
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.module: torch.nn.Module = torch.nn.Linear(3, 3)
-
-    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        yield torch.nn.functional.cross_entropy(self.module(images.mean(dim=(2, 3))), labels)
-
-    def notes(self, micros: range) -> dict[str, Any]:
-        return {"micros": len(micros)}
-
-    def watch(self) -> dict[str, float]:
-        return {}
-
-
-def run_job(
-    job: loop.Job, loop_config: LoopConfig, pictures: Path, model_folder: Path, folder: Path
-) -> None:
-    parts = [PicturesConfig(path=str(pictures))]
-    read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
-    accelerator = loop.start(loop_config, folder)
-    loop.run(accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig())
 
 
 def test_accumulation_is_the_whole_batch(
