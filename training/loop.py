@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
 from training.run_folder import RunFolder, TrainingError
 from training.seeds import derive
+
+#: What `accelerate launch` says of a configuration in which no process could save the model alone.
+_SPLIT_MODELS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 
 class Job(Protocol):
@@ -67,6 +76,12 @@ def start(config: LoopConfig, folder: Path) -> Accelerator:
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("loop.tensorboard needs TensorBoard: pip install tensorboard")
+    for flag, name in _SPLIT_MODELS.items():
+        if parse_flag_from_env(flag):
+            raise ConfigError(
+                f"Accelerate is configured for {name}, which splits a model up; here each process "
+                "has a whole one: choose multi-GPU without it in `accelerate config`, or torchrun"
+            )
     # Accelerate keeps the precision for the whole process, and a process may train twice.
     AcceleratorState._reset_state()
     try:

@@ -8,6 +8,7 @@ is not known here.
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,19 @@ class FoldedDeltas:
         if self._bytes <= _KEPT_BYTES:
             self._kept[key] = folded
         return folded
+
+
+def refuse_processes(command: str) -> None:
+    """Refuse to measure the same into the same folder many times.
+
+    Raises:
+        ConfigError: under torchrun or `accelerate launch` with several processes.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"{command} runs in one process, got {processes} of torchrun or accelerate launch; "
+            f"start it with: tocom-train {command}"
+        )
 
 
 def load_model(config: BackboneConfig, task: str | None) -> Backbone:

@@ -26,6 +26,7 @@ from training import tasks
 from training.config import EvaluateConfig, FinetuneConfig, TaskConfig, VtabConfig
 from training.evaluate import evaluate
 from training.finetune import finetune
+from training.measuring import refuse_processes
 from training.plot import plot_matrix
 from training.presets import read_recipe
 from training.tasks import Task
@@ -50,6 +51,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     Raises:
         BankError, ConfigError, DataError: before any compute is spent.
     """
+    refuse_processes("vtab")
     chosen = chosen_tasks(config)
     check(config)
     if config.bank:

@@ -191,6 +191,17 @@ def fill_disk_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "save", full)
 
 
+@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP", "Megatron-LM"])
+def test_accelerate_configurations_that_split_models_up_are_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # As `accelerate launch` says it to what it starts.
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(ConfigError, match=f"Accelerate is configured for {name}, which splits"):
+        distill(config(recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     distill(config(recipe, "loop.tensorboard=true"), tmp_path / "run")
