@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -260,24 +261,35 @@ def standard_error(total: float, squares: float, count: int) -> float | None:
 def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
     """Return the model's class of each folder of a set of pictures.
 
-    Folders are named by class number or by class name; where neither fits, as many folders as
-    classes are taken in their order.
+    Folders are named by class name, of ImageNet's classes also by WordNet number (n01440764), or by
+    class number; where none fits, as many folders as classes are taken in their order.
 
     Raises:
         DataError: if the folders cannot be the model's classes.
     """
     names = class_names(open_pictures(pictures))
-    known = {name: i for i, name in enumerate(backbone.class_names)}
+    count = len(backbone.class_names)
+    known = {name: i for i, name in enumerate(backbone.class_names)} | _wordnet_numbers(backbone)
     if all(name in known for name in names):
         return [known[name] for name in names]
-    if all(name.isdigit() and int(name) < len(known) for name in names):
+    if all(name.isdigit() and int(name) < count for name in names):
         return [int(name) for name in names]
-    if len(names) == len(known):
+    if len(names) == count:
         return list(range(len(names)))
     raise DataError(
         f"{pictures.path} has {len(names)} folders ({names[0]!r}, ...) that are neither numbers "
-        f"nor names of the {len(known)} classes of {backbone.name}; labelled=false does without"
+        f"nor names of the {count} classes of {backbone.name}; labelled=false does without"
     )
+
+
+def _wordnet_numbers(backbone: Backbone) -> dict[str, int]:
+    """Return ImageNet's names of the model's classes, empty if it has others."""
+    if (subset := infer_imagenet_subset(backbone.model)) is None:
+        return {}
+    info = ImageNetInfo(subset)
+    if tuple(info.label_descriptions()) != backbone.class_names:
+        return {}  # as many classes of its own
+    return {name: i for i, name in enumerate(info.label_names())}
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
