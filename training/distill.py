@@ -183,6 +183,7 @@ class Distillation:
         for images in self.unseen:
             tokens = embed(self.teacher, images.to(device))
             stock = outputs(self.teacher, tokens, Variant())
+            losses = {}
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
                     student = outputs(self.teacher, tokens, Variant(rate, delta))
@@ -190,8 +191,9 @@ class Distillation:
                         loss = kd_loss(student.logits, stock.logits)
                     else:
                         loss = F.mse_loss(student.features, stock.features)
-                    key = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
-                    notes[key] = notes.get(key, 0.0) + loss.item() * len(images) / pictures
+                    losses[f"unseen_{'kl' if head else 'error'}_{rate}_{what}"] = loss
+            for key, value in zip(losses, torch.stack([*losses.values()]).tolist(), strict=True):
+                notes[key] = notes.get(key, 0.0) + value * len(images) / pictures
         return notes
 
 

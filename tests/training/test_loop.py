@@ -7,14 +7,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Bank
 from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
 from tocom import ConfigError, load_backbone
+from training import loop
 from training.config import DistillConfig, LoopConfig
 from training.distill import distill
 from training.presets import read_recipe
@@ -79,6 +83,42 @@ def test_accumulation_is_the_whole_batch(
         weights.append(job.module.weight)
         assert metrics(folder)[0]["micros"] == accumulation
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Counts where the program takes a value out of a tensor, for which it waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op is torch.ops.aten._local_scalar_dense.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_its_device_once(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, to_list = loop.run, torch.Tensor.tolist
+    reads, lists = Reads(), list[tuple[int, ...]]()
+
+    def plain_steps(module: torch.nn.Module, *_: Any, **__: Any) -> SGD:
+        return SGD(module.parameters(), 0.1)  # on the CPU AdamW reads its own count of steps
+
+    def watched(*arguments: Any) -> None:
+        with reads:
+            run(*arguments)
+
+    monkeypatch.setattr(loop, "create_optimizer_v2", plain_steps)
+    monkeypatch.setattr(loop, "run", watched)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t.shape) or to_list(t))
+    loop_config = LoopConfig(
+        steps=3, batch_size=8, accumulation=2, learning_rate=0.1, clip_norm=1.0, workers=1
+    )
+    run_job(Brightness(), loop_config, pictures, model_folder, tmp_path)
+    assert reads.count == 1  # a seed for the processes that decode, before the first step
+    assert lists == [(24,), (3,), (3,), (3,)]  # the order of the pictures, and three steps
 
 
 class Still(Brightness):
