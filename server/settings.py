@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="threads of a forward; default: one for each processor that the process may use, "
+        description="threads of a forward; default: as many as processors that the process may use "
         "by its affinity and its container's CPU limit",
     )
     decode_threads: int = Field(

@@ -1,5 +1,7 @@
 """OpenVINO's graphs against the golden cases and against the eager forward."""
 
+import weakref
+
 import openvino
 import pytest
 import timm
@@ -107,6 +109,18 @@ def test_what_it_returns_is_not_overwritten_by_the_next_call():
         graph(1 + pictures(model), variant)
     assert torch.equal(first.features, kept[0])
     assert torch.equal(first.logits, kept[1])
+
+
+def test_a_graph_keeps_no_weights_of_a_delta_that_is_gone():
+    model = small_model("deit3_small")
+    images, change = pictures(model), delta(model)
+    graph = Graph(model, Variant(0), 3)
+    graph(images, Variant(0, change))
+    held = [weakref.ref(tensor) for tensor in graph._bound._tensors]
+    assert all(tensor() is not None for tensor in held)
+    del change
+    assert not any(tensor() is not None for tensor in held)
+    agree(graph, model, images, Variant(0, delta(model, 1)))
 
 
 @pytest.mark.parametrize(
