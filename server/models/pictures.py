@@ -22,7 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ASPECT = 100
 
 
-def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
+def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> Tensor:
     """Decode an uploaded image and bring it into the form [3, H, W] that the model wants.
 
     Raises:
@@ -33,7 +33,7 @@ def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
     return image
 
 
-def decode(data: bytes, max_pixels: int, least_side: int | None = None) -> Image.Image:
+def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
     """Decode an image, upright and in RGB.
 
     Args:
