@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from anyio import fail_after
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
@@ -188,10 +189,10 @@ class Stream:
     async def _next(self) -> File | TocomError | None:
         timeout = self._serving.settings.timeout_ms / 1000
         try:
-            return await asyncio.wait_for(self._images.__anext__(), timeout)
-        except StopAsyncIteration:
-            return None
-        except asyncio.TimeoutError:
+            # Not wait_for(), which may lose that it is cancelled.
+            with fail_after(timeout):
+                return await anext(self._images, None)
+        except TimeoutError:
             raise UploadTimeoutError(f"no image arrived within {timeout:g} s") from None
 
     async def _take(self, image: File | TocomError) -> None:

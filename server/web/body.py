@@ -1,9 +1,9 @@
 """The body of a request: what kind it is, its bytes, and how long it may take to arrive."""
 
-import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from anyio import fail_after
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -62,8 +62,9 @@ async def in_time(reading: Awaitable[T], seconds: float, allowed_ms: int) -> T:
         UploadTimeoutError: if it does not.
     """
     try:
-        return await asyncio.wait_for(reading, seconds)
-    except asyncio.TimeoutError:
+        with fail_after(seconds):
+            return await reading
+    except TimeoutError:
         raise UploadTimeoutError(
             f"the request body did not arrive within {allowed_ms} ms"
         ) from None
