@@ -98,7 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
     # A stream of images has no end; each of them has.
     limits = {batches.PATH: math.inf, bank_routes.PATH: settings.max_bank_bytes}
     app.add_middleware(BodyLimit, settings.max_body_bytes, by_path=limits)
-    app.add_middleware(tracing.Stages, provider=provider)
+    app.add_middleware(tracing.Attributes)
     app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app
