@@ -104,7 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         **dict.fromkeys((*infer.PATHS, oip_infer.PATH), settings.max_body_bytes),
     }
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
-    app.add_middleware(tracing.Stages, provider=provider)
+    app.add_middleware(tracing.Attributes)
     app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app

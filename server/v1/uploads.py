@@ -66,7 +66,8 @@ class EncodedImage(BaseModel):
     b64: Annotated[bytes, BeforeValidator(_from_base64, json_schema_input_type=str)] = Field(
         description="a JPEG, PNG or WebP file in base64, or a data: URL of it"
     )
-    name: str | None = Field(default=None, description="to tell it from others")
+    # Results of a stream wait, with their names, for a client that does not read them.
+    name: str | None = Field(default=None, max_length=4096, description="to tell it from others")
 
 
 class EncodedImages(BaseModel):
