@@ -13,14 +13,14 @@ from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
 from server.models.containers import check_container, check_tags
+from server.models.cropping import transformed
 from server.models.served import ServedModel
 from server.settings import Settings
 
 #: Pillow knows some forty formats; a server needs these and none of the others' decoders.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-#: Longest side : shortest side. Transforms bring the shortest side to the model's size, so that
-#: a line of 20,000 x 1 pixels would become one of a thousand million.
+#: Longest side : shortest side. Of a longer picture a model would see less than a hundredth.
 MAX_ASPECT = 100
 
 #: What turns an image upright, by the orientation in its metadata.
@@ -42,8 +42,7 @@ def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
         ServerError: what `pictures.decode` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
-    image: Tensor = model.transform(decode(data, settings.max_pixels, least_side))
-    return image
+    return transformed(decode(data, settings.max_pixels, least_side), model.transform)
 
 
 def decode(data: bytes, max_pixels: int, least_side: int | None = None) -> Image.Image:
