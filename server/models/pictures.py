@@ -1,25 +1,38 @@
 """From the bytes of an upload to the image that a model wants, or to an error that says why not.
 
-Everything is checked before it costs memory: the format by its content, then the size, then
-the pixels are read. Resizing and normalising are the model's own transform.
+Everything is checked before it costs memory: the format by its content, the metadata by its
+amount, then the size, then the pixels are read. Resizing and normalising are the model's own
+transform.
 """
 
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
+from server.models.containers import check_container, check_tags
+from server.models.cropping import transformed
 from server.models.served import ServedModel
 from server.settings import Settings
 
 #: Pillow knows some forty formats; a server needs these and none of the others' decoders.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-#: Longest side : shortest side. Transforms bring the shortest side to the model's size, so that
-#: a line of 20,000 x 1 pixels would become one of a thousand million.
+#: Longest side : shortest side. Of a longer picture a model would see less than a hundredth.
 MAX_ASPECT = 100
+
+#: What turns an image upright, by the orientation in its metadata.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> Tensor:
@@ -29,8 +42,7 @@ def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> 
         ServerError: what `pictures.decode` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
-    image: Tensor = model.transform(decode(data, settings.max_pixels, least_side))
-    return image
+    return transformed(decode(data, settings.max_pixels, least_side), model.transform)
 
 
 def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
@@ -46,18 +58,18 @@ def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = No
         BadRequestError: if there are no bytes.
         UnsupportedTypeError: if it is none of the formats.
         TooLargeError: if it has too many pixels; none of them was decoded then.
-        ImageError: if it is truncated, damaged or far too elongated.
+        ImageError: if it is truncated, damaged, far too elongated or mostly metadata.
     """
     if not data:
         raise BadRequestError("the image is empty: it has no bytes")
+    check_container(data)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, max_pixels)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_rgb(_upright(image))
     except UnidentifiedImageError:
         raise UnsupportedTypeError("the content is not a JPEG, PNG or WebP image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -81,6 +93,20 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
             f"the image is {width:,} x {height:,} pixels; its sides may differ by a factor of "
             f"{MAX_ASPECT} at most"
         )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn or mirror an image as its metadata says.
+
+    As `ImageOps.exif_transpose` does, which would also write the metadata anew, with all that
+    it refers to.
+    """
+    profile = image.info.get("Raw profile type exif")  # as ImageMagick wrote it into PNGs
+    if profile is not None and "exif" not in image.info:
+        image.info["exif"] = bytes.fromhex("".join(profile.split("\n")[3:]))
+    check_tags(image.info.get("exif", b""))
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
