@@ -11,9 +11,9 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import FailFast, Field, field_validator
 from torch import Tensor
 
 from adapters.format import VERSION, Format
@@ -36,7 +36,9 @@ class BankInfo(Strict):
     method: Literal["tome"] = "tome"
     max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
     rank: Count = Field(description="width of one step's low-rank pair")
-    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(min_length=1)
+    targets: Annotated[
+        tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(min_length=1), FailFast()
+    ]
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
     training: Notes = Field({})
     evaluation: Notes = Field({})

@@ -10,9 +10,9 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class TaskInfo(Strict):
     method: Literal["adaptformer", "lora", "linear"]
     backbone: BackboneInfo = Field(description="the model that it was tuned on")
     source: int = Field(ge=0, lt=2**31, description="rate that it was tuned at")
-    class_names: tuple[str, ...] = Field(min_length=1)
+    class_names: Annotated[tuple[str, ...], Field(min_length=1), FailFast()]
     heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
     rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
     layers: tuple[str, ...] = Field((), description="timm's layers in a block that LoRA changes")

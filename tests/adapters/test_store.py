@@ -10,6 +10,7 @@ import pytest
 
 from adapters import Bank, Store, open_bank, use_bank
 from adapters import store as store_module
+from adapters.store import Reference
 from tests.adapters.banks import random_bank, same
 from tocom import BackboneError, BankError, StoreError
 
@@ -36,7 +37,8 @@ def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
 def test_what_is_published_comes_back(store, tmp_path):
     reference = store.publish(OLD)
     assert reference == f"tiny@{OLD.info.digest[:12]}"
-    for name in ("tiny", reference, f"tiny@{OLD.info.digest}", f"tiny@{OLD.info.digest[:4]}"):
+    digest = OLD.info.digest
+    for name in ("tiny", reference, f"tiny@{digest}", f"tiny@{digest[:4]}", digest, digest[:8]):
         assert same(store.get(name), OLD)
     assert store.publish(random_bank(name="other").save(tmp_path / "folder")).startswith("other@")
     assert [(version.name, version.current) for version in store.versions()] == [
@@ -149,7 +151,7 @@ def test_a_faulty_folder_is_not_published(store, tmp_path):
 def test_tricks_with_names_are_refused(store, reference):
     store.publish(OLD)
     for act in (store.get, store.find, store.delete):
-        with pytest.raises(StoreError, match="a reference is NAME or NAME@DIGEST, got"):
+        with pytest.raises(StoreError, match="a reference is NAME, NAME@DIGEST .* got"):
             act(reference)
 
 
@@ -171,8 +173,61 @@ def test_an_ambiguous_digest_is_refused(store, monkeypatch):
     twin = folder.with_name(folder.name[:12] + "0" * 52)
     folder.rename(folder.with_name(folder.name[:12] + "1" * 52))
     twin.mkdir()
-    with pytest.raises(StoreError, match="fits 2 versions"):
-        store.find(f"tiny@{folder.name[:12]}")
+    message = f"fits 2 versions; say which of tiny@{twin.name}, tiny@{folder.name[:12]}1"
+    for reference in (f"tiny@{folder.name[:12]}", folder.name[:12]):
+        with pytest.raises(StoreError, match=message):
+            store.find(reference)
+
+
+def test_a_name_wins_over_digits(store):
+    store.publish(OLD)
+    digits = OLD.info.digest[:8]
+    namesake, deadbeef = random_bank(name=digits), random_bank(name="deadbeef")
+    for bank in (namesake, deadbeef):
+        store.publish(bank)
+    assert same(store.get("deadbeef"), deadbeef)
+    assert same(store.get(digits), namesake)
+    assert same(store.get(OLD.info.digest[:9]), OLD)
+    assert same(store.get(f"tiny@{digits}"), OLD)
+    store.delete(digits)
+    assert same(store.get(digits), OLD)
+
+
+def test_all_digits_are_a_digest_whatever_banks_are_called(store):
+    store.publish(OLD)
+    namesake = random_bank(name=OLD.info.digest)
+    reference = store.publish(namesake)
+    assert same(store.get(OLD.info.digest), OLD)
+    assert same(store.get(reference), namesake)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("tiny", Reference("tiny")),
+        ("tiny@0123", Reference("tiny", "0123")),
+        ("other", Reference("other")),
+        ("01234567", Reference(None, "01234567")),
+        ("0123456", Reference("0123456")),
+        ("deadbeef", Reference("deadbeef")),
+        ("deadbeef0", Reference(None, "deadbeef0")),
+        ("deadbeef@0123", Reference("deadbeef", "0123")),
+        ("0" * 64, Reference(None, "0" * 64)),
+        ("0" * 65, Reference("0" * 65)),
+    ],
+)
+def test_references_are_read_in_one_way(text, reference):
+    assert Reference.parse(text, {"tiny", "deadbeef", "0" * 64}) == reference
+    assert str(reference) == text
+
+
+def test_what_has_been_read_is_not_read_again(store):
+    store.publish(OLD)
+    digit = OLD.info.digest[0]
+    for reference in (Reference("tiny"), Reference("tiny", digit), Reference(None, digit)):
+        assert store.find(reference).digest == OLD.info.digest
+    assert not Reference("other", digit).fits("tiny", OLD.info.digest, current=True)
+    assert not Reference("tiny").fits("tiny", OLD.info.digest, current=False)
 
 
 def test_verify_reports_each_fault(store):
