@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal
 from pydantic import FailFast, Field, field_validator
 from torch import Tensor
 
+from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
 from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Backbone, BankError
@@ -136,8 +137,12 @@ class Bank:
         return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
 
     def multiplier(self, backbone: Backbone, source: int, target: int) -> float:
-        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's."""
-        found, scale = backbone.calibration, None
+        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's.
+
+        Raises:
+            BackboneError: if the model's calibration is malformed.
+        """
+        found, scale = Calibration.of(backbone), None
         if found is not None and found.fits(self.info.digest, source):
             scale = found.scale(target)
         return self.info.scale if scale is None else scale

@@ -21,7 +21,7 @@ from adapters.bank import NAME
 from adapters.format import VERSION, Format
 from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Adapter, Backbone, TaskError, bundled_folder
-from tocom.backbones import BUNDLED, parse_calibration
+from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
 #: timm's layers that LoRA may change.
@@ -102,7 +102,6 @@ class TaskModel:
 
         Raises:
             TaskError: if it is another one.
-            BackboneError: if the task's calibration is malformed.
         """
         self.check_fits(backbone)
         info = self.info
@@ -127,7 +126,7 @@ class TaskModel:
             class_names=info.class_names,
             source=info.source,
             tuned_from=backbone.tuned_from or backbone.digest,
-            calibration=parse_calibration(info.calibration, info.name),
+            calibration=info.calibration,
             evaluation=info.evaluation,
             adapter=self._adapter(tuned),
             task_digest=info.digest,

@@ -42,7 +42,7 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _APP1, _APP2, _END, _SCAN = 0xE1, 0xE2, 0xD9, 0xDA
 
 
-def check_container(data: bytes) -> None:
+def check_container(data: bytes | bytearray) -> None:
     """Check that a JPEG, PNG or WebP file has no more than its share of what is not pixels.
 
     Raises:
@@ -97,7 +97,9 @@ class _Count:
         _bound(self._pieces, MAX_PIECES, "chunks of picture or more")
 
 
-def _check_chunks(data: bytes, at: int, header: str, picture: tuple[bytes, ...]) -> None:
+def _check_chunks(
+    data: bytes | bytearray, at: int, header: str, picture: tuple[bytes, ...]
+) -> None:
     """Count the chunks of a PNG or a WebP file, of which the first begins at `at`."""
     count, png = _Count(), header == ">I4s"
     while at + 8 <= len(data):
@@ -113,7 +115,7 @@ def _check_chunks(data: bytes, at: int, header: str, picture: tuple[bytes, ...])
         at += 8 + (size + 4 if png else size + size % 2)
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg(data: bytes | bytearray) -> None:
     """Count the segments of a JPEG up to its picture, then the scans of that."""
     count, at, padding = _Count(), 2, 0
     exif = []
@@ -139,7 +141,7 @@ def _check_jpeg(data: bytes) -> None:
         at += size
 
 
-def _check_scans(data: bytes, at: int, count: _Count) -> None:
+def _check_scans(data: bytes | bytearray, at: int, count: _Count) -> None:
     """Count the scans of a JPEG, of which the first one's data begins at `at`."""
     scans = 1
     while found := _MARKER_AFTER_SCAN.search(data, at):
