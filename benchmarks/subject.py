@@ -12,7 +12,7 @@ from server.settings import BUNDLED_MODEL, ModelSettings
 from tocom import bundled_folder
 from training.config import PicturesConfig
 from training.measuring import class_indices
-from training.pictures import open_pictures
+from training.pictures.sets import open_pictures
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from training.measuring import (
     claim,
     compare,
     load_model,
+    refuse_processes,
     standard_error,
 )
 
@@ -66,6 +67,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
+    refuse_processes("calibrate")
     backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank)
     bank.check_fits(backbone)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+#: Of what is made: banks and tasks have their names in paths and addresses.
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
 _Rate = Annotated[int, Field(ge=0)]
 _Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -23,7 +25,7 @@ class BackboneConfig(Recipe):
 
 
 class PicturesConfig(Recipe):
-    """A set of pictures; `training.pictures` says what is read and how."""
+    """A set of pictures; `training.pictures.sets` says what is read and how."""
 
     path: str = Field(
         min_length=1, description="a folder, a .tar, a folder of .tar files or hfds/ORG/NAME"
@@ -128,7 +130,7 @@ class EpochLoopConfig(_LoopConfig):
 class DistillConfig(Recipe):
     """`tocom-train distill`: plug-ins for one backbone, labels unused."""
 
-    name: str = Field(description="the bank's name")
+    name: _Name = Field(description="the bank's name")
     backbone: BackboneConfig
     pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
     unseen: int = Field(
@@ -244,7 +246,7 @@ class SearchConfig(Recipe):
 class FinetuneConfig(Recipe):
     """`tocom-train finetune`: a model for a labelled task, tuned at one source rate."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")
+    name: _Name
     backbone: BackboneConfig
     pictures: PicturesConfig
     test: PicturesConfig

@@ -10,7 +10,6 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -30,15 +29,11 @@ from tocom import Backbone, ConfigError, Delta, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
-from training.data import (
-    Pictures,
-    derive,
-    evaluation_batches,
-    mixing,
-    train_transform,
-)
 from training.losses import kd_loss, token_error
-from training.run_folder import refuse_other_run
+from training.pictures.augment import mixing, train_transform
+from training.pictures.batches import Pictures, evaluation_batches
+from training.run_folder import read_metrics, refuse_other_run
+from training.seeds import derive
 
 #: Pictures that tell what plain merging costs: the order of magnitude is what matters.
 PLAIN_PICTURES = 24
@@ -258,7 +253,7 @@ def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) 
         "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
         "distinct_pictures": distinct,
         "samples_seen": config.loop.steps * config.loop.batch_size,
-        "last": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
+        "last": metrics[-1] if (metrics := read_metrics(folder)) else {},
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
     info = plugins.info.model_copy(update={"max_rate": config.max_rate, "training": training})

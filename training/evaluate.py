@@ -27,6 +27,7 @@ from training.measuring import (
     claim,
     compare,
     load_model,
+    refuse_processes,
     standard_error,
 )
 from training.plot import plot_evaluation, plot_matrix
@@ -43,6 +44,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
+    refuse_processes("evaluate")
     backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank) if config.bank else None
     if bank:

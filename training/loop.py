@@ -20,13 +20,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from tocom import ConfigError
 from training.config import AugmentConfig, LoopConfig, Recipe
-from training.data import Pictures, Shares, StepSampler, derive, train_batches
+from training.pictures.batches import Pictures, train_batches
+from training.pictures.sampler import Shares, StepSampler
 from training.run_folder import RunFolder, TrainingError
+from training.seeds import derive
+
+#: What `accelerate launch` says of a configuration in which no process could save the model alone.
+_SPLIT_MODELS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
 
 class Job(Protocol):
@@ -64,6 +76,12 @@ def start(config: LoopConfig, folder: Path) -> Accelerator:
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("loop.tensorboard needs TensorBoard: pip install tensorboard")
+    for flag, name in _SPLIT_MODELS.items():
+        if parse_flag_from_env(flag):
+            raise ConfigError(
+                f"Accelerate is configured for {name}, which splits a model up; here each process "
+                "has a whole one: choose multi-GPU without it in `accelerate config`, or torchrun"
+            )
     # Accelerate keeps the precision for the whole process, and a process may train twice.
     AcceleratorState._reset_state()
     try:
@@ -108,7 +126,10 @@ def run(
     run_folder = RunFolder(folder, accelerator, config)
     run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(_decay_groups(trained, config.weight_decay), config.learning_rate)
+    # Biases and norms do not decay, nor what the module names in timm's `no_weight_decay()`.
+    optimizer = create_optimizer_v2(
+        job.module, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     job.module, optimizer = accelerator.prepare(job.module, optimizer)
     scheduler = CosineLRScheduler(
         optimizer,
@@ -203,14 +224,6 @@ def _micros(step: int, shares: Shares) -> range:
 
 def _due(step: int, every: int, config: LoopConfig) -> bool:
     return step % every == 0 or step == config.steps
-
-
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms do not decay, as in timm."""
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 @contextmanager

@@ -8,11 +8,13 @@ is not known here.
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,8 +33,8 @@ from tocom import (
 )
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, PicturesConfig, Recipe
-from training.data import evaluation_batches
-from training.pictures import class_names, open_pictures
+from training.pictures.batches import evaluation_batches
+from training.pictures.sets import class_names, open_pictures
 from training.run_folder import refuse_other_recipe
 
 MEASURES = ("top1", "agreement", "kl")
@@ -166,6 +168,19 @@ class FoldedDeltas:
         return folded
 
 
+def refuse_processes(command: str) -> None:
+    """Refuse to measure the same into the same folder many times.
+
+    Raises:
+        ConfigError: under torchrun or `accelerate launch` with several processes.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"{command} runs in one process, got {processes} of torchrun or accelerate launch; "
+            f"start it with: tocom-train {command}"
+        )
+
+
 def load_model(config: BackboneConfig, task: str | None) -> Backbone:
     """Load a model for measuring, and its task if there is one, onto a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,24 +261,35 @@ def standard_error(total: float, squares: float, count: int) -> float | None:
 def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
     """Return the model's class of each folder of a set of pictures.
 
-    Folders are named by class number or by class name; where neither fits, as many folders as
-    classes are taken in their order.
+    Folders are named by class name, of ImageNet's classes also by WordNet number (n01440764), or by
+    class number; where none fits, as many folders as classes are taken in their order.
 
     Raises:
         DataError: if the folders cannot be the model's classes.
     """
     names = class_names(open_pictures(pictures))
-    known = {name: i for i, name in enumerate(backbone.class_names)}
+    count = len(backbone.class_names)
+    known = {name: i for i, name in enumerate(backbone.class_names)} | _wordnet_numbers(backbone)
     if all(name in known for name in names):
         return [known[name] for name in names]
-    if all(name.isdigit() and int(name) < len(known) for name in names):
+    if all(name.isdigit() and int(name) < count for name in names):
         return [int(name) for name in names]
-    if len(names) == len(known):
+    if len(names) == count:
         return list(range(len(names)))
     raise DataError(
         f"{pictures.path} has {len(names)} folders ({names[0]!r}, ...) that are neither numbers "
-        f"nor names of the {len(known)} classes of {backbone.name}; labelled=false does without"
+        f"nor names of the {count} classes of {backbone.name}; labelled=false does without"
     )
+
+
+def _wordnet_numbers(backbone: Backbone) -> dict[str, int]:
+    """Return ImageNet's names of the model's classes, empty if it has others."""
+    if (subset := infer_imagenet_subset(backbone.model)) is None:
+        return {}
+    info = ImageNetInfo(subset)
+    if tuple(info.label_descriptions()) != backbone.class_names:
+        return {}  # as many classes of its own
+    return {name: i for i, name in enumerate(info.label_names())}
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ def read_recipe(kind: type[R], recipe: str, overrides: Sequence[str] = ()) -> R:
     except ValidationError as error:
         lines = [
             f"  {'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            + (f", got {fault['input']!r}" if isinstance(fault["input"], str | int | float) else "")
             for fault in error.errors()
         ]
         raise ConfigError("\n".join([f"{recipe} is no valid recipe:", *lines])) from None

@@ -10,15 +10,16 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from adapters.durable import replace_file
+from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
 from training.config import LoopConfig, Recipe
 
@@ -60,6 +61,16 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> None:
         refuse_other_recipe(folder, then, recipe.model_dump(mode="json"))
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl` but for what a crash or a full disk has cut off."""
+    lines: list[dict[str, Any]] = []
+    if (path := folder / "metrics.jsonl").exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
 class RunFolder:
     """What a run leaves on disk, and its progress bar."""
 
@@ -67,6 +78,7 @@ class RunFolder:
         """Remember the arguments; nothing is written yet."""
         self.folder, self.accelerator, self.config = folder, accelerator, config
         self.bar: Any = None
+        self._cut = ""  # a new line, while the last one of the metrics has none
 
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe down.
@@ -83,16 +95,19 @@ class RunFolder:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Load the newest checkpoint and return its step; forget metrics written after it."""
-        checkpoints = self._checkpoints()
-        step = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-        if checkpoints:
-            self.accelerator.load_state(str(checkpoints[-1]))
+        """Load the newest checkpoint that can be read and return its step; forget what came after.
+
+        Raises:
+            TrainingError: if there are checkpoints and none can be read.
+        """
+        step = self._load_newest()
         path = self.folder / "metrics.jsonl"
-        if path.exists() and self.accelerator.is_main_process:
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob("checkpoints/.step-*"):  # of a killed run
+                shutil.rmtree(leftover, ignore_errors=True)
+            if path.exists():
+                kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+                replace_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self.accelerator.wait_for_everyone()
         return step
 
@@ -118,8 +133,10 @@ class RunFolder:
             path = self.folder / "metrics.jsonl"
             try:
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(f"{self._cut}{json.dumps(line)}\n")
+                self._cut = ""
             except OSError as error:
+                self._cut = "\n"
                 self._unwritten(path, error)
         if self.config.tensorboard:
             figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
@@ -134,21 +151,43 @@ class RunFolder:
 
     def save(self, step: int) -> None:
         """Write a checkpoint beside the others, name it when it is whole, drop the oldest."""
-        final = self.folder / "checkpoints" / f"step-{step:06d}"
-        if not self.accelerator.is_main_process or final.exists():
+        if not self.accelerator.is_main_process:
             return
-        beside = final.with_name(f".{final.name}")
-        shutil.rmtree(beside, ignore_errors=True)
+        final = self.folder / "checkpoints" / f"step-{step:06d}"
+        shutil.rmtree(final, ignore_errors=True)  # one that could not be read
         try:
-            self.accelerator.save_state(str(beside))
-            beside.rename(final)
+            with new_folder(final, TrainingError) as beside:
+                self.accelerator.save_state(str(beside))
         # torch reports a failed write as RuntimeError.
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
             self._unwritten(final, error)
             return
         for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
+
+    def _load_newest(self) -> int:
+        newest = ""
+        for checkpoint in reversed(self._checkpoints()):
+            if not (fault := self._load(checkpoint)):
+                if newest and self.accelerator.is_main_process:
+                    _log.warning("%s; going on from %s", newest, checkpoint.name)
+                return int(checkpoint.name.removeprefix("step-"))
+            newest = newest or f"{checkpoint} cannot be read ({fault})"
+        if newest:
+            raise TrainingError(
+                f"{newest}, and there is no older one that can; remove "
+                f"{self.folder / 'checkpoints'} to begin anew"
+            )
+        return 0
+
+    def _load(self, checkpoint: Path) -> str:
+        """Load a checkpoint; return what is wrong with it, the same in all processes."""
+        faults = []
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except Exception as error:  # a damaged file makes torch and safetensors raise anything
+            faults = [f"{type(error).__name__}: {error}"]
+        return "".join(gather_object(faults)[:1])
 
     def _checkpoints(self) -> list[Path]:
         found = (self.folder / "checkpoints").glob("step-*")

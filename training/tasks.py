@@ -14,7 +14,7 @@ from typing import Literal
 
 from tocom import DataError
 from training.config import PicturesConfig
-from training.pictures import open_pictures
+from training.pictures.sets import open_pictures
 
 Group = Literal["Natural", "Specialized", "Structured"]
 TRAIN, VALIDATION, ALL, TEST = "train800.txt", "val200.txt", "train800val200.txt", "test.txt"

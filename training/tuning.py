@@ -20,7 +20,8 @@ from adapters.task import heads_of
 from tocom import Backbone, ConfigError, Variant
 from tocom.vit import embed, outputs
 from training.config import FinetuneConfig, LoraConfig
-from training.data import derive, mixing
+from training.pictures.augment import mixing
+from training.seeds import derive
 
 #: What PEFT calls the factors of a pair, and what a task folder calls them.
 _FACTORS = {".lora_A.default.weight": ".A", ".lora_B.default.weight": ".B"}
@@ -49,6 +50,10 @@ class Tuned(nn.Module):
         """Set the mode of the model as well, whose stochastic depth depends on it."""
         self._model[0].train(mode)
         return super().train(mode)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of positions and prefix tokens, which timm keeps from decaying."""
+        return {f"weights.{name}" for name in self._model[0].no_weight_decay()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""

@@ -26,6 +26,7 @@ from training import tasks
 from training.config import EvaluateConfig, FinetuneConfig, TaskConfig, VtabConfig
 from training.evaluate import evaluate
 from training.finetune import finetune
+from training.measuring import refuse_processes
 from training.plot import plot_matrix
 from training.presets import read_recipe
 from training.tasks import Task
@@ -50,6 +51,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     Raises:
         BankError, ConfigError, DataError: before any compute is spent.
     """
+    refuse_processes("vtab")
     chosen = chosen_tasks(config)
     check(config)
     if config.bank:
@@ -259,19 +261,28 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
 def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:
     """Do runs in several processes at once, each with its share of processors and one GPU."""
     context = multiprocessing.get_context("spawn")
-    numbers: Any = context.Queue()
+    gpus, queue = _visible_gpus(), context.Queue()
     for number in range(config.jobs):
-        numbers.put(number)
+        queue.put(gpus[number % len(gpus)] if gpus else None)
     with ProcessPoolExecutor(
-        config.jobs, context, initializer=_start, initargs=(numbers, config.jobs)
+        config.jobs, context, initializer=_start, initargs=(queue, config.jobs)
     ) as pool:
         for future in [pool.submit(_do, config, run, folder) for run in runs]:
             future.result()
 
 
-def _start(numbers: Any, jobs: int) -> None:
-    number = numbers.get()
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    count, mask = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is None or not count:
+        return [str(number) for number in range(count)]
+    entries = [entry.strip() for entry in mask.split(",")]
+    # Of several slices of GPUs (MIG) a process counts one; CUDA drops what follows an unknown GPU.
+    return entries if entries[0].startswith("MIG-") else entries[:count]
+
+
+def _start(gpus: Any, jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    if gpus := torch.cuda.device_count():
+    if (gpu := gpus.get()) is not None:
         # Before CUDA is used: this process sees one GPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu

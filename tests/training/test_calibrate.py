@@ -13,7 +13,7 @@ from training import calibrate as module
 from training import measuring
 from training.calibrate import Tried, calibrate, table
 from training.config import CalibrateConfig
-from training.data import evaluation_batches
+from training.pictures.batches import evaluation_batches
 from training.presets import read_recipe
 
 OWN = 0.1

@@ -49,6 +49,20 @@ def test_calibrate_then_attach(
     assert "belongs into the folder of its model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate every-rate", "calibrate multiplier", "vtab vtab1k"])
+def test_what_measures_is_one_process(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], command: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun and accelerate launch do
+    common = [f"backbone.name={model_folder}", f"pictures.path={pictures}", "bank=nowhere"]
+    given = [f"root={tmp_path}"] if command.startswith("vtab") else common
+    assert main([*command.split(), *given, "--folder", str(tmp_path / "run")]) == 2
+    name = command.split(maxsplit=1)[0]
+    assert f"{name} runs in one process, got 2 of torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -101,6 +101,7 @@ def test_overrides_reach_into_tables_and_read_toml() -> None:
         ("loop.stepz=3", r"loop\.stepz: Extra inputs are not permitted"),
         ("loop.steps=0", r"loop\.steps: Input should be greater than 0"),
         ("loop.steps=many", r"loop\.steps: Input should be a valid integer"),
+        ("name=My Bank", r"name: String should match pattern '\^\[a-z0-9\].*got 'My Bank'"),
         ("name.deeper=1", "name is a value, not a table"),
         ("loop", "an override is key=value, got 'loop'"),
         ("targets=['z']", r"targets\.0: Input should be"),

@@ -1,22 +1,25 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.data import ImageNetInfo
 
 from adapters import Bank, compose
 from tests.training.banks import random_bank
-from tocom import ConfigError, DataError, RateError, forward, load_backbone
+from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
 from training.config import EvaluateConfig, PicturesConfig
-from training.data import evaluation_batches
 from training.evaluate import evaluate, matrix_table, sign_test, table
 from training.measuring import class_indices, standard_error
+from training.pictures.batches import evaluation_batches
 from training.plot import changes, plot_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +289,13 @@ def test_older_results_stay_readable(name: str, tmp_path: Path) -> None:
 # --- classes
 
 
+def class_folders(root: Path, picture: bytes, *names: str) -> PicturesConfig:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "0.png").write_bytes(picture)
+    return PicturesConfig(path=str(root))
+
+
 def test_folders_are_classes_by_name_by_number_or_by_order(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -293,11 +303,7 @@ def test_folders_are_classes_by_name_by_number_or_by_order(
     picture = (pictures.parent / "red" / "0.png").read_bytes()
 
     def folders(*names: str) -> PicturesConfig:
-        root = tmp_path / "-".join(names)
-        for name in names:
-            (root / name).mkdir(parents=True)
-            (root / name / "0.png").write_bytes(picture)
-        return PicturesConfig(path=str(root))
+        return class_folders(tmp_path / "-".join(names), picture, *names)
 
     assert class_indices(PicturesConfig(path=str(pictures)), backbone) == [0, 1, 2]
     assert class_indices(folders("red", "blue"), backbone) == [0, 2]
@@ -305,3 +311,20 @@ def test_folders_are_classes_by_name_by_number_or_by_order(
     assert class_indices(folders("x", "y", "z"), backbone) == [0, 1, 2]
     with pytest.raises(DataError, match="2 folders .* neither numbers nor names of the 3 classes"):
         class_indices(folders("x", "y"), backbone)
+
+
+def test_imagenets_folders_are_its_classes(pictures: Path, tmp_path: Path) -> None:
+    picture = (pictures.parent / "red" / "0.png").read_bytes()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=1000, depth=1)
+    imagenet = ImageNetInfo("imagenet-1k")
+    backbone = Backbone(model, "tiny", "vit_tiny", tuple(imagenet.label_descriptions()))
+    numbers = imagenet.label_names()
+    some = class_folders(tmp_path / "some", picture, numbers[7], numbers[999])
+    assert class_indices(some, backbone) == [7, 999]
+    whole = class_folders(tmp_path / "whole", picture, *numbers)
+    assert class_indices(whole, backbone) == list(range(1000))
+    last = class_folders(tmp_path / "last", picture, "0", "999")
+    assert class_indices(last, backbone) == [0, 999]
+    others = replace(backbone, class_names=tuple(f"my {i}" for i in range(1000)))
+    with pytest.raises(DataError, match="2 folders .* neither numbers nor names of the 1000"):
+        class_indices(some, others)

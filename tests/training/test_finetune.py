@@ -7,6 +7,7 @@ import torch
 
 from adapters import TaskModel
 from tests.training.lists import write_lists
+from tests.training.pictures.files import write_tar
 from tocom import BackboneError, ConfigError, DataError, forward, load_backbone
 from training import finetune as module
 from training.config import FinetuneConfig
@@ -58,6 +59,23 @@ def test_train_and_test_folders_must_be_the_same_classes(
     with pytest.raises(DataError, match="has 3 classes and .* 1; they must be the same"):
         finetune(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_shards_are_tuned_on_by_the_numbers_of_their_classes(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    for part, classes in (("train", 3), ("test", 2)):  # the small set lacks the last
+        (tmp_path / part).mkdir()
+        files = {}
+        for label, colour in enumerate(("blue", "green", "red")[:classes]):
+            files[f"{label}.png"] = (pictures.parent / colour / "0.png").read_bytes()
+            files[f"{label}.cls"] = str(label).encode()
+        write_tar(tmp_path / part / "000000.tar", files)
+    config = recipe(
+        tmp_path / "train", model_folder, test={"path": str(tmp_path / "test")}, method="linear",
+        loop={"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "workers": 0},
+    )  # fmt: skip
+    assert TaskModel.load(finetune(config, tmp_path / "run")).info.class_names == ("0", "1", "2")
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -132,7 +150,7 @@ def test_labels_of_test_pictures_are_read_once_at_the_end(
         run_loop(*arguments)
 
     monkeypatch.setattr(module, "open_pictures", note)
-    monkeypatch.setattr("training.data.open_pictures", note)
+    monkeypatch.setattr("training.pictures.batches.open_pictures", note)
     monkeypatch.setattr(module, "evaluation_batches", measure)
     monkeypatch.setattr(module.loop, "run", train)
 

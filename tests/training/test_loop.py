@@ -1,6 +1,5 @@
 """Runs of several processes, killed runs, full disks: what a loop must survive."""
 
-import json
 import logging
 import os
 import signal
@@ -9,20 +8,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from adapters import Bank
+from tests.training.jobs import Brightness, metrics, run_job
 from tocom import ConfigError, load_backbone
-from training import loop
-from training.config import AugmentConfig, DistillConfig, LoopConfig, PicturesConfig
-from training.data import Pictures, evaluation_transform
+from training.config import DistillConfig, LoopConfig
 from training.distill import distill
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
+from training.tuning import Tuned
 
 RECIPE = """
 name = "tiny"
@@ -56,10 +54,6 @@ def config(recipe: Path, *overrides: str) -> DistillConfig:
     return read_recipe(DistillConfig, str(recipe), overrides)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -82,25 +76,6 @@ def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_p
         torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-3, atol=1e-5)
 
 
-class Brightness:
-    """The smallest job: one linear layer that tells the class by the mean colour."""
-
-    losses_each = 1
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.module: torch.nn.Module = torch.nn.Linear(3, 3)
-
-    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        yield torch.nn.functional.cross_entropy(self.module(images.mean(dim=(2, 3))), labels)
-
-    def notes(self, micros: range) -> dict[str, Any]:
-        return {"micros": len(micros)}
-
-    def watch(self) -> dict[str, float]:
-        return {}
-
-
 def test_accumulation_is_the_whole_batch(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -111,16 +86,35 @@ def test_accumulation_is_the_whole_batch(
             steps=3, batch_size=8, accumulation=accumulation, learning_rate=0.1, clip_norm=0.05,
             workers=0,
         )  # fmt: skip
-        parts = [PicturesConfig(path=str(pictures))]
-        read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
         folder, job = tmp_path / str(accumulation), Brightness()
-        accelerator = loop.start(loop_config, folder)
-        loop.run(
-            accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig()
-        )
+        run_job(job, loop_config, pictures, model_folder, folder)
         weights.append(job.module.weight)
         assert metrics(folder)[0]["micros"] == accumulation
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+class Still(Brightness):
+    """Nothing has a gradient: what changes has decayed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        yield torch.stack([0 * parameter.sum() for parameter in self.module.parameters()]).sum()
+
+
+def test_biases_norms_positions_and_prefix_tokens_do_not_decay(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    model = load_backbone(str(model_folder)).model.requires_grad_(True)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    loop_config = LoopConfig(
+        steps=1, batch_size=8, learning_rate=0.1, weight_decay=0.5, workers=0
+    )  # fmt: skip
+    run_job(Still(Tuned(model, 0)), loop_config, pictures, model_folder, tmp_path)
+    for name, parameter in model.named_parameters():
+        kept = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        torch.testing.assert_close(parameter, before[name] * (1 if kept else 0.95))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -195,6 +189,17 @@ def fill_disk_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         save(self, at)
 
     monkeypatch.setattr(RunFolder, "save", full)
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP", "Megatron-LM"])
+def test_accelerate_configurations_that_split_models_up_are_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # As `accelerate launch` says it to what it starts.
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(ConfigError, match=f"Accelerate is configured for {name}, which splits"):
+        distill(config(recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_the_figures(recipe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from tests.training.banks import random_bank
 from tests.training.lists import write_lists
 from tocom import ConfigError, DataError, load_backbone
 from training import tasks
+from training import vtab as module
 from training.config import VtabConfig
 from training.tasks import Task
 from training.vtab import check, report, table, vtab
@@ -72,6 +75,42 @@ def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path:
     one = vtab(config, tmp_path / "one").read_text()
     two = vtab(config.model_copy(update={"jobs": 2}), tmp_path / "two").read_text()
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("mask", "visible", "given"),
+    [
+        ("6,7", 2, ["6", "7", "6"]),
+        ("GPU-8932f937, GPU-46f8b33e", 2, ["GPU-8932f937", "GPU-46f8b33e", "GPU-8932f937"]),
+        ("MIG-1b2c,MIG-5d6e", 1, ["MIG-1b2c", "MIG-5d6e", "MIG-1b2c"]),
+        ("3,99", 1, ["3", "3", "3"]),  # there is no 99
+        ("", 0, ["", "", ""]),
+        (None, 2, ["0", "1", "0"]),
+        (None, 0, [None, None, None]),
+    ],
+)
+def test_each_process_has_one_of_the_gpus_that_are_allowed(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mask: str | None, visible: int, given: list[str | None],
+) -> None:  # fmt: skip
+    seen = []
+
+    def start_all(jobs: int, *_: Any, initializer: Any, initargs: Any) -> Any:
+        for _ in range(jobs):
+            with monkeypatch.context() as process:
+                process.setattr("torch.set_num_threads", lambda _: None)
+                process.setattr(os, "environ", dict(os.environ))
+                initializer(*initargs)
+                seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return nullcontext()
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", start_all)
+    module._share_out(recipe(root, model_folder, jobs=3), [], tmp_path)
+    assert seen == given
 
 
 def test_groups_count_alike() -> None:

@@ -6,23 +6,19 @@ takes the next picture where one cannot be read.
 """
 
 import importlib
-import io
 import numbers
-import posixpath
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader import Reader
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.utils.misc import natural_key
 
 from tocom import DataError
 from training.config import PicturesConfig
+from training.pictures.readers import ListReader, TarReader
 
 _FRONT_TO_BACK = ("hfids", "tfds", "wds")
 
@@ -75,107 +71,12 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
         return f"picture {index}" if hub else str(self.filename(index))
 
 
-class TarReader(ReaderImageInTar):  # type: ignore[misc]
-    """timm's reader of a .tar or of a folder of them.
-
-    Classes are the folders in the tars or, for pictures outside of folders, the tars.
-    """
-
-    samples: Any
-    targets: Any
-
-    def __init__(self, root: str) -> None:
-        """Look for pictures in all tars of `root`."""
-        # timm would keep its index beside large tars: every process at the same moment, and
-        # without ever comparing it with the tars again. A read-only folder has no place for it.
-        super().__init__(root, cache_tarinfo=False)
-        self.class_to_idx = self.class_name_to_idx
-        # timm leaves pictures of the same name in the order in which the disk lists their tars.
-        order = sorted(range(len(self.samples)), key=lambda i: natural_key(self._filename(i)))
-        self.samples, self.targets = self.samples[order], self.targets[order]
-
-    def forget_files(self) -> None:
-        """Leave the open tars, to be opened anew."""
-        states = [self.tar_state] if self.root_is_tar else list(self.tar_state.values())
-        while states:
-            state = states.pop()
-            state.reset()
-            states += state.children.values()
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return the name in the tar, after the tar's own where there are several."""
-        member, tar, _ = self.samples[index]
-        return (
-            posixpath.basename(member.name) if basename else posixpath.join(tar or "", member.name)
-        )
-
-
-class ListReader(Reader):  # type: ignore[misc]
-    """Pictures that a list file names, a line `relative/path class` each.
-
-    Paths are relative to a folder or to the root of a .tar; classes are numbers from 0. A file
-    classes.txt beside the list names them, a line each.
-    """
-
-    def __init__(self, root: Path, file: Path) -> None:
-        """Read the list.
-
-        Raises:
-            DataError: naming the line, if it is not what it should be.
-        """
-        super().__init__()
-        self.root = root
-        self.samples = [
-            _parse(line, f"{file}:{number}")
-            for number, line in enumerate(_lines(file), start=1)
-            if line.strip()
-        ]
-        if not self.samples:
-            raise DataError(f"{file} names no pictures")
-        self.places = _places(root) if root.is_file() else None
-        for name, _ in self.samples:
-            if not ((root / name).is_file() if self.places is None else name in self.places):
-                raise DataError(f"{file} names {name}, which is not in {root}")
-        self.class_to_idx = {name: i for i, name in enumerate(self._classes(file))}
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        """Return the open file and its class."""
-        name, label = self.samples[index]
-        if self.places is None:
-            return (self.root / name).open("rb"), label
-        start, size = self.places[name]
-        with self.root.open("rb") as tar:
-            tar.seek(start)
-            return io.BytesIO(tar.read(size)), label
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        name = self.samples[index][0]
-        if absolute:
-            return str(self.root / name)
-        return posixpath.basename(name) if basename else name
-
-    def _classes(self, file: Path) -> list[str]:
-        count = 1 + max(label for _, label in self.samples)
-        if not (named := file.with_name("classes.txt")).is_file():
-            return [str(label) for label in range(count)]
-        names = [line.strip() for line in _lines(named) if line.strip()]
-        if len(names) < count or len(set(names)) < len(names):
-            raise DataError(
-                f"{named} names {len(set(names))} different classes in {len(names)} lines; "
-                f"{file.name} needs {count}"
-            )
-        return names
-
-
 def open_pictures(pictures: PicturesConfig) -> PictureSet:
     """Open a set of pictures.
 
     - a folder of class folders, or of pictures alone; the innermost folder is the class
-    - a .tar of the same, or a folder of such .tar files (shards)
+    - a .tar of the same, or a folder of such .tar files (shards, those of WebDataset too, whose
+      `.cls` files say the classes)
     - with `list`: the pictures of a folder or .tar that a list file names
     - hfds/ORG/NAME with `split`: a data set of the Hugging Face hub, or hfds/FOLDER
 
@@ -202,10 +103,12 @@ def class_names(pictures: PictureSet) -> list[str]:
     """Return the name of every class, in the order of their numbers.
 
     Raises:
-        DataError: if a hub data set does not say.
+        DataError: if the pictures have no classes, or a hub data set does not name them.
     """
     numbers_of: dict[str, int] = pictures.reader.class_to_idx
     if not numbers_of:
+        if isinstance(pictures.reader, TarReader):
+            raise DataError(f"{pictures.path} has no classes: {pictures.reader.unlabelled}")
         raise DataError(
             f"{pictures.path} has no names of classes: its column "
             f"{pictures.reader.label_key!r} is no ClassLabel"
@@ -258,31 +161,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # which prints the open file
         return "it is no picture that PIL knows"
     return str(error) or type(error).__name__
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _parse(line: str, where: str) -> tuple[str, int]:
-    """Return (path, class) of a line."""
-    path, label = line.rsplit(maxsplit=1) if len(line.split()) > 1 else (line, "")
-    if not (label.isascii() and label.isdigit()):
-        raise DataError(f"{where}: a line is `relative/path class`, class a number; got {line!r}")
-    path = posixpath.normpath(path.strip())
-    if posixpath.isabs(path) or path.split("/")[0] == "..":
-        raise DataError(f"{where}: a path stays below the folder or .tar; got {path!r}")
-    return path, int(label)
-
-
-def _places(tar: Path) -> dict[str, tuple[int, int]]:
-    """Return (first byte, bytes) of every file in `tar`."""
-    with tarfile.open(tar, "r:") as opened:
-        return {
-            posixpath.normpath(member.name): (member.offset_data, member.size)
-            for member in opened
-            if member.isreg()
-        }

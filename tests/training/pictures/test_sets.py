@@ -1,5 +1,3 @@
-import io
-import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -12,35 +10,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from tests.training.pictures.files import colours, labels, opened, png, write_tar
 from tocom import DataError
 from training.config import PicturesConfig
-from training.pictures import PictureSet, class_names, open_pictures
-
-
-def opened(path: Path | str, **more: Any) -> PictureSet:
-    return open_pictures(PicturesConfig(path=str(path), **more))
-
-
-def png(colour: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (colour, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def colours(pictures: PictureSet) -> list[int]:
-    return [pictures[i][0].getpixel((0, 0))[0] for i in range(len(pictures))]
-
-
-def labels(pictures: PictureSet) -> list[int]:
-    return [pictures[i][1] for i in range(len(pictures))]
+from training.pictures.sets import class_names
 
 
 def test_class_folders_a_tar_and_shards_are_the_same_pictures(
@@ -62,18 +35,6 @@ def test_class_folders_a_tar_and_shards_are_the_same_pictures(
             assert np.array_equal(np.asarray(other[i][0]), np.asarray(whole[i][0]))
 
 
-def test_shards_of_a_web_data_set_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for shard in (10, 2, 1):
-        files = {}
-        for i in range(2):
-            files[f"{i}.png"] = png(10 * shard + i)
-            files[f"{i}.cls"] = b"7"
-        write_tar(tmp_path / f"shard-{shard}.tar", files)
-    shards = opened(tmp_path)
-    assert colours(shards) == [10, 11, 20, 21, 100, 101]
-    assert shards.filename(2) == "shard-2.tar/0.png"
-
-
 def test_pictures_outside_of_folders_are_one_class(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     for i in range(3):
@@ -83,13 +44,6 @@ def test_pictures_outside_of_folders_are_one_class(tmp_path: Path) -> None:
         assert colours(flat) == [0, 1, 2]
         assert labels(flat) == [0, 0, 0]
         assert class_names(flat) == [""]
-
-
-def test_nothing_is_written_beside_the_tars(tmp_path: Path) -> None:
-    write_tar(tmp_path / "large.tar", {"a/0.png": png(5)})
-    os.truncate(tmp_path / "large.tar", 11 * 2**30)  # sparse; timm keeps an index from 10 GB
-    assert colours(opened(tmp_path / "large.tar")) == colours(opened(tmp_path)) == [5]
-    assert [path.name for path in tmp_path.iterdir()] == ["large.tar"]
 
 
 def test_tars_among_pictures_are_refused(tmp_path: Path) -> None:
@@ -117,68 +71,6 @@ def test_missing_empty_and_broken_sets_are_named(tmp_path: Path) -> None:
 def test_readers_from_front_to_back_are_refused(path: str) -> None:
     with pytest.raises(DataError, match=rf"{path} can only be read from front to back.*shards"):
         opened(path)
-
-
-# List files
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
-    """A task in the layout of VTAB-1k, its pictures in a folder and in a .tar."""
-    (tmp_path / "images").mkdir()
-    files = {f"images/{i} of 4.png": png(i) for i in range(4)}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    write_tar(tmp_path / "images.tar", {f"./{name}": content for name, content in files.items()})
-    (tmp_path / "test.txt").write_text("images/3 of 4.png 2\n\nimages/0 of 4.png\t0\n")
-    return tmp_path
-
-
-@pytest.mark.parametrize("root", [".", "images.tar"])
-def test_list_names_the_pictures_of_a_folder_or_tar(task: Path, root: str) -> None:
-    listed = opened(task / root, list="test.txt")
-    assert (colours(listed), labels(listed)) == ([3, 0], [2, 0])
-    assert class_names(listed) == ["0", "1", "2"]
-    assert listed.filename(0) == "images/3 of 4.png"
-    assert listed.filename(0, basename=True) == "3 of 4.png"
-    (task / "classes.txt").write_text("ape\nbee\ncat\n")
-    assert class_names(opened(task / root, list=str(task / "test.txt"))) == ["ape", "bee", "cat"]
-
-
-@pytest.mark.parametrize("root", [".", "images.tar"])
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("images/9.png 1", "test.txt names images/9.png, which is not in "),
-        ("images/1 of 4.png", r"test.txt:1: a line is `relative/path class`.*got 'images/1 of"),
-        ("images/1.png -1", "test.txt:1: a line is .* a number"),
-        ("images/1.png ²", "test.txt:1: a line is .* a number"),
-        ("7", "test.txt:1: a line is .*got '7'"),
-        ("../secret.png 1", "test.txt:1: a path stays below the folder or .tar; got '../secret"),
-        ("images/../../x.png 1", "test.txt:1: a path stays below"),
-        ("/etc/x.png 1", "test.txt:1: a path stays below"),
-        ("", "test.txt names no pictures"),
-    ],
-)
-def test_mistakes_in_a_list_are_named(task: Path, root: str, line: str, message: str) -> None:
-    (task / "test.txt").write_text(line.replace("images/1 of 4.png", "images/1 of four.png"))
-    with pytest.raises(DataError, match=message):
-        opened(task / root, list="test.txt")
-
-
-def test_list_and_classes_must_fit(task: Path) -> None:
-    with pytest.raises(DataError, match=r"nope\.txt cannot be read"):
-        opened(task, list="nope.txt")
-    (task / "test.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"test\.txt cannot be read"):
-        opened(task, list="test.txt")
-    (task / "test.txt").write_text("images/3 of 4.png 2")
-    (task / "classes.txt").write_text("ape\nbee\n")
-    with pytest.raises(DataError, match="2 different classes in 2 lines; test.txt needs 3"):
-        opened(task, list="test.txt")
-    (task / "classes.txt").write_text("ape\nbee\nape\n")
-    with pytest.raises(DataError, match="2 different classes in 3 lines; test.txt needs 3"):
-        opened(task, list="test.txt")
 
 
 # Hub data sets

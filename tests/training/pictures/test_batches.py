@@ -1,0 +1,127 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.training.pictures.opened import opened, scramble
+from tocom import Backbone, DataError
+from training.config import PicturesConfig
+from training.pictures.batches import evaluation_batches, train_batches
+from training.pictures.sampler import Draw, StepSampler
+
+
+def test_augmentation_is_a_function_of_the_draw_alone(pictures: Path, backbone: Backbone) -> None:
+    sets = opened(pictures, backbone)
+    draws = [Draw(0, i % 24, i) for i in range(150)]
+    first = [sets[draw][0] for draw in draws]
+    for draw, image in reversed(list(zip(draws, first, strict=True))):
+        scramble()
+        assert torch.equal(sets[draw][0], image)
+    assert not torch.equal(sets[Draw(0, 0, 1)][0], sets[Draw(0, 0, 2)][0])
+
+
+def test_reading_leaves_the_generators_of_accelerators_alone(
+    pictures: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "manual_seed", None)
+    assert opened(pictures, backbone)[Draw(0, 0, 0)][0].shape == (3, 32, 32)
+
+
+def test_batches_do_not_depend_on_worker_processes(pictures: Path, backbone: Backbone) -> None:
+    sets = opened(pictures, backbone)
+    sampler = StepSampler(sets.keys(), 5, 3, 0, seed=1)
+    alone = list(train_batches(sets, sampler, workers=0))  # the workers inherit an open .tar
+    for workers in (1, 2):
+        helped = list(train_batches(sets, sampler, workers))
+        for batch, other in zip(alone, helped, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+    assert not torch.equal(alone[0][0], alone[1][0])
+
+
+def test_evaluation_reads_every_picture_in_order(pictures: Path, backbone: Backbone) -> None:
+    parts = [PicturesConfig(path=str(pictures))]
+    for workers in (0, 2):
+        batches = evaluation_batches(backbone, parts, batch_size=10, workers=workers)
+        assert len(batches) == 3
+        labels = torch.cat([labels for _, labels in batches])
+        assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    ((_, labels),) = evaluation_batches(backbone, parts, [(0, 23), (0, 0)])
+    assert labels.tolist() == [2, 0]
+    assert list(evaluation_batches(backbone, parts, [])) == []
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Five pictures, grey levels 0, 50, ... 200; number 2 and the last one are broken."""
+    for i in range(5):
+        Image.new("RGB", (32, 32), (50 * i,) * 3).save(tmp_path / f"{i}.png")
+    for i in (2, 4):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_stop_a_run_by_name(
+    damaged: Path, backbone: Backbone, workers: int
+) -> None:
+    sets = opened(damaged, backbone)
+    sampler = StepSampler(sets.keys(), 5, 1, 0, seed=1)
+    with pytest.raises(DataError, match=rf"^[24]\.png of {damaged} cannot be read: .*\S$") as stop:
+        list(train_batches(sets, sampler, workers))
+    assert "Traceback" not in str(stop.value)
+    with pytest.raises(DataError, match=r"^2\.png of "):
+        list(evaluation_batches(backbone, [PicturesConfig(path=str(damaged))], workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_passed_over_and_counted(
+    damaged: Path, backbone: Backbone, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = opened(damaged, backbone, on_unreadable="skip")
+    sampler = StepSampler(sets.keys(), 5, 2, 0, seed=1)
+    with caplog.at_level(logging.WARNING):
+        batches = list(train_batches(sets, sampler, workers))
+    whole = opened(damaged, backbone)
+    for draws, (images, _, skipped) in zip(sampler, batches, strict=True):
+        assert [draw.index for draw in draws if draw.index in (2, 4)] != []
+        for draw, image, count in zip(draws, images, skipped, strict=True):
+            # The next readable one, wrapping, under the same augmentation.
+            replaced = {2: 3, 4: 0}.get(draw.index, draw.index)
+            assert count == (replaced != draw.index)
+            assert torch.equal(image, whole[Draw(0, replaced, draw.seed)][0])
+    if workers == 0:  # others' logs are their own
+        assert [caplog.text.count(f"{i}.png of") for i in range(5)] == [0, 0, 2, 0, 2]
+
+
+def test_held_out_pictures_do_not_stand_in_for_unreadable_ones(
+    damaged: Path, backbone: Backbone
+) -> None:
+    sets = opened(damaged, backbone, on_unreadable="skip")
+    whole = opened(damaged, backbone)
+    sets.held_out = frozenset({(0, 3)})
+    assert sets.keys() == [(0, 0), (0, 1), (0, 2), (0, 4)]
+    # 2 cannot be read, 3 is held out, 4 cannot be read: 0.
+    image, _, skipped = sets[Draw(0, 2, 7)]
+    assert skipped == 2
+    assert torch.equal(image, whole[Draw(0, 0, 7)][0])
+
+
+def test_held_out_pictures_are_spread_evenly(damaged: Path, backbone: Backbone) -> None:
+    sets = opened(damaged, backbone)
+    assert sets.hold_out(2) == [(0, 0), (0, 2)]
+    assert sets.keys() == [(0, 1), (0, 3), (0, 4)]
+    assert sets.hold_out(0) == []
+    with pytest.raises(DataError, match="unseen=3 .* held out of 3: give at most 2"):
+        sets.hold_out(3)
+
+
+def test_a_set_without_a_readable_picture_ends_the_search(
+    damaged: Path, backbone: Backbone
+) -> None:
+    sets = opened(damaged, backbone, on_unreadable="skip")
+    for file in damaged.iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the 5 pictures of .* can be read"):
+        sets[Draw(0, 3, 0)]

@@ -1,0 +1,1 @@
+"""Pictures: the sets, the draws of a run, their augmentation, the batches."""

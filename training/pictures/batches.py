@@ -1,0 +1,173 @@
+"""Batches of pictures for training and measuring, decoded in worker processes.
+
+The augmentation of a picture is a function of its draw, so the number of worker processes
+changes nothing.
+"""
+
+import logging
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from traceback import clear_frames
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+
+from tocom import Backbone, DataError
+from training.config import PicturesConfig
+from training.pictures.augment import evaluation_transform, least_side
+from training.pictures.sampler import Draw, StepSampler
+from training.pictures.sets import PictureSet, open_pictures
+
+_log = logging.getLogger(__name__)
+
+
+class Pictures(Dataset[tuple[Tensor, int, int]]):
+    """Pictures of several sets under one transform, asked for by `Draw`.
+
+    An item is the picture [3, H, W], its class and the number of unreadable pictures that were
+    passed over for it.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PicturesConfig],
+        transform: Any,
+        on_unreadable: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        """Open the sets.
+
+        Args:
+            parts: the sets.
+            transform: of a PIL image.
+            on_unreadable: `skip` takes the next picture of the same set that is not held out.
+
+        Raises:
+            DataError: if a set cannot be read or holds no pictures.
+        """
+        self.parts = [open_pictures(part) for part in parts]
+        self.transform = transform
+        self.least_side = least_side(transform)
+        self.on_unreadable = on_unreadable
+        self.held_out: frozenset[tuple[int, int]] = frozenset()
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        """Return the transformed picture [3, H, W], its class and how many were passed over.
+
+        Raises:
+            DataError: if it cannot be read and shall not be passed over, or if none can.
+        """
+        picture, label, skipped = self._read(draw)
+        random.seed(draw.seed)
+        np.random.seed(draw.seed)
+        # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
+        torch.default_generator.manual_seed(draw.seed)
+        return self.transform(picture), label, skipped
+
+    def keys(self) -> list[tuple[int, int]]:
+        """Return (part, index) of every picture that is not held out."""
+        every = ((p, i) for p, part in enumerate(self.parts) for i in range(len(part)))
+        return [key for key in every if key not in self.held_out]
+
+    def hold_out(self, count: int) -> list[tuple[int, int]]:
+        """Split off and return the keys of `count` pictures, spread evenly over all.
+
+        They do not stand in for unreadable ones either.
+
+        Raises:
+            DataError: if no picture would be left.
+        """
+        keys = self.keys()
+        if count >= len(keys):
+            raise DataError(
+                f"unseen={count} pictures cannot be held out of {len(keys)}: give at most "
+                f"{len(keys) - 1}, one must be left to train on"
+            )
+        held = sorted({keys[i * len(keys) // count] for i in range(count)})
+        self.held_out |= frozenset(held)
+        return held
+
+    def _read(self, draw: Draw) -> tuple[Image.Image, int, int]:
+        part = self.parts[draw.part]
+        following = ((draw.index + i) % len(part) for i in range(len(part)))
+        allowed = (index for index in following if (draw.part, index) not in self.held_out)
+        for skipped, index in enumerate(allowed):
+            if read := self._try(part, index):
+                return *read, skipped
+        raise DataError(f"none of the {len(part)} pictures of {part.path} can be read")
+
+    def _try(self, part: PictureSet, index: int) -> tuple[Image.Image, int] | None:
+        try:
+            return part.read(index, self.least_side)
+        except DataError as error:
+            if self.on_unreadable == "stop":
+                raise
+            _log.warning("%s; the next one is taken", error)
+            return None
+
+
+class Batches(DataLoader[Any]):
+    """A DataLoader whose worker processes report unreadable pictures as plainly as this one."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches.
+
+        Raises:
+            DataError: if a picture cannot be read.
+        """
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # torch leaves a cycle of frames that holds the worker processes, whose end then waits
+            # for the garbage collector, and it puts the worker's traceback before the message.
+            clear_frames(error.__traceback__)
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+
+def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
+    """Return (images [B, 3, H, W], classes [B], passed over [B]) of the sampler's micro-batches."""
+    return Batches(
+        pictures,
+        batch_sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+    )
+
+
+def evaluation_batches(
+    backbone: Backbone,
+    parts: Sequence[PicturesConfig],
+    keys: Sequence[tuple[int, int]] | None = None,
+    batch_size: int = 50,
+    workers: int = 0,
+) -> Batches:
+    """Return (images [B, 3, H, W], classes [B]) of the pictures in their order."""
+    pictures = Pictures(parts, evaluation_transform(backbone))
+    keys = pictures.keys() if keys is None else keys
+    draws = [Draw(part, index, 0) for part, index in keys]
+    return Batches(
+        pictures,
+        batch_size=batch_size,
+        sampler=draws,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        collate_fn=_without_count,
+    )
+
+
+def _without_count(items: list[tuple[Tensor, int, int]]) -> Any:
+    return default_collate([(picture, label) for picture, label, _ in items])
+
+
+def _start_worker(_: int) -> None:
+    """Give a worker process files of its own; Ctrl-C is for the process that feeds on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, Pictures)
+    for part in info.dataset.parts:
+        part.forget_files()
