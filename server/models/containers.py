@@ -59,7 +59,7 @@ def check_container(data: bytes | bytearray) -> None:
         return  # truncated
 
 
-def check_tags(block: bytes) -> None:
+def check_tags(block: bytes | bytearray) -> None:
     """Check that the first directory of an Exif block, or of a similar one, is not too long.
 
     Raises:
