@@ -1,8 +1,8 @@
 """From the bytes of an upload to the image that a model wants, or to an error that says why not.
 
 Everything is checked before it costs memory: the format by its content, the metadata by its
-amount, then the size, then the pixels are read, of no more pictures at a time than have the
-pixels of one. Resizing and normalising are the model's own transform.
+amount, then the size. Then the pixels are read, no more at a time in the whole process than one
+picture may have. Resizing and normalising are the model's own transform.
 """
 
 from collections.abc import Iterator
