@@ -1,17 +1,20 @@
 """From the bytes of an upload to the image that a model wants, or to an error that says why not.
 
 Everything is checked before it costs memory: the format by its content, the metadata by its
-amount, then the size, then the pixels are read. Resizing and normalising are the model's own
-transform.
+amount, then the size. Then the pixels are read, no more at a time in the whole process than one
+picture may have. Resizing and normalising are the model's own transform.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
+from server.models.budget import DECODING
 from server.models.containers import check_container, check_tags
 from server.models.cropping import transformed
 from server.models.served import ServedModel
@@ -42,7 +45,9 @@ def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> 
         ServerError: what `pictures.decode` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
-    return transformed(decode(data, settings.max_pixels, least_side), model.transform)
+    image = _open(data, settings.max_pixels, least_side)
+    with DECODING.hold(_pixels_in_memory(image), settings.max_pixels):
+        return transformed(_load(image), model.transform)
 
 
 def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
@@ -60,23 +65,62 @@ def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = No
         TooLargeError: if it has too many pixels; none of them was decoded then.
         ImageError: if it is truncated, damaged, far too elongated or mostly metadata.
     """
+    return _load(_open(data, max_pixels, least_side))
+
+
+def _open(data: bytes, max_pixels: int, least_side: int | None) -> ImageFile.ImageFile:
+    """Open an image without decoding it; arguments and errors as in `decode`."""
     if not data:
         raise BadRequestError("the image is empty: it has no bytes")
     check_container(data)
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with _image_errors():
+            image = Image.open(BytesIO(data), formats=FORMATS)
             _check_size(*image.size, max_pixels)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
-            image.load()
-            return _to_rgb(_upright(image))
+            return image
     except UnidentifiedImageError:
         raise UnsupportedTypeError("the content is not a JPEG, PNG or WebP image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLargeError(
             f"the image has far more than the {max_pixels:,} pixels that are allowed"
         ) from None
-    except (ImageError, TooLargeError):
+
+
+def _pixels_in_memory(image: ImageFile.ImageFile) -> int:
+    """Return how many pixels are held while an open image is decoded."""
+    width, height = image.size
+    if image.info.get("progressive"):
+        # Its coefficients are held at full size, of which `draft` keeps no note but the scale.
+        scale = image.decoderconfig[0] if image.decoderconfig else 1
+        return width * height * scale**2
+    return width * height
+
+
+def _load(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode an open image, upright and in RGB; errors as in `decode`."""
+    with _image_errors():
+        image.load()
+        turn = _turn(image)
+        rgb = _to_rgb(image)
+        if rgb is not image:
+            image.close()  # so that not all that was made on the way is held at once
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Make an `ImageError` of whatever a decoder raises."""
+    try:
+        yield
+    except (
+        ImageError,
+        TooLargeError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ):
         raise
     except Exception as error:  # Pillow's decoders raise what their formats make them raise
         raise ImageError(f"the image cannot be decoded: {error}") from error
@@ -95,18 +139,17 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn or mirror an image as its metadata says.
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns or mirrors an image upright, by its metadata.
 
-    As `ImageOps.exif_transpose` does, which would also write the metadata anew, with all that
-    it refers to.
+    Not `ImageOps.exif_transpose`, which would also write the metadata anew, with all that it
+    refers to.
     """
     profile = image.info.get("Raw profile type exif")  # as ImageMagick wrote it into PNGs
     if profile is not None and "exif" not in image.info:
         image.info["exif"] = bytes.fromhex("".join(profile.split("\n")[3:]))
     check_tags(image.info.get("exif", b""))
-    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
+    return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -115,4 +158,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
