@@ -71,6 +71,19 @@ def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     agree(Graph(model, variant, images=3), model, pictures(model), variant)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rate", [0, 3])
+def test_the_scale_of_attention_is_what_timm_makes_of_it(fused, rate):
+    model, variant = small_model(), Variant(rate)
+    for block in model.blocks:
+        block.attn.scale *= 3  # as pruning may leave it: no longer head_dim ** -0.5
+        block.attn.fused_attn = fused
+    images = pictures(model)
+    logits = agree(Graph(model, variant, images=3), model, images, variant)
+    if rate == 0:
+        torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("rate", [0, 4])
 def test_one_graph_serves_every_delta_and_every_task(rate):
     model = small_model("deit3_small")

@@ -264,7 +264,9 @@ class _Builder:
         keys = ops.matmul(ops.reshape(k, [0, 0, heads * width], True), mean, False, False)
         q, k, v = (ops.transpose(t, [0, 2, 1, 3]) for t in (q, k, v))
         log = None if size is None else ops.unsqueeze(ops.log(ops.squeeze(size, [2])), [1, 2])
-        y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(attention.scale))
+        # As `attend` and timm have it: the fused kernel does not read the layer's own scale.
+        scale = width**-0.5 if attention.fused_attn else attention.scale
+        y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(scale))
         y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, heads * width], True)
         y = self._linear(f"{name}.proj", self._norm(attention.norm, y), attention.proj.bias)
         return y, keys
