@@ -4,7 +4,7 @@ What comes out: of `full` a model folder in timm's own form, which `load_backbon
 of the other methods a task folder (`adapters.task`), which holds only what was tuned. Both say at
 which rate that was. A search trains once for each of its values on a part of the pictures and
 measures on another part; the best value is then trained on all. The labels of the test pictures
-are read once, after the last step.
+are read once, when the result is written: it is the written one that is tested.
 
 Reference: ToCom, Table 3 (recipes) and section 4.1 (search on 800/200, test once).
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from timm.models import save_for_hf
 
 from adapters import BackboneInfo, TaskInfo, TaskModel
-from adapters.durable import replace_file
+from adapters.durable import new_folder, replace_file
 from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.vit import embed, outputs
@@ -27,11 +29,13 @@ from training.config import FinetuneConfig, PicturesConfig
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.sets import class_names, open_pictures
-from training.run_folder import read_metrics, refuse_other_run
+from training.run_folder import TrainingError, read_metrics, refuse_other_run
 from training.seeds import derive
 from training.tuning import Finetuning
 
 Keys = Sequence[tuple[int, int]]
+#: Of the test: what is written is fp16, and loaded into fp32 to be served.
+_PRECISION = "fp16 weights, fp32 forward"
 
 
 def finetune(config: FinetuneConfig, folder: Path) -> Path:
@@ -42,9 +46,16 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
         loop.TrainingError: if training cannot go on.
     """
     refuse_other_run(folder, config)
-    finished = folder / ("model" if config.method == "full" else "task")
-    if (finished / ("config.json" if config.method == "full" else "task.json")).exists():
-        return finished
+    full = config.method == "full"
+    finished = folder / ("model" if full else "task")
+    described = finished / ("config.json" if full else "task.json")
+    if not described.exists():
+        _make(config, folder, finished)
+    _test(config, described)
+    return finished
+
+
+def _make(config: FinetuneConfig, folder: Path, finished: Path) -> None:
     classes = _check(config)
     asked = config
     if config.search and config.search.values:
@@ -57,12 +68,28 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
     if accelerator.is_main_process:
         notes = _notes(config, backbone, len(keys), folder)
         if config.method == "full":
-            notes["test_accuracy"] = _accuracy(backbone, config.source, config.test)
             _save_model(config, backbone, described.digest, classes, notes, finished)
         else:
             _save_task(config, job, described, classes, notes, finished)
     accelerator.wait_for_everyone()
-    return finished
+
+
+def _test(config: FinetuneConfig, described: Path) -> None:
+    """Test what was written as it was written, and add the accuracy to what is said of it."""
+    said = json.loads(described.read_text(encoding="utf-8"))
+    if "test_accuracy" in said["training"]:
+        return
+    state = PartialState()
+    if config.method == "full":
+        tuned = load_backbone(str(described.parent), device=state.device)
+    else:
+        backbone = load_backbone(config.backbone.name, config.backbone.architecture, state.device)
+        tuned = TaskModel.load(described.parent).on(backbone)
+    accuracy = _accuracy(tuned, tuned.source, config.test, config.loop.workers)
+    if state.is_main_process:
+        said["training"] |= {"test_accuracy": accuracy, "test_precision": _PRECISION}
+        replace_file(described, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    state.wait_for_everyone()
 
 
 def _check(config: FinetuneConfig) -> list[str]:
@@ -124,9 +151,11 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
             job, accelerator = _train(
                 candidate, candidate, backbone, train, train_keys, classes, run
             )
+            top1 = _accuracy(
+                job.tuned(backbone), candidate.source, validation, config.loop.workers,
+                validation_keys,
+            )  # fmt: skip
             if accelerator.is_main_process:
-                tuned = job.tuned(backbone)
-                top1 = _accuracy(tuned, candidate.source, validation, validation_keys)
                 replace_file(result, json.dumps({"value": value, "top1": top1}) + "\n")
             accelerator.wait_for_everyone()
         found[value] = json.loads(result.read_text(encoding="utf-8"))["top1"]
@@ -213,7 +242,8 @@ def _save_model(
         "backbone_digest": tuned_from,
         "training": notes,
     }
-    save_for_hf(backbone.model.half(), str(folder), model_config=said, safe_serialization=True)
+    with new_folder(folder, TrainingError) as beside:
+        save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
 
 
 def _save_task(
@@ -224,7 +254,6 @@ def _save_task(
     notes: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Save what was tuned, with the accuracy that it has as it is saved."""
     rank, scale = {
         "adaptformer": (config.adaptformer.bottleneck, config.adaptformer.scale),
         "lora": (config.lora.rank, config.lora.alpha / config.lora.rank),
@@ -240,35 +269,36 @@ def _save_task(
         layers=config.lora.layers if config.method == "lora" else (),
         scale=scale,
         resize=config.resize,
+        training=notes,
     )
-    task = TaskModel(info, job.tensors())
-    device = next(job.model.parameters()).device
-    tuned = task.on(load_backbone(config.backbone.name, config.backbone.architecture, device))
-    notes["test_accuracy"] = _accuracy(tuned, config.source, config.test)
-    info = task.info.model_copy(update={"training": notes})
-    TaskModel(info, task.tensors).save(folder)
+    TaskModel(info, job.tensors()).save(folder)
 
 
 @torch.inference_mode()
 def _accuracy(
-    backbone: Backbone, rate: int, part: PicturesConfig, keys: Keys | None = None
+    backbone: Backbone, rate: int, part: PicturesConfig, workers: int, keys: Keys | None = None
 ) -> float:
     """Return the share of right answers at a rate, of all pictures or of those of these keys.
+
+    All processes call it, each takes its share of the pictures, and all get the same answer.
 
     Raises:
         DataError: if a picture has a class that the model lacks.
     """
-    device = next(backbone.model.parameters()).device
-    variant = Variant(rate, adapter=backbone.adapter)
-    correct = total = 0
-    for images, labels in evaluation_batches(backbone, [part], keys):
-        tokens = embed(backbone.model, images.to(device))
+    state, variant = PartialState(), Variant(rate, adapter=backbone.adapter)
+    counts = torch.zeros(2, device=state.device)  # right answers, pictures
+    for images, labels in evaluation_batches(
+        backbone, [part], keys, workers=workers,
+        process=state.process_index, processes=state.num_processes,
+    ):  # fmt: skip
+        tokens = embed(backbone.model, images.to(state.device))
         logits = outputs(backbone.model, tokens, variant).logits
         if (highest := int(labels.max())) >= logits.shape[1]:
             raise DataError(
                 f"{part.list or part.path} has the class {highest}; the model has "
                 f"{logits.shape[1]}, from 0"
             )
-        correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
-        total += len(labels)
+        counts[0] += (logits.argmax(dim=-1) == labels.to(state.device)).sum()
+        counts[1] += len(labels)
+    correct, total = map(int, reduce(counts, reduction="sum").tolist())
     return round(correct / total, 4)

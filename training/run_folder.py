@@ -103,13 +103,22 @@ class RunFolder:
         step = self._load_newest()
         path = self.folder / "metrics.jsonl"
         if self.accelerator.is_main_process:
-            for leftover in self.folder.glob("checkpoints/.step-*"):  # of a killed run
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._clean()
             if path.exists():
                 kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
                 replace_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self.accelerator.wait_for_everyone()
         return step
+
+    def _clean(self) -> None:
+        """Remove what a killed run was about to write; see `adapters.durable`."""
+        for leftover in (*self.folder.glob(".*"), *self.folder.glob("checkpoints/.*")):
+            if not re.fullmatch(r"\..+\.[0-9a-f]{8}", leftover.name):
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     @contextmanager
     def progress(self, step: int) -> Iterator[None]:

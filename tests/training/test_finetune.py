@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapters import TaskModel
+from tests.training.jobs import in_two_processes
 from tests.training.lists import write_lists
 from tests.training.pictures.files import write_tar
 from tocom import BackboneError, ConfigError, DataError, forward, load_backbone
 from training import finetune as module
+from training.cli import main
 from training.config import FinetuneConfig
 from training.finetune import finetune
 from training.loop import run as run_loop
@@ -141,9 +144,9 @@ def test_labels_of_test_pictures_are_read_once_at_the_end(
         steps.append(f"open {part.list}")
         return opened(part, *rest, **more)
 
-    def measure(backbone: Any, parts: Any, *rest: Any) -> Any:
+    def measure(backbone: Any, parts: Any, *rest: Any, **more: Any) -> Any:
         steps.append(f"measure {parts[0].list}")
-        return real(backbone, parts, *rest)
+        return real(backbone, parts, *rest, **more)
 
     def train(*arguments: Any) -> None:
         steps.append(f"train {arguments[4].parts[0].reader.samples[0][0]}")
@@ -231,3 +234,59 @@ def test_a_test_class_that_the_head_lacks_is_told(
     config = recipe(pictures, model_folder, method="linear", test=test)
     with pytest.raises(DataError, match="test.txt has the class 3; the model has 3, from 0"):
         finetune(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "adaptformer"])
+def test_a_test_that_fails_loses_nothing_of_the_run(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    loop = {"epochs": 1, "batch_size": 12, "learning_rate": 3e-3, "workers": 0}
+    config = recipe(pictures, model_folder, method=method, loop=loop)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "evaluation_batches", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(config, tmp_path / "run")
+    (tensors,) = tmp_path.glob("run/*/*.safetensors")
+    written = tensors.read_bytes()
+    monkeypatch.setattr(module.loop, "run", lambda *_: pytest.fail("trained again"))
+    folder = finetune(config, tmp_path / "run")
+    assert tensors.read_bytes() == written
+    said = json.loads((folder / ("config.json" if method == "full" else "task.json")).read_text())
+    assert "test_accuracy" in said["training"]
+    monkeypatch.setattr(module, "evaluation_batches", lambda *_, **__: pytest.fail("tested again"))
+    assert finetune(config, tmp_path / "run") == folder
+
+
+def test_what_is_tested_is_what_was_written(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    measure = module._accuracy
+
+    def note(backbone: Any, *rest: Any) -> float:
+        seen.append({name: weight.clone() for name, weight in backbone.model.state_dict().items()})
+        return measure(backbone, *rest)
+
+    monkeypatch.setattr(module, "_accuracy", note)
+    loop = {"epochs": 1, "batch_size": 12, "learning_rate": 3e-3, "workers": 0}
+    folder = finetune(recipe(pictures, model_folder, loop=loop), tmp_path / "run")
+    ((tested),) = seen
+    written = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {torch.float16}
+    for name, weight in written.items():
+        assert torch.equal(tested[name], weight.float())
+    said = json.loads((folder / "config.json").read_text())["training"]
+    assert said["test_precision"] == "fp16 weights, fp32 forward"
+
+
+def test_processes_share_out_the_test(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
+    recipe = [
+        "deit-tiny-task", f"backbone.name={model_folder}", f"pictures.path={pictures}",
+        f"test.path={pictures}", "method=linear", "loop.epochs=4", "loop.batch_size=12",
+        "loop.learning_rate=3e-3",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["finetune", *recipe, "loop.accumulation=2", "--folder", str(one)]) == 0
+    in_two_processes("finetune", *recipe, "--folder", str(two))
+    alone, together = (TaskModel.load(folder / "task").info.training for folder in (one, two))
+    assert together["test_accuracy"] == alone["test_accuracy"]

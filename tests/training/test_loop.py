@@ -1,7 +1,6 @@
 """Runs of several processes, killed runs, full disks: what a loop must survive."""
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapters import Bank
-from tests.training.jobs import Brightness, metrics, run_job
+from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
 from tocom import ConfigError, load_backbone
 from training.config import DistillConfig, LoopConfig
 from training.distill import distill
@@ -54,20 +53,9 @@ def config(recipe: Path, *overrides: str) -> DistillConfig:
     return read_recipe(DistillConfig, str(recipe), overrides)
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
 def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_path: Path) -> None:
     one = distill(config(recipe, "loop.accumulation=2"), tmp_path / "one")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "training.cli", "distill", str(recipe), "--folder", str(tmp_path / "two"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes("distill", str(recipe), "--folder", str(tmp_path / "two"))
     for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert alone["pairs"] == together["pairs"]
         assert alone["loss"] == pytest.approx(together["loss"], abs=1e-7)

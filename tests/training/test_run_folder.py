@@ -119,9 +119,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     assert tmp_path / "checkpoints" in synced
 
 
-def test_what_a_killed_run_left_of_a_checkpoint_is_removed(run: Run, tmp_path: Path) -> None:
+def test_what_a_killed_run_was_about_to_write_is_removed(run: Run, tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "checkpoints" / ".step-000005.0123abcd").mkdir()
+    (tmp_path / ".model.0123abcd").mkdir()
+    (tmp_path / ".config.json.0123abcd").write_text("{")
+    (tmp_path / ".gitignore").write_text("*")
     run(tmp_path)
     names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["step-000003", "step-000004"]
+    assert [path.name for path in tmp_path.glob(".*")] == [".gitignore"]

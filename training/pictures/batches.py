@@ -144,11 +144,22 @@ def evaluation_batches(
     keys: Sequence[tuple[int, int]] | None = None,
     batch_size: int = 50,
     workers: int = 0,
+    process: int = 0,
+    processes: int = 1,
 ) -> Batches:
-    """Return (images [B, 3, H, W], classes [B]) of the pictures in their order."""
+    """Return (images [B, 3, H, W], classes [B]) of the pictures in their order.
+
+    Args:
+        backbone: the model that sees them.
+        parts: the sets.
+        keys: (part, index) of the pictures; None: all.
+        batch_size: pictures in a batch.
+        workers: processes that decode.
+        process, processes: which of how many is asking; each has pictures of its own.
+    """
     pictures = Pictures(parts, evaluation_transform(backbone))
     keys = pictures.keys() if keys is None else keys
-    draws = [Draw(part, index, 0) for part, index in keys]
+    draws = [Draw(part, index, 0) for part, index in keys[process::processes]]
     return Batches(
         pictures,
         batch_size=batch_size,

@@ -50,6 +50,10 @@ def test_evaluation_reads_every_picture_in_order(pictures: Path, backbone: Backb
     ((_, labels),) = evaluation_batches(backbone, parts, [(0, 23), (0, 0)])
     assert labels.tolist() == [2, 0]
     assert list(evaluation_batches(backbone, parts, [])) == []
+    each = [evaluation_batches(backbone, parts, process=i, processes=3) for i in range(3)]
+    assert [[labels.tolist() for _, labels in batches] for batches in each] == [
+        [[0] * 3 + [1] * 3 + [2] * 2], [[0] * 3 + [1] * 2 + [2] * 3], [[0] * 2 + [1] * 3 + [2] * 3]
+    ]  # fmt: skip
 
 
 @pytest.fixture
