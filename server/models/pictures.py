@@ -68,7 +68,7 @@ def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = No
     return _load(_open(data, max_pixels, least_side))
 
 
-def _open(data: bytes, max_pixels: int, least_side: int | None) -> ImageFile.ImageFile:
+def _open(data: bytes | bytearray, max_pixels: int, least_side: int | None) -> ImageFile.ImageFile:
     """Open an image without decoding it; arguments and errors as in `decode`."""
     if not data:
         raise BadRequestError("the image is empty: it has no bytes")
