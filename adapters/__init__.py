@@ -5,6 +5,7 @@ Builds on `tocom` alone; knows nothing of training or serving.
 
 from adapters.adaptformer import AdaptFormer
 from adapters.bank import Bank, BankInfo
+from adapters.calibration import Calibration
 from adapters.card import model_card
 from adapters.compose import compose, compose_steps
 from adapters.export import export_model
@@ -20,6 +21,7 @@ __all__ = [
     "BackboneInfo",
     "Bank",
     "BankInfo",
+    "Calibration",
     "Geometry",
     "Store",
     "TaskInfo",

@@ -11,11 +11,12 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import FailFast, Field, field_validator
 from torch import Tensor
 
+from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
 from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Backbone, BankError
@@ -36,7 +37,9 @@ class BankInfo(Strict):
     method: Literal["tome"] = "tome"
     max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
     rank: Count = Field(description="width of one step's low-rank pair")
-    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(min_length=1)
+    targets: Annotated[
+        tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(min_length=1), FailFast()
+    ]
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
     training: Notes = Field({})
     evaluation: Notes = Field({})
@@ -134,8 +137,12 @@ class Bank:
         return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
 
     def multiplier(self, backbone: Backbone, source: int, target: int) -> float:
-        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's."""
-        found, scale = backbone.calibration, None
+        """Return the multiplier of Δ(source→target): the model's calibration's or the bank's.
+
+        Raises:
+            BackboneError: if the model's calibration is malformed.
+        """
+        found, scale = Calibration.of(backbone), None
         if found is not None and found.fits(self.info.digest, source):
             scale = found.scale(target)
         return self.info.scale if scale is None else scale

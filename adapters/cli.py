@@ -15,7 +15,8 @@ from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import TocomError, load_backbone
 
-_BANK = "a bank folder, bundled:NAME, hf://ORG/NAME[@REVISION], or NAME or NAME@DIGEST in the store"
+_REFERENCE = "NAME, NAME@DIGEST or DIGEST"
+_BANK = f"a bank folder, bundled:NAME, hf://ORG/NAME[@REVISION], or {_REFERENCE} in the store"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_publish)
 
     command = commands.add_parser("delete", parents=[store], help="remove a bank from the store")
-    command.add_argument("reference", help="NAME or NAME@DIGEST")
+    command.add_argument("reference", help=_REFERENCE)
     command.set_defaults(run=_delete)
 
     command = commands.add_parser(

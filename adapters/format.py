@@ -144,7 +144,8 @@ class Format(Generic[Info]):
         version = said.get("format_version") if isinstance(said, dict) else None
         if version != VERSION:
             raise self.fault(
-                f"{where} has {self.what} format {version!r}; this version reads format {VERSION}"
+                f"{where} has {self.what} format {version!r:.40}; "
+                f"this version reads format {VERSION}"
             )
         try:
             return model.model_validate(said)
@@ -159,7 +160,7 @@ class Format(Generic[Info]):
             ("has an unknown", tensors.keys() - shapes.keys()),
         ):
             if names:
-                raise self.fault(f"{what} {lacks} tensor {sorted(names)[0]}")
+                raise self.fault(f"{what} {lacks} tensor {sorted(names)[0]:.200}")
         dtypes = {tensor.dtype for tensor in tensors.values()}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
             raise self.fault(f"{what} must be all fp32 or all fp16, got {sorted(map(str, dtypes))}")

@@ -86,5 +86,5 @@ class BackboneInfo(Strict):
 
 def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])):.200}: {first['msg']}"

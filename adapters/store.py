@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,51 @@ from tocom.backbones import BUNDLED
 _CURRENT = "current"
 _VERSION = re.compile(rf"({NAME})/([0-9a-f]{{64}})")
 _REFERENCE = re.compile(rf"({NAME})(?:@([0-9a-f]{{4,64}}))?")
+_DIGITS = re.compile("[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How a bank is asked for: `NAME`, `NAME@DIGEST` or `DIGEST`.
+
+    Attributes:
+        name: the bank's; None: whatever it is called.
+        digits: what its digest begins with; empty: the name's current version is meant.
+    """
+
+    name: str | None
+    digits: str = ""
+
+    @classmethod
+    def parse(cls, text: str, names: Container[str]) -> "Reference":
+        """Read a reference.
+
+        Args:
+            text: a name, alone or with `@` and four digits of a digest or more; or eight digits or
+                more. All 64 of them are always a digest.
+            names: of the banks that there are. Fewer digits are a name if a bank is called so.
+
+        Raises:
+            StoreError: if it has another form.
+        """
+        match = _REFERENCE.fullmatch(text)
+        if match is None:
+            raise StoreError(
+                "a reference is NAME, NAME@DIGEST (4 digits or more) or DIGEST (8 or more), "
+                f"got {text!r}"
+            )
+        if _DIGITS.fullmatch(text) and (len(text) == 64 or text not in names):
+            return cls(None, text)
+        return cls(match[1], match[2] or "")
+
+    def fits(self, name: str, digest: str, current: bool) -> bool:
+        """Tell whether it means a bank, which may be what its name alone stands for."""
+        return self.name in (None, name) and (
+            digest.startswith(self.digits) if self.digits else current
+        )
+
+    def __str__(self) -> str:
+        return "@".join(filter(None, (self.name, self.digits)))
 
 
 @dataclass(frozen=True)
@@ -91,8 +136,8 @@ class Store:
                 replace_file(version.folder.parent / _CURRENT, f"{digest}\n")
         return version.reference
 
-    def get(self, reference: str) -> Bank:
-        """Read a bank by `NAME` (its current version) or `NAME@DIGEST` (four digits or more).
+    def get(self, reference: str | Reference) -> Bank:
+        """Read a bank by its reference, such as `NAME`, its current version.
 
         Raises:
             StoreError: if there is none, or more than one; naming what there is.
@@ -102,7 +147,7 @@ class Store:
             return bank
 
     @contextmanager
-    def use(self, reference: str) -> Iterator[Bank]:
+    def use(self, reference: str | Reference) -> Iterator[Bank]:
         """Read a bank as `get` does; while the context lasts, no process can delete it."""
         with ExitStack() as lease:
             # A deletion holds this lock, so none comes between finding and locking.
@@ -111,26 +156,25 @@ class Store:
                 lease.enter_context(_flock(version.folder, fcntl.LOCK_SH))
             yield _load(version)
 
-    def find(self, reference: str) -> Version:
+    def find(self, reference: str | Reference) -> Version:
         """Return the version that a reference names, unread.
 
         Raises:
             StoreError: if there is none, or more than one; naming what there is.
         """
-        match = _REFERENCE.fullmatch(reference)
-        if match is None:
-            raise StoreError(f"a reference is NAME or NAME@DIGEST, got {reference!r}")
-        name, digits = match.groups()
         versions = self.versions()
-        known = [version for version in versions if version.name == name]
-        if not known:
-            names = ", ".join(sorted({version.name for version in versions})) or "nothing"
-            raise StoreError(f"no bank {name!r} in {self.root}; there is: {names}")
-        found = [v for v in known if (v.digest.startswith(digits) if digits else v.current)]
-        if len(found) != 1:
-            there_is = ", ".join(version.reference for version in known)
-            raise StoreError(f"{reference!r} fits {len(found)} versions; there is: {there_is}")
-        return found[0]
+        if isinstance(reference, str):
+            reference = Reference.parse(reference, {version.name for version in versions})
+        found = [v for v in versions if reference.fits(v.name, v.digest, v.current)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            them = ", ".join(f"{version.name}@{version.digest}" for version in found)
+            raise StoreError(f"'{reference}' fits {len(found)} versions; say which of {them}")
+        if known := [version.reference for version in versions if version.name == reference.name]:
+            raise StoreError(f"'{reference}' fits 0 versions; there is: {', '.join(known)}")
+        names = ", ".join(sorted({version.name for version in versions})) or "nothing"
+        raise StoreError(f"no bank '{reference}' in {self.root}; there is: {names}")
 
     def versions(self) -> list[Version]:
         """Return all that is published, by name and digest, unread."""
@@ -155,7 +199,7 @@ class Store:
                     faults[name] = "no version is the current one; publish one of them again"
         return faults
 
-    def delete(self, reference: str) -> str:
+    def delete(self, reference: str | Reference) -> str:
         """Remove a version.
 
         Returns:

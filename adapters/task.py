@@ -10,9 +10,9 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from adapters.bank import NAME
 from adapters.format import VERSION, Format
 from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Adapter, Backbone, TaskError, bundled_folder
-from tocom.backbones import BUNDLED, parse_calibration
+from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
 #: timm's layers that LoRA may change.
@@ -36,7 +36,7 @@ class TaskInfo(Strict):
     method: Literal["adaptformer", "lora", "linear"]
     backbone: BackboneInfo = Field(description="the model that it was tuned on")
     source: int = Field(ge=0, lt=2**31, description="rate that it was tuned at")
-    class_names: tuple[str, ...] = Field(min_length=1)
+    class_names: Annotated[tuple[str, ...], Field(min_length=1), FailFast()]
     heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
     rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
     layers: tuple[str, ...] = Field((), description="timm's layers in a block that LoRA changes")
@@ -102,7 +102,6 @@ class TaskModel:
 
         Raises:
             TaskError: if it is another one.
-            BackboneError: if the task's calibration is malformed.
         """
         self.check_fits(backbone)
         info = self.info
@@ -127,7 +126,7 @@ class TaskModel:
             class_names=info.class_names,
             source=info.source,
             tuned_from=backbone.tuned_from or backbone.digest,
-            calibration=parse_calibration(info.calibration, info.name),
+            calibration=info.calibration,
             evaluation=info.evaluation,
             adapter=self._adapter(tuned),
             task_digest=info.digest,

@@ -27,8 +27,8 @@ from server.page import routes as page_routes
 from server.settings import Settings
 from server.v1 import batch, infer, models
 from server.web import status
-from server.web.access import Access, require_api_key
-from server.web.middleware import BodyLimit, RequestId
+from server.web.access import Access, require_api_key, require_known_key
+from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.problems import add_handlers
 from server.web.serving import Serving
 from tocom.allocator import keep_freed_memory
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 PROGRESS = 2.0
 #: From one rate that the warm-up runs to the next.
 STRIDE = 4
+
+#: Bytes of a body that holds no images: a few parameters.
+SMALL_BODY = 16 * 1024
 
 DESCRIPTION = """
 Classify images with vision transformers at any token-merging rate: 0 is the stock model,
@@ -64,7 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
         observer=counted,
     )
     provider = tracing.provider(settings)
-    serving = Serving(settings, registry, engine, counted, started=engine.clock())
+    budget = Budget(settings.max_inflight_bytes)
+    serving = Serving(settings, registry, engine, counted, budget, started=engine.clock())
     # FastAPI's own documentation page would load its scripts from the network.
     app = FastAPIOffline(
         title="ToCom Serve",
@@ -79,9 +83,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.banks = Banks(registry, Store(settings.store), counted.swapped)
     app.state.statistics = Statistics()
     # A description that asks for keys where none are needed would be wrong.
-    keys = [Depends(require_api_key)] if settings.api_keys else []
+    keys, known = [], []
+    if settings.api_keys:
+        keys, known = [Depends(require_api_key)], [Depends(require_known_key)]
     for router in (infer.router, batch.router, oip_infer.router):
         app.include_router(router, dependencies=keys)
+    app.include_router(oip_metadata.repository, dependencies=known)
     for router in (
         models.router,
         status.router,
@@ -91,10 +98,13 @@ def create_app(settings: Settings) -> FastAPI:
     ):
         app.include_router(router)
     add_handlers(app)
-    # A stream of images has no end; each of them has.
-    limits = {batch.PATH: math.inf, bank_routes.PATH: settings.max_bank_bytes}
-    app.add_middleware(BodyLimit, settings.max_body_bytes, by_path=limits)
-    app.add_middleware(tracing.Stages, provider=provider)
+    limits = {
+        batch.PATH: math.inf,  # a stream of images has no end; each of them has
+        bank_routes.PATH: settings.max_bank_bytes,
+        **dict.fromkeys((*infer.PATHS, oip_infer.PATH), settings.max_body_bytes),
+    }
+    app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
+    app.add_middleware(tracing.Attributes)
     app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app

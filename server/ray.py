@@ -2,26 +2,19 @@
 
 A replica is the whole application with an engine of its own, so that it answers as `tocom-serve`
 does; Ray's proxies share requests out among replicas, and Ray starts, checks, replaces and
-scales them. `python -m server.ray` starts it all on this machine; docs/scaling.md has the rest.
+scales them. Ray's own commands run it: `serve run server.ray:build`, or `serve deploy` with a
+file such as deploy/ray.yaml; docs/scaling.md has the rest.
 
 Banks are changed for all replicas at once, in place, by the deployment's `user_config`.
 """
 
-import argparse
 import asyncio
-import os
 import re
-import signal
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import closing
-from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 from fastapi import FastAPI
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,20 +23,17 @@ from server.app import create_app
 from server.banks.catalogue import Banks
 from server.errors import ForbiddenError
 from server.observe import log
-from server.process import bind
 from server.settings import Settings, load_settings
 from server.web.middleware import REQUEST_ID
-from tocom import ConfigError, TocomError
+from tocom import ConfigError
 
 try:
     import ray
     from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 except ImportError as error:
     raise ImportError("server.ray wants Ray: pip install 'tocom-serve[ray]'") from error
 
-#: Of the application and of its one deployment.
+#: Of the one deployment.
 NAME = "tocom"
 
 
@@ -68,12 +58,12 @@ class UserConfig(BaseModel):
 
 
 class Arguments(BaseModel):
-    """What the application is built from: `args` in a Serve config file."""
+    """What the application is built from: `args` in a Serve config file, or `serve run`'s."""
 
     model_config = ConfigDict(extra="forbid")
 
     config: str | None = Field(
-        default=None, description="TOML file with settings, where Ray's head node finds it"
+        default=None, description="TOML file with settings, where the application is built"
     )
     settings: dict[str, Any] = Field(default={}, description="settings that win over all others")
 
@@ -191,179 +181,8 @@ def _gpus(settings: Settings) -> int:
             f"{settings.device!r}"
         )
     if settings.device == "auto":
-        return int(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+        if ray.is_initialized():
+            return int(ray.cluster_resources().get("GPU", 0) > 0)
+        # `serve run` with an import path builds first and starts Ray then, on this machine.
+        return int(torch.cuda.is_available())
     return int(settings.device == "cuda")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run replicas on this machine, or change those of a cluster.
-
-    Returns:
-        0, here once Ctrl-C or SIGTERM ends it; 2 if it cannot be done.
-    """
-    parsed = _parser().parse_args(arguments)
-    # Ray reports how it is used unless it is told not to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if not 1 <= parsed.replicas <= (parsed.max_replicas or parsed.replicas):
-            raise ConfigError("--replicas must be 1 or more, and --max-replicas no less")
-        where = {"host": parsed.host, "port": parsed.port}
-        given = {name: value for name, value in where.items() if value is not None}
-        settings = load_settings(parsed.config, **given)
-        banks = _parse_banks(parsed.banks)
-        if parsed.address:
-            _connect(parsed.address)
-            _deploy(parsed.config, _deployment(parsed, settings, banks))
-        else:
-            _run(parsed, settings, banks)
-    except TocomError as error:
-        print(f"server.ray: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m server.ray",
-        description="Serve with several replicas, each with a device of its own, by Ray.",
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    parser.add_argument(
-        "--replicas", type=int, default=1, metavar="N", help="how many there are (default: 1)"
-    )
-    parser.add_argument(
-        "--max-replicas", type=int, metavar="N", help="how many there are at most, under load"
-    )
-    parser.add_argument(
-        "--cpus", type=float, default=1, metavar="N", help="processors of each (default: 1)"
-    )
-    parser.add_argument(
-        "--bank",
-        dest="banks",
-        action="append",
-        default=[],
-        metavar="MODEL=NAME@DIGEST",
-        help="bank for a model in place of the one in the settings; MODEL= for none; may be "
-        "repeated",
-    )
-    parser.add_argument(
-        "--address",
-        help="Ray cluster that runs already, or auto: what runs there becomes what is asked for "
-        "here, and goes on running",
-    )
-    return parser
-
-
-def _parse_banks(texts: Sequence[str]) -> UserConfig:
-    banks = {}
-    for text in texts:
-        model, equals, bank = text.partition("=")
-        if not model or not equals:
-            raise ConfigError(f"--bank {text}: expected MODEL=NAME@DIGEST")
-        banks[model] = bank or None
-    try:
-        return UserConfig.model_validate({"banks": banks})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"--bank {first['loc'][1]}={first['input']}: {first['msg']}") from error
-
-
-def _deployment(
-    parsed: argparse.Namespace, settings: Settings, banks: UserConfig
-) -> dict[str, Any]:
-    """Return what a Serve config file would say of the deployment; Ray must be there."""
-    deployment: dict[str, Any] = {
-        "name": NAME,
-        "ray_actor_options": {"num_cpus": parsed.cpus, "num_gpus": _gpus(settings)},
-        "user_config": banks.model_dump(),
-    }
-    if parsed.max_replicas is None:
-        deployment["num_replicas"] = parsed.replicas
-    else:
-        deployment["autoscaling_config"] = {
-            "min_replicas": parsed.replicas,
-            "max_replicas": parsed.max_replicas,
-            "target_ongoing_requests": settings.max_batch,
-        }
-    return deployment
-
-
-def _run(parsed: argparse.Namespace, settings: Settings, banks: UserConfig) -> None:
-    """Serve by a Ray of our own until a signal asks for the end."""
-    # Ray would share a port that is in use with whoever has it.
-    with closing(bind(settings.host, settings.port)) as listener:
-        port = listener.getsockname()[1]
-    # Large requests pass through the object store, and what it cannot hold through files.
-    ray.init(include_dashboard=False, object_store_memory=256 * 2**20)
-    # In place of Ray's own handler, which leaves at once.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        deployment = _deployment(parsed, settings, banks)
-        _check_fits(parsed.replicas, deployment["ray_actor_options"])
-        print("Loading models ...", flush=True)
-        http_options = {"host": settings.host, "port": port}
-        serve.start(http_options=http_options, logging_config={"log_level": "WARNING"})
-        _deploy(parsed.config, deployment)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"Serving on http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        signal.pause()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def _connect(address: str) -> None:
-    """Join a cluster; raise ConfigError if there is none."""
-    try:
-        ray.init(address)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"there is no Ray at {address}: {error}") from error
-
-
-def _check_fits(replicas: int, options: dict[str, float]) -> None:
-    """Raise ConfigError if replicas would wait for what this machine does not have."""
-    for resource, each in (("CPU", options["num_cpus"]), ("GPU", options["num_gpus"])):
-        there = ray.cluster_resources().get(resource, 0)
-        if replicas * each > there:
-            raise ConfigError(
-                f"{replicas} replicas with {each:g} {resource} each do not fit: there are {there:g}"
-            )
-
-
-def _deploy(config: str | None, deployment: dict[str, Any]) -> None:
-    """Have Ray run the application as its deployment says, and wait until it does.
-
-    Raises:
-        ConfigError: if it cannot.
-    """
-    args = {"config": str(Path(config).absolute()) if config else None}
-    application = {
-        "name": NAME,
-        "import_path": "server.ray:build",
-        "args": args,
-        "deployments": [deployment],
-    }
-    try:
-        wanted = ServeDeploySchema.model_validate({"applications": [application]})
-    except ValidationError as error:
-        raise ConfigError(f"Ray refuses: {error.errors()[0]['msg']}") from error
-    # As `serve deploy` does: that wants the dashboard, and serve.run() starts replicas anew where
-    # this lets them go on and only tells them what is new.
-    client = _get_global_client()
-    client.deploy_apps(wanted)
-    while (now := serve.status().applications[NAME]).status != ApplicationStatus.RUNNING:
-        if now.status == ApplicationStatus.DEPLOY_FAILED:
-            # The last line is the error that a replica, or the settings, could not go on with.
-            said = [now.message, *(each.message for each in now.deployments.values())]
-            raise ConfigError(f"Ray gave up: {said[-1].strip().splitlines()[-1]}")
-        time.sleep(0.2)
-    client.wait_for_proxies_serving()
-
-
-if __name__ == "__main__":
-    # The module that replicas import, too: what `__main__` defines would have to travel to them.
-    sys.exit(import_module("server.ray").main())

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
@@ -127,7 +128,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="threads of a forward; default: one for each processor that the process may use, "
+        description="threads of a forward; default: as many as processors that the process may use "
         "by its affinity and its container's CPU limit",
     )
     decode_threads: int = Field(
@@ -162,6 +163,12 @@ class Settings(BaseSettings):
         ge=0,
         description="bytes of weights that deltas are folded into ahead, for each bank on each "
         "backbone; what has no room there is added while a forward runs",
+    )
+    max_inflight_bytes: int = Field(
+        default=512 * 2**20,
+        ge=1,
+        description="bytes of uploads that are being read or worked on, of all requests together; "
+        "beyond: 503. A /v1/classify/batch counts as two of the largest bodies",
     )
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"
@@ -240,6 +247,16 @@ class Settings(BaseSettings):
             if names.count(name) > 1:
                 raise ValueError(f"two models are called {name!r}")
         return models
+
+    @model_validator(mode="after")
+    def _room_for_the_largest(self) -> "Settings":
+        largest = max(2 * self.max_body_bytes, self.max_bank_bytes)
+        if self.max_inflight_bytes < largest:
+            raise ValueError(
+                f"max_inflight_bytes must be at least {largest}: twice max_body_bytes, and "
+                f"max_bank_bytes; got {self.max_inflight_bytes}"
+            )
+        return self
 
     @field_validator("api_keys")
     @classmethod

@@ -182,6 +182,17 @@ def test_the_readme_lists_the_folders_that_there_are():
     assert sorted(listed) == sorted({*there, "docs", "deploy", "scripts"})
 
 
+def test_the_path_of_a_request_is_short_and_its_links_lead_somewhere():
+    page = (ROOT / "docs" / "path-of-a-request.md").read_text("utf-8")
+    assert 0 < len(re.findall(r"^\d+\. ", page, re.MULTILINE)) <= 12
+    steps = re.split(r"^\d+\. ", page, flags=re.MULTILINE)[1:]
+    for step in steps:
+        links = re.findall(r"\[`(\w+)`\]\(\.\./([\w/.]+)\)", step)
+        assert links
+        for name, path in links:
+            assert re.search(rf"\b(def|class) {name}\b", (ROOT / path).read_text("utf-8")), name
+
+
 # What the tests above would say of a house that is not in order.
 
 

@@ -5,7 +5,7 @@ banks, training or serving, which build on it.
 """
 
 from tocom.adapter import Adapter
-from tocom.backbones import Backbone, bundled_folder, check_supported, load_backbone
+from tocom.backbones import Backbone, bundled_folder, load_backbone
 from tocom.cost import Cost, cost
 from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
 from tocom.errors import (
@@ -23,6 +23,7 @@ from tocom.errors import (
 )
 from tocom.merging import Match, match, merge, unmerge
 from tocom.schedule import Plan, Rate, plan, schedule
+from tocom.supported import check_supported
 from tocom.variant import Variant
 from tocom.vit import Trace, forward, forward_features, trace
 

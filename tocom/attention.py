@@ -43,6 +43,7 @@ def attend(
 
     bias = None if size is None else size.log().to(q.dtype).reshape(batch, 1, 1, tokens)
     if attention.fused_attn:
+        # Without `attention.scale`, as in timm: what it says counts in the other branch alone.
         dropout = attention.attn_drop.p if attention.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:

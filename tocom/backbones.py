@@ -1,12 +1,11 @@
 """Loading backbones: timm's own schemes, the bundled models, local folders and files.
 
-A backbone is a stock timm Vision Transformer and what one must know to use it. A model
-whose forward is not reproduced here is refused by name, before any picture is seen.
+A backbone is a stock timm Vision Transformer and what one must know to use it. A model that is
+not `supported` is refused before any picture is seen.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,44 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.layers import Attention, PatchEmbed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tocom.adapter import Adapter
-from tocom.errors import BackboneError, UnsupportedModelError
+from tocom.errors import BackboneError
+from tocom.supported import check_supported
 
 BUNDLED = "bundled:"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The multiplier of a bank's deltas that was searched for a model.
-
-    Attributes:
-        bank_digest: the bank.
-        source: rate that the model was tuned at.
-        multiplier: one for all targets, or one for each.
-        measure: what it is the best by: `kl` or `top1`.
-        pictures: name and count of those that it was searched on.
-    """
-
-    bank_digest: str
-    source: int
-    multiplier: float | Mapping[int, float]
-    measure: str
-    pictures: Mapping[str, Any]
-
-    def fits(self, bank_digest: str, source: int) -> bool:
-        """Return whether it was searched for this bank and this source rate."""
-        return (self.bank_digest, self.source) == (bank_digest, source)
-
-    def scale(self, target: int) -> float | None:
-        """Return the multiplier at a target; None: it was not searched, the bank's own holds."""
-        if isinstance(self.multiplier, Mapping):
-            return self.multiplier.get(target)
-        return self.multiplier
 
 
 @dataclass(frozen=True)
@@ -70,8 +39,8 @@ class Backbone:
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
-        calibration: the multiplier that was searched for it, if its folder says so.
-        evaluation: what was measured, if its folder says so; as it stands there.
+        calibration: the multiplier that was searched for it, if its folder says so, and
+        evaluation: what was measured, likewise; both as they stand there.
         adapter: branches that it was tuned with, without which it is another model.
         task_digest: digest of the task folder that it was made from; empty if from none.
     """
@@ -82,7 +51,7 @@ class Backbone:
     class_names: tuple[str, ...]
     source: int = 0
     tuned_from: str = ""
-    calibration: Calibration | None = None
+    calibration: Any = None
     evaluation: Any = None
     adapter: Adapter | None = None
     task_digest: str = ""
@@ -179,34 +148,6 @@ def bundled_folders() -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 
-def check_supported(model: object, name: str = "the model") -> None:
-    """Raise UnsupportedModelError, naming the part, unless `tocom.forward` reproduces the model."""
-
-    def refuse(what: str) -> None:
-        raise UnsupportedModelError(
-            f"{name}: {what} is not supported. Supported are timm's VisionTransformer and "
-            "VisionTransformerDistilled with plain blocks: class, distillation and register "
-            "tokens, LayerScale, qk-norm, pre-norm, token or average pooling."
-        )
-
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        refuse(f"the class {type(model).__name__}")
-    assert isinstance(model, VisionTransformer)
-    if type(model.patch_embed) is not PatchEmbed:
-        refuse(f"the stem {type(model.patch_embed).__name__}")
-    if model.attn_pool is not None:
-        refuse(f"attention pooling ({type(model.attn_pool).__name__})")
-    if model.global_pool not in ("token", "avg"):
-        refuse(f"global pooling {model.global_pool!r}")
-    for block in model.blocks:
-        if type(block) is not Block:
-            refuse(f"the block {type(block).__name__}")
-        if type(block.attn) is not Attention:
-            refuse(f"the attention {type(block.attn).__name__}")
-        if getattr(block.attn, "gate", None) is not None:
-            refuse("gated attention")
-
-
 def weights_digest(model: VisionTransformer, adapter: Adapter | None = None) -> str:
     """Return SHA-256 over names, shapes and fp32 values of the weights."""
     weights: dict[str, Tensor] = dict(model.state_dict())
@@ -251,50 +192,9 @@ def _origin(folder: Path) -> dict[str, Any]:
     return {
         "source": source,
         "tuned_from": str(config.get("backbone_digest", "")),
-        "calibration": parse_calibration(config.get("calibration"), str(folder)),
+        "calibration": config.get("calibration"),
         "evaluation": config.get("evaluation"),
     }
-
-
-def parse_calibration(said: Any, where: str) -> Calibration | None:
-    """Read what a file says of a calibration; None if nothing.
-
-    Raises:
-        BackboneError: naming `where` and the first fault.
-    """
-    if said is None:
-        return None
-    if not isinstance(said, dict):
-        raise BackboneError(f"{where}: calibration must be an object, got {said!r}")
-    source = said.get("source")
-    for key, fits, allowed in (
-        ("bank_digest", isinstance(said.get("bank_digest"), str), "a digest"),
-        ("source", type(source) is int and source >= 0, "a whole number from 0"),
-        ("multiplier", _is_multiplier(said.get("multiplier")), "above 0, or so for each target"),
-        ("measure", said.get("measure") in ("kl", "top1"), "'kl' or 'top1'"),
-        ("pictures", isinstance(said.get("pictures"), dict), "an object"),
-    ):
-        if not fits:
-            raise BackboneError(
-                f"{where}: calibration.{key} must be {allowed}, got {said.get(key)!r}"
-            )
-    multiplier = said["multiplier"]
-    if isinstance(multiplier, dict):
-        multiplier = {int(rate): value for rate, value in multiplier.items()}
-    return Calibration(
-        said["bank_digest"], said["source"], multiplier, said["measure"], said["pictures"]
-    )
-
-
-def _is_multiplier(value: Any) -> bool:
-    if isinstance(value, dict):
-        rates = all(rate.isascii() and rate.isdigit() for rate in value)
-        return rates and all(_is_positive(one) for one in value.values())
-    return _is_positive(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _load_file(path: Path, architecture: str | None) -> VisionTransformer:

@@ -7,7 +7,7 @@ values that go into the forward call; a model is never changed. Where deltas com
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -40,6 +40,9 @@ class LowRank(NamedTuple):
 class Delta:
     """A low-rank change of a model.
 
+    It runs on a model of any dtype and device: `linear` converts the pairs in every call. Where
+    it is to run often, `to` does that once.
+
     Attributes:
         pairs: from `blocks.{i}.attn.q` (or k, v, proj; `blocks.{i}.mlp.fc1`, fc2) to its pair.
         dropout: on the K hidden values; the trainer of a bank asks for it, nobody else.
@@ -47,6 +50,16 @@ class Delta:
 
     pairs: Mapping[str, LowRank]
     dropout: float = 0.0
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Delta":
+        """Return it on another device or in another dtype; None: as it is."""
+        pairs = {
+            name: LowRank(*(tensor.to(device, dtype) for tensor in pair))
+            for name, pair in self.pairs.items()
+        }
+        return replace(self, pairs=pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +103,10 @@ def linear(layer: nn.Linear, name: str, x: Tensor, delta: AnyDelta | None) -> Te
         return y
     # One product down and one up for all parts of the layer, which costs less than writing to
     # slices of y, above all in the backward: what of `up` is not a part's own rows is zero.
-    down = torch.cat([pair.down for pair, _ in pairs])  # [K, in]
+    down = torch.cat([pair.down for pair, _ in pairs]).to(x)  # [K, in]
     up = torch.cat([_spread(pair.up, rows, layer.out_features) for pair, rows in pairs], dim=1)
     hidden = F.dropout(F.linear(x, down), delta.dropout)
-    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1), up.t()).view_as(y)
+    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1), up.to(x).t()).view_as(y)
 
 
 def _spread(up: Tensor, rows: slice, out: int) -> Tensor:
@@ -105,6 +118,10 @@ def _spread(up: Tensor, rows: slice, out: int) -> Tensor:
 def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
     """Add a low-rank delta to copies of the weights it changes; the model stays as it is.
 
+    The copies have the model's dtype. In bf16 they keep a delta only roughly, as bf16 keeps any
+    weight: 13 to 53 % of a delta's norm is rounded away. A low-rank delta is kept to 0.2 %.
+    Answers are equally near to those in fp32 (docs/banks.md has the figures).
+
     Raises:
         DeltaError: if the delta names a layer that the model lacks, or has another shape.
     """
@@ -114,7 +131,8 @@ def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
         for part, rows in parts(name, layer.out_features):
             if (pair := delta.pairs.get(part)) is not None:
                 weight = weights.setdefault(name, layer.weight.detach().clone())
-                weight[rows] += (pair.up @ pair.down).to(weight)
+                # Pairs are fp32: so is the sum, and a weight in half precision rounds it once.
+                weight[rows] = weight[rows] + (pair.up @ pair.down).to(weight.device)
     return FoldedWeights(weights)
 
 

@@ -3,7 +3,7 @@
 A rate is an argument, not a state: the model is read, never written, so requests at
 different rates share one set of weights and may run at once. timm's submodules are
 called, no forward of theirs is copied; at rate 0 without a delta the answer is stock
-timm's. Which models are supported is decided in `backbones.check_supported`.
+timm's. Which models are supported is decided in `supported`.
 
 Does not do: gradient checkpointing, attention masks, timm's intermediate features.
 Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 3.

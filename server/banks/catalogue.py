@@ -8,7 +8,6 @@ Everything here blocks and belongs into a thread. Knows nothing of HTTP.
 """
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Literal
 
 from adapters import Bank, BankInfo, Store
 from adapters.bank import FILES, read_info
+from adapters.store import Reference
 from server.errors import (
     ConflictError,
     ParameterError,
@@ -34,8 +34,6 @@ from tocom.backbones import bundled_folders
 logger = logging.getLogger(__name__)
 
 Origin = Literal["bundled", "store", "configuration"]
-
-_REFERENCE = re.compile(r"(?P<digits>[0-9a-f]{8,64})|(?P<name>[^@]+)(?:@(?P<of_name>[0-9a-f]+))?")
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,9 @@ class Known:
         """How to ask for it: `NAME@DIGEST`, twelve digits of it."""
         return f"{self.info.name}@{self.info.digest[:12]}"
 
-    def fits(self, reference: re.Match[str]) -> bool:
+    def fits(self, reference: Reference) -> bool:
         """Tell whether a reference may mean it."""
-        if digits := reference["digits"]:
-            return self.info.digest.startswith(digits)
-        if reference["name"] != self.info.name:
-            return False
-        digits = reference["of_name"]
-        return self.info.digest.startswith(digits) if digits else self.current
+        return reference.fits(self.info.name, self.info.digest, self.current)
 
 
 @dataclass(frozen=True)
@@ -131,8 +124,13 @@ class Banks:
             ParameterError: if there are several.
         """
         shown = reference[:200]
-        match = _REFERENCE.fullmatch(reference)
-        fitting = [bank for bank in self.all() if match and bank.fits(match)]
+        banks = self.all()
+        try:
+            parsed = Reference.parse(reference, {bank.info.name for bank in banks})
+        except StoreError:
+            fitting = []
+        else:
+            fitting = [bank for bank in banks if bank.fits(parsed)]
         if not fitting:
             raise UnknownBankError(
                 f"no bank is {shown!r}; say 8 or more digits of a digest, NAME or NAME@DIGEST; "

@@ -11,9 +11,9 @@ from starlette.datastructures import UploadFile
 from adapters import BackboneInfo
 from adapters.bank import MAX_INFO_BYTES, tensor_shapes
 from server.banks.catalogue import Banks, Change, Known, Origin
-from server.errors import BadRequestError, TooLargeError, UnsupportedTypeError
+from server.errors import BadRequestError, StoreFaultError, TooLargeError, UnsupportedTypeError
 from server.web.access import require_admin
-from server.web.body import FORM, content_type
+from server.web.body import FORM, JSON, content_type, read_json
 from server.web.problems import described
 from server.web.serving import held
 
@@ -109,7 +109,10 @@ async def upload_bank(request: Request, response: Response, banks: BanksDep) -> 
 
     It is seen once it is found to be whole, and is what its name stands for from then on.
     """
-    info, plugins = await _read_form(request)
+    try:
+        info, plugins = await _read_form(request)
+    except OSError as error:  # large parts are kept in files
+        raise StoreFaultError(f"the upload cannot be kept: {error.strerror}") from error
     bank, new = await asyncio.to_thread(banks.add, info, plugins)
     if not new:
         response.status_code = status.HTTP_200_OK
@@ -133,10 +136,20 @@ def delete_bank(bank: str, banks: BanksDep) -> None:
     banks.delete(bank)
 
 
-@router.put("/v1/models/{name}/bank", responses=described(401, 403, 404, 422))
-def attach_bank(name: str, choice: BankChoice, banks: BanksDep) -> BankChange:
+@router.put(
+    "/v1/models/{name}/bank",
+    responses=described(400, 401, 403, 404, 408, 413, 422),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": BankChoice.model_json_schema()}},
+        }
+    },
+)
+async def attach_bank(request: Request, name: str, banks: BanksDep) -> BankChange:
     """Serve a model with a bank from now on; until it is ready the old one serves."""
-    return _change(banks.attach(name, choice.bank))
+    choice = await read_json(request, BankChoice)
+    return _change(await asyncio.to_thread(banks.attach, name, choice.bank))
 
 
 @router.delete("/v1/models/{name}/bank", responses=described(401, 403, 404, 422))

@@ -4,7 +4,7 @@
         answer = client.classify("photo.jpg", rate=8)
 
 Answers are the server's own schemas. What the server refuses is a ToComServerError; that it
-cannot be reached is one of httpx's errors.
+cannot be reached, or is lost before all of its answer came, is an httpx.TransportError.
 """
 
 import asyncio

@@ -6,6 +6,7 @@ Knows nothing of threads, clocks or models: times are arguments, in seconds.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 #: A batch takes at most this share of its most urgent image's whole time: requests that arrive
@@ -32,10 +33,11 @@ class ServiceTimes:
         """Know nothing yet but what an image costs.
 
         Args:
-            macs: returns the multiply-adds of an image at a rate. What was never measured is
-                taken from what was, in proportion to them.
+            macs: returns the multiply-adds of an image at a rate, always the same. What was never
+                measured is taken from what was, in proportion to them.
         """
-        self._macs = macs
+        # Counting them walks through a whole model, and every image that arrives asks for them.
+        self._macs = cache(macs)
         self._table = _Table({}, 1.0)
 
     def measured(self, rate: int, images: int, seconds: float) -> None:

@@ -1,39 +1,56 @@
 """From the bytes of an upload to the image that a model wants, or to an error that says why not.
 
-Everything is checked before it costs memory: the format by its content, then the size, then
-the pixels are read. Resizing and normalising are the model's own transform.
+Everything is checked before it costs memory: the format by its content, the metadata by its
+amount, then the size. Then the pixels are read, no more at a time in the whole process than one
+picture may have. Resizing and normalising are the model's own transform.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
+from server.models.budget import DECODING
+from server.models.containers import check_container, check_tags
+from server.models.cropping import transformed
 from server.models.served import ServedModel
 from server.settings import Settings
 
 #: Pillow knows some forty formats; a server needs these and none of the others' decoders.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-#: Longest side : shortest side. Transforms bring the shortest side to the model's size, so that
-#: a line of 20,000 x 1 pixels would become one of a thousand million.
+#: Longest side : shortest side. Of a longer picture a model would see less than a hundredth.
 MAX_ASPECT = 100
 
+#: What turns an image upright, by the orientation in its metadata.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def prepare(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
+
+def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> Tensor:
     """Decode an uploaded image and bring it into the form [3, H, W] that the model wants.
 
     Raises:
         ServerError: what `pictures.decode` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
-    image: Tensor = model.transform(decode(data, settings.max_pixels, least_side))
-    return image
+    image = _open(data, settings.max_pixels, least_side)
+    with DECODING.hold(_pixels_in_memory(image), settings.max_pixels):
+        return transformed(_load(image), model.transform)
 
 
-def decode(data: bytes, max_pixels: int, least_side: int | None = None) -> Image.Image:
+def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
     """Decode an image, upright and in RGB.
 
     Args:
@@ -46,25 +63,64 @@ def decode(data: bytes, max_pixels: int, least_side: int | None = None) -> Image
         BadRequestError: if there are no bytes.
         UnsupportedTypeError: if it is none of the formats.
         TooLargeError: if it has too many pixels; none of them was decoded then.
-        ImageError: if it is truncated, damaged or far too elongated.
+        ImageError: if it is truncated, damaged, far too elongated or mostly metadata.
     """
+    return _load(_open(data, max_pixels, least_side))
+
+
+def _open(data: bytes | bytearray, max_pixels: int, least_side: int | None) -> ImageFile.ImageFile:
+    """Open an image without decoding it; arguments and errors as in `decode`."""
     if not data:
         raise BadRequestError("the image is empty: it has no bytes")
+    check_container(data)
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with _image_errors():
+            image = Image.open(BytesIO(data), formats=FORMATS)
             _check_size(*image.size, max_pixels)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return image
     except UnidentifiedImageError:
         raise UnsupportedTypeError("the content is not a JPEG, PNG or WebP image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLargeError(
             f"the image has far more than the {max_pixels:,} pixels that are allowed"
         ) from None
-    except (ImageError, TooLargeError):
+
+
+def _pixels_in_memory(image: ImageFile.ImageFile) -> int:
+    """Return how many pixels are held while an open image is decoded."""
+    width, height = image.size
+    if image.info.get("progressive"):
+        # Its coefficients are held at full size, of which `draft` keeps no note but the scale.
+        scale = image.decoderconfig[0] if image.decoderconfig else 1
+        return width * height * scale**2
+    return width * height
+
+
+def _load(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode an open image, upright and in RGB; errors as in `decode`."""
+    with _image_errors():
+        image.load()
+        turn = _turn(image)
+        rgb = _to_rgb(image)
+        if rgb is not image:
+            image.close()  # so that not all that was made on the way is held at once
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Make an `ImageError` of whatever a decoder raises."""
+    try:
+        yield
+    except (
+        ImageError,
+        TooLargeError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ):
         raise
     except Exception as error:  # Pillow's decoders raise what their formats make them raise
         raise ImageError(f"the image cannot be decoded: {error}") from error
@@ -83,10 +139,23 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns or mirrors an image upright, by its metadata.
+
+    Not `ImageOps.exif_transpose`, which would also write the metadata anew, with all that it
+    refers to.
+    """
+    profile = image.info.get("Raw profile type exif")  # as ImageMagick wrote it into PNGs
+    if profile is not None and "exif" not in image.info:
+        image.info["exif"] = bytes.fromhex("".join(profile.split("\n")[3:]))
+    check_tags(image.info.get("exif", b""))
+    return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits of grey. Pillow would clip all above 255 to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapters import Bank, TaskInfo
+from adapters import Bank, Calibration, TaskInfo
 from server.engine.rates import Controller
 from server.models.graphs import Forward, Graphs
 from server.models.weights import Deltas
@@ -31,7 +31,6 @@ from tocom import (
     cost,
     trace,
 )
-from tocom.backbones import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +284,7 @@ def _calibration(
     name: str, backbone: Backbone, bank: Bank | None, source: int
 ) -> Calibration | None:
     """Return the model's calibration if it is one for how the model is served."""
-    found = backbone.calibration
+    found = Calibration.of(backbone)
     if found is None or bank is None:
         return None
     if found.fits(bank.info.digest, source):

@@ -47,6 +47,8 @@ class Deltas:
                 needed = folded_bytes(self._model, made)
                 if self._folded_bytes(bank) + needed <= self._max_bytes:
                     made = fold(self._model, made)
+                else:
+                    made = made.to(next(self._model.parameters()).device)
                 self._made[key] = made
             return made
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -17,8 +18,30 @@ def configure(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler])
+    # It says so for every connection that waits, many thousand times a second.
+    logging.getLogger("asyncio").addFilter(Seldom("socket.accept() out of system resource"))
     # Ours alone: the libraries' own notes are of no use to who only serves.
     logging.getLogger("server").setLevel(settings.log_level.upper())
+
+
+class Seldom(logging.Filter):
+    """Lets a message that begins in a certain way pass once in `PAUSE` seconds."""
+
+    PAUSE = 10.0
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self._beginning = beginning
+        self._next = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record is logged."""
+        if not record.getMessage().startswith(self._beginning):
+            return True
+        if record.created < self._next:
+            return False
+        self._next = record.created + self.PAUSE
+        return True
 
 
 class TextFormatter(logging.Formatter):

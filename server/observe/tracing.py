@@ -1,18 +1,17 @@
 """Traces of requests by OpenTelemetry, if they are asked for.
 
 FastAPI opens a span for every request and continues the trace of a caller who sends a W3C
-`traceparent`. Here is decided whether and where they are sent, and the stages of an answer
-(decode, queue, inference) become spans of their own.
+`traceparent`. Here is decided whether and where they are sent, and what was noted of a request
+(what ran and why, how long each stage took) becomes its span's attributes.
 
 Sends no metrics and no logs: there is `/metrics`, and there is stderr.
 """
 
 import os
-import time
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
-from opentelemetry.trace import Span, Tracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.observe.notes import PROBES, STAGES, notes_of
@@ -21,7 +20,9 @@ from tocom import ConfigError
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-ATTRIBUTES = ("model", "rate", "reason", "bank_digest", "batch_size", "error")
+
+#: What may be noted of a request and belongs into its span.
+ATTRIBUTES = ("model", "rate", "reason", "bank_digest", "batch_size", "error", *STAGES.values())
 
 
 def provider(settings: Settings) -> TracerProvider | None:
@@ -67,12 +68,11 @@ def telemetry(provider: TracerProvider | None) -> TelemetryConfig:
     }
 
 
-class Stages:
-    """Adds what was noted of a request to its span, and a span for each of its stages."""
+class Attributes:
+    """Adds what was noted of a request to its span."""
 
-    def __init__(self, app: ASGIApp, provider: TracerProvider | None) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.tracer = trace.get_tracer("tocom-serve", tracer_provider=provider)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -84,27 +84,10 @@ class Stages:
         async def send_traced(message: Message) -> None:
             # FastAPI ends the span once the last part of the body is sent.
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                _describe(scope, span, self.tracer)
+                notes = notes_of(scope)
+                for name in ATTRIBUTES:
+                    if notes.get(name) is not None:
+                        span.set_attribute(f"tocom.{name}", notes[name])
             await send(message)
 
         await self.app(scope, receive, send_traced)
-
-
-def _describe(scope: Scope, span: Span, tracer: Tracer) -> None:
-    notes = notes_of(scope)
-    for name in ATTRIBUTES:
-        if notes.get(name) is not None:
-            span.set_attribute(f"tocom.{name}", notes[name])
-    stages = [(stage, notes[name]) for stage, name in STAGES.items() if name in notes]
-    # The last stage has just ended, and each follows the one before. (An image that waited to be
-    # decoded counts that as queue; so its decoding is shown that much too early.)
-    at = time.time_ns() - sum(_ns(spent) for _, spent in stages)
-    parent = trace.set_span_in_context(span)
-    for stage, spent in stages:
-        child = tracer.start_span(stage, parent, start_time=at)
-        at += _ns(spent)
-        child.end(at)
-
-
-def _ns(milliseconds: float) -> int:
-    return round(1_000_000 * milliseconds)

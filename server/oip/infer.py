@@ -28,6 +28,9 @@ from server.web.problems import described
 from server.web.serving import Serving, ServingDep
 from tocom import TocomError
 
+#: A pattern of the addresses below.
+PATH = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
+
 router = APIRouter(tags=["open inference protocol", INFERENCE])
 
 
@@ -106,7 +109,7 @@ async def _run(
 
 
 def _understand(
-    request: Request, sent: bytes, model: ServedModel, settings: Settings
+    request: Request, sent: bytes | bytearray, model: ServedModel, settings: Settings
 ) -> tuple[InferRequest, list[Callable[[], Tensor]]]:
     """Return what a request asks for and what makes each of its images."""
     encoding = request.headers.get("Content-Encoding", "")

@@ -25,6 +25,7 @@ from server.oip.schemas import (
 )
 from server.oip.tensors import FREE
 from server.oip.wire import parse
+from server.web.body import SOON, in_time, read
 from server.web.problems import described
 from server.web.serving import ServingDep
 
@@ -40,6 +41,7 @@ PLATFORM = "pytorch_timm"
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
 
 router = APIRouter(tags=["open inference protocol"])
+repository = APIRouter(tags=["open inference protocol"])
 
 
 @router.get("/v2/health/live", responses=described(503))
@@ -136,7 +138,7 @@ async def model_statistics(model: AskedModel, statistics: StatisticsDep) -> Stat
     return StatisticsList(model_stats=[statistics.of(model.name)])
 
 
-@router.post("/v2/repository/index")
+@repository.post("/v2/repository/index")
 async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
     """List the models. All are loaded, so that asking for the ready ones changes nothing."""
     state = "READY" if serving.warm.is_set() else "LOADING"
@@ -146,15 +148,19 @@ async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
     ]
 
 
-@router.post("/v2/repository/models/{name}/load", responses=described(400, 403, 404, 413))
+@repository.post(
+    "/v2/repository/models/{name}/load",
+    responses=described(400, 401, 403, 404, 408, 413),
+)
 async def load(request: Request, name: str, serving: ServingDep) -> None:
     """Agree that a model be loaded that is."""
     serving.models.get(name)
-    if parse(RepositoryRequest, await request.body() or b"{}").parameters:
+    body = await in_time(read(request), SOON, round(1000 * SOON))
+    if parse(RepositoryRequest, body or b"{}").parameters:
         raise ForbiddenError("models are served as the settings say: load takes no parameters")
 
 
-@router.post("/v2/repository/models/{name}/unload", responses=described(403, 404))
+@repository.post("/v2/repository/models/{name}/unload", responses=described(401, 403, 404))
 async def unload(name: str, serving: ServingDep) -> None:
     """Refuse: models are served as long as the server runs."""
     serving.models.get(name)

@@ -4,8 +4,6 @@ Takes `image`, encoded pictures, or `pixels`, ready for the model; gives `logits
 `probabilities` and `features`.
 """
 
-import base64
-import binascii
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -21,6 +19,7 @@ from server.models.served import RateWork, ServedModel
 from server.oip.schemas import InferRequest, RequestedOutput
 from server.oip.wire import InputTensor, OutputTensor
 from server.settings import Settings
+from server.web import encoded
 
 IMAGE = "image"
 PIXELS = "pixels"
@@ -89,8 +88,8 @@ def preparations(
 def _prepare_base64(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
     """Prepare an image of JSON, whose strings cannot hold pictures as they are."""
     try:
-        picture = base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+        picture = encoded.decode(data.decode())
+    except ValueError as error:
         raise BadRequestError(f"in JSON images are base64, and this is not: {error}") from None
     return prepare(picture, model, settings)
 

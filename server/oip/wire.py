@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from server.errors import BadRequestError, TooLargeError, UnsupportedTypeError
+from server.oip.numbers import cut
 from server.oip.schemas import (
     BinarySize,
     InferQuery,
@@ -37,6 +38,9 @@ HEADER = "Inference-Header-Content-Length"
 #: millions takes seconds in which nothing else runs.
 MAX_NESTED = 2**18
 
+#: Bytes of JSON from which its numbers are read in slices.
+LARGE = 2**18
+
 _FP32 = np.dtype("<f4")
 _LENGTH = struct.Struct("<I")
 
@@ -47,13 +51,13 @@ class InputTensor:
 
     Attributes:
         name, datatype, shape: as the request says.
-        content: raw, or a list from JSON.
+        content: raw, or a list or numbers from JSON.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    content: memoryview | list[Any]
+    content: memoryview | list[Any] | np.ndarray
 
     @property
     def elements(self) -> int:
@@ -69,14 +73,15 @@ class InputTensor:
         if isinstance(self.content, memoryview):
             self._check(len(self.content), self.elements * _FP32.itemsize, "bytes")
             return np.frombuffer(self.content, _FP32).reshape(self.shape)
+        if isinstance(self.content, np.ndarray):
+            return _rounded(self.content).reshape(self.shape)
         values = self._flat(self.content)
         try:
             # Not array(): that would look for lists inside, and take seconds over millions.
             numbers = np.fromiter(values, np.float64, len(values))
         except (OverflowError, TypeError, ValueError):
             raise BadRequestError(f"input {self.name!r}: its data must be numbers") from None
-        with np.errstate(over="ignore"):  # what is too large becomes infinite
-            return numbers.astype(_FP32).reshape(self.shape)
+        return _rounded(numbers).reshape(self.shape)
 
     def strings(self) -> list[bytes]:
         """Return the elements of a BYTES tensor, those of JSON in UTF-8.
@@ -86,8 +91,8 @@ class InputTensor:
         """
         if isinstance(self.content, memoryview):
             return self._unpack(self.content)
-        values = self._flat(self.content)
-        if not all(isinstance(value, str) for value in values):
+        values = [] if isinstance(self.content, np.ndarray) else self._flat(self.content)
+        if not values or not all(isinstance(value, str) for value in values):
             raise BadRequestError(f"input {self.name!r}: its data must be strings")
         return [value.encode() for value in values]
 
@@ -146,7 +151,7 @@ class OutputTensor:
         return b"".join(_LENGTH.pack(len(each)) + each for each in encoded)
 
 
-def inflate(body: bytes, encoding: str, limit: int) -> bytes:
+def inflate(body: bytes | bytearray, encoding: str, limit: int) -> bytes | bytearray:
     """Undo the Content-Encoding of a body.
 
     Args:
@@ -180,7 +185,7 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 def read_request(
-    body: bytes, header: str | None, raw_input: str
+    body: bytes | bytearray, header: str | None, raw_input: str
 ) -> tuple[InferRequest, list[InputTensor]]:
     """Read a request.
 
@@ -206,20 +211,41 @@ def read_request(
         request = InferRequest(inputs=[only], parameters=InferQuery(binary_data_output=True))
         raw = memoryview(_LENGTH.pack(len(body)) + body)
         return request, [InputTensor(raw_input, "BYTES", (1,), raw)]
-    request = parse(InferRequest, body[:length])
+    text = body[:length]
+    if len(text) > LARGE and (sliced := _read_sliced(text)):
+        return sliced
+    request = parse(InferRequest, text)
     return request, _inputs(request.inputs, memoryview(body)[length:])
 
 
-def parse(kind: type[Schema], text: bytes) -> Schema:
+def _read_sliced(text: bytes | bytearray) -> tuple[InferRequest, list[InputTensor]] | None:
+    """Read a large request of JSON alone; None if its tensors are not even arrays of numbers."""
+    _check_nested(text)
+    rest, numbers = cut(text)
+    if not numbers or len(rest) > LARGE:
+        return None
+    request = parse(InferRequest, rest)
+    inputs = []
+    for each in request.inputs:
+        match each.data:
+            case [int(place)] if each.parameters.binary_data_size is None and place < len(numbers):
+                found = numbers[place]
+                if not found.is_of(each.shape):
+                    return None
+                values = found.values
+                inputs.append(InputTensor(each.name, each.datatype, tuple(each.shape), values))
+            case _:
+                return None
+    return request, inputs
+
+
+def parse(kind: type[Schema], text: bytes | bytearray) -> Schema:
     """Read JSON.
 
     Raises:
         BadRequestError: naming the entry that is wrong.
     """
-    if (nested := text.count(b"[") + text.count(b"{")) > MAX_NESTED:
-        raise BadRequestError(
-            f"the request has {nested:,} lists and objects; {MAX_NESTED:,} are allowed"
-        )
+    _check_nested(text)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -230,6 +256,18 @@ def parse(kind: type[Schema], text: bytes) -> Schema:
         raise BadRequestError(
             f"the request cannot be read: {where}: {first['msg']}, got {got}"
         ) from None
+
+
+def _check_nested(text: bytes | bytearray) -> None:
+    if (nested := text.count(b"[") + text.count(b"{")) > MAX_NESTED:
+        raise BadRequestError(
+            f"the request has {nested:,} lists and objects; {MAX_NESTED:,} are allowed"
+        )
+
+
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        return numbers.astype(_FP32)
 
 
 def _inputs(described: Sequence[RequestInput], raw: memoryview) -> list[InputTensor]:

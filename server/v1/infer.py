@@ -24,11 +24,13 @@ from server.web.serving import Serving, ServingDep
 
 Described = TypeVar("Described", bound=BaseModel)
 
+PATHS = CLASSIFY, EMBED = "/v1/classify", "/v1/embed"
+
 router = APIRouter(tags=[INFERENCE])
 
 
 @router.post(
-    "/v1/classify",
+    CLASSIFY,
     # What nobody asked for (logits, a merge map) is left out; an absent bank is null.
     response_model_exclude_unset=True,
     responses=described(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
@@ -53,7 +55,7 @@ async def classify(
 
 
 @router.post(
-    "/v1/embed",
+    EMBED,
     responses=described(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={"requestBody": uploads.OPENAPI},
 )

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from anyio import fail_after
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
@@ -46,6 +47,9 @@ LINES = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 #: Results that are kept for a client which does not read them: many clients send the whole of
 #: a request before they read anything of its answer.
 UNREAD = 256
+
+#: Images without an answer after which a request is taken for a mistake, or worse.
+FAILURES = 1000
 
 #: Seconds between two looks whether there is room in the queue.
 PATIENCE = 0.02
@@ -111,6 +115,8 @@ class Stream:
         self._images = arriving(request, settings.max_body_bytes)
         self._taken = 0
         self._running: set[Future[Answer]] = set()
+        self._held = 0  # bytes of images that were taken and are not done
+        self._fewer = asyncio.Event()
         self._window = asyncio.Semaphore(settings.batch_window or 2 * settings.max_batch)
         self._unread = asyncio.Semaphore(UNREAD)
         self._events: asyncio.Queue[Outcome | _End | Exception] = asyncio.Queue()
@@ -123,9 +129,13 @@ class Stream:
                 images without an outcome get none then.
             ClientDisconnect: if nobody waits for them any more.
         """
+        # What it may hold at most: the images that were taken, and one that arrives.
+        reserved = 2 * self._serving.settings.max_body_bytes
+        self._serving.budget.take(reserved)
         reading = asyncio.create_task(self._read())
         timer = self._set_timer()
         end: _End | None = None
+        failed = 0
         try:
             while end is None or self.done < self._taken:
                 event = await self._events.get()
@@ -136,6 +146,12 @@ class Stream:
                     continue
                 self.done += 1
                 yield event
+                failed += isinstance(event.answer, TocomError)
+                if failed > FAILURES:
+                    raise TooLargeError(
+                        f"more than {FAILURES:,} images of this request could not be answered; "
+                        "the rest of it is not read"
+                    )
                 self._unread.release()
             if end.failure:
                 raise end.failure
@@ -145,6 +161,7 @@ class Stream:
                 timer.cancel()
             for future in tuple(self._running):
                 future.cancel()  # also takes the image out of the engine's queue
+            self._serving.budget.release(reserved)
 
     def _set_timer(self) -> asyncio.TimerHandle | None:
         if math.isinf(self._deadline):
@@ -172,10 +189,10 @@ class Stream:
     async def _next(self) -> File | TocomError | None:
         timeout = self._serving.settings.timeout_ms / 1000
         try:
-            return await asyncio.wait_for(self._images.__anext__(), timeout)
-        except StopAsyncIteration:
-            return None
-        except asyncio.TimeoutError:
+            # Not wait_for(), which may lose that it is cancelled.
+            with fail_after(timeout):
+                return await anext(self._images, None)
+        except TimeoutError:
             raise UploadTimeoutError(f"no image arrived within {timeout:g} s") from None
 
     async def _take(self, image: File | TocomError) -> None:
@@ -190,12 +207,21 @@ class Stream:
             await self._window.acquire()
             if self._taken > 0:  # the first was charged when the request was let in
                 await charge_when_allowed(self._request)
+            size = len(image.data)
+            await self._make_room(size)
             future = await self._submit(image.data)
             self._running.add(future)
-            finish = partial(self._finish, self._taken, image.name, arrived)
+            self._held += size
+            finish = partial(self._finish, self._taken, image.name, arrived, size)
             loop = asyncio.get_running_loop()
             future.add_done_callback(partial(loop.call_soon_threadsafe, finish))
         self._taken += 1
+
+    async def _make_room(self, size: int) -> None:
+        """Wait until an image of so many bytes can be held beside those that are not done."""
+        while self._held and self._held + size > self._serving.settings.max_body_bytes:
+            self._fewer.clear()
+            await self._fewer.wait()
 
     async def _submit(self, data: bytes) -> Future[Answer]:
         engine = self._serving.engine
@@ -206,9 +232,13 @@ class Stream:
                 return engine.submit(self._work, preparation, self._deadline)
             await asyncio.sleep(PATIENCE)
 
-    def _finish(self, index: int, name: str | None, arrived: float, future: Future[Answer]) -> None:
+    def _finish(
+        self, index: int, name: str | None, arrived: float, size: int, future: Future[Answer]
+    ) -> None:
         self._running.discard(future)
         self._window.release()
+        self._held -= size
+        self._fewer.set()
         if not future.cancelled():
             answer = future.exception() or future.result()
             self._events.put_nowait(Outcome(index, name, arrived, answer))
@@ -229,7 +259,8 @@ async def arriving(request: Request, max_bytes: int) -> AsyncIterator[File | Toc
     elif kind in LINES:
         async for line in _read_lines(request, max_bytes):
             try:
-                image = uploads.EncodedImage.model_validate_json(line)
+                parse = partial(uploads.EncodedImage.model_validate_json, line)
+                image = await uploads.aside(parse, len(line))
                 yield File(image.name, image.b64)
             except ValidationError as error:
                 yield ParameterError(f"the line's {first_fault(error)}")
@@ -237,7 +268,7 @@ async def arriving(request: Request, max_bytes: int) -> AsyncIterator[File | Toc
         raise UnsupportedTypeError(f"a body of type {kind[:100]!r} is not read here: {_HOW}")
 
 
-async def _read_lines(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+async def _read_lines(request: Request, max_bytes: int) -> AsyncIterator[bytearray]:
     """Yield the lines of a body that are not blank."""
     unfinished = bytearray()
     async for chunk in request.stream():
@@ -248,8 +279,8 @@ async def _read_lines(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
                     f"a line is larger than the {max_bytes:,} bytes that are allowed"
                 )
             if piece.endswith(b"\n"):
-                if line := bytes(unfinished.strip()):
+                line, unfinished = unfinished, bytearray()
+                if not line.isspace():
                     yield line
-                unfinished.clear()
-    if line := bytes(unfinished.strip()):
-        yield line
+    if unfinished and not unfinished.isspace():
+        yield unfinished

@@ -4,19 +4,30 @@ All of them are in memory then, so how many bytes and images a request may have 
 Requests with more than that are read by `batches`.
 """
 
-import base64
-import binascii
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from starlette.requests import Request
 
 from adapters.schema import first_fault
 from server.errors import BadRequestError, ParameterError, TooLargeError, UnsupportedTypeError
 from server.settings import Settings
-from server.web import multipart
+from server.web import encoded, multipart
 from server.web.body import FORM, JSON, content_type, read
+
+T = TypeVar("T")
 
 _HOW = (
     f"send the image as the form field {multipart.FIELD!r} (curl -F {multipart.FIELD}=@photo.jpg), "
@@ -25,17 +36,25 @@ _HOW = (
 )
 
 
+#: Commas that JSON may have for each image that is allowed: an image needs two, its name may hold
+#: others. What is far beyond that is refused before it is parsed.
+COMMAS = 64
+
+#: Bytes from which parsing is worth a thread.
+LARGE = 2**16
+
+
 def _from_base64(text: Any) -> Any:
     if not isinstance(text, str):
         return text
+    start = 0
     if text.startswith("data:"):
-        _, separator, text = text.partition(";base64,")
-        if not separator:
+        start = text.find(";base64,") + len(";base64,")
+        if start < len(";base64,"):
             raise ValueError("a data: URL of an image must hold ;base64, and what follows from it")
     try:
-        # Many programs break base64 into lines; anything else that is not of it is a mistake.
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return encoded.decode(text, start, broken=True)
+    except ValueError as error:
         raise ValueError(f"this is not base64: {error}") from error
 
 
@@ -47,7 +66,8 @@ class EncodedImage(BaseModel):
     b64: Annotated[bytes, BeforeValidator(_from_base64, json_schema_input_type=str)] = Field(
         description="a JPEG, PNG or WebP file in base64, or a data: URL of it"
     )
-    name: str | None = Field(default=None, description="to tell it from others")
+    # Results of a stream wait, with their names, for a client that does not read them.
+    name: str | None = Field(default=None, max_length=4096, description="to tell it from others")
 
 
 class EncodedImages(BaseModel):
@@ -55,7 +75,7 @@ class EncodedImages(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: list[EncodedImage] = Field(min_length=1)
+    images: Annotated[list[EncodedImage], FailFast()] = Field(min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -112,7 +132,7 @@ class Upload:
         single: whether it was sent as one image, to be answered by itself.
     """
 
-    images: list[bytes]
+    images: list[bytes] | list[bytearray]
     single: bool
 
 
@@ -133,7 +153,8 @@ async def read_images(request: Request, settings: Settings) -> Upload:
     if kind == FORM:
         upload = await _read_form(request, settings.max_body_bytes, limit)
     elif kind == JSON:
-        upload = _parse(await read(request), limit)
+        body = await read(request)
+        upload = await aside(partial(_parse, body, limit), len(body))
     elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
         upload = Upload([await read(request)], single=True)
     else:
@@ -154,15 +175,25 @@ async def _read_form(request: Request, max_bytes: int, limit: int) -> Upload:
     return Upload(images, single=len(images) == 1)
 
 
-def _parse(body: bytes, limit: int) -> Upload:
+def _parse(body: bytes | bytearray, limit: int) -> Upload:
+    if body.count(b",") > COMMAS * limit:
+        raise TooLargeError(
+            f"the body lists far more than the {limit} images that are answered together"
+        )
     try:
         images = EncodedImages.model_validate_json(body).images
     except ValidationError as error:
-        if error.errors()[0]["type"] == "json_invalid":
-            raise BadRequestError(f"the body is not JSON: {error.errors()[0]['msg']}") from None
+        (fault, *_) = error.errors(include_url=False, include_input=False)
+        if fault["type"] == "json_invalid":
+            raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
         raise ParameterError(f"the body's {first_fault(error)}") from None
     _check_count(len(images), limit)
     return Upload([image.b64 for image in images], single=False)
+
+
+async def aside(parse: Callable[[], T], size: int) -> T:
+    """Return what `parse` returns, which works on so many bytes: of many in a thread."""
+    return await asyncio.to_thread(parse) if size > LARGE else parse()
 
 
 def _check_count(images: int, limit: int) -> None:

@@ -105,14 +105,8 @@ class Access:
             UnauthorizedError: if a key is needed and this is none.
             QuotaError: if its quota is used up.
         """
-        if not self._callers:
-            return None
-        if key is None:
-            raise UnauthorizedError(f"inference needs an API key: {_HOW}")
-        caller = next((caller for secret, caller in self._callers if _same(key, secret)), None)
-        if caller is None:
-            raise UnauthorizedError("the API key that came is not known here")
-        if bucket := caller.bucket:
+        caller = self.identify(key)
+        if caller and (bucket := caller.bucket):
             if wait := bucket.wait():
                 raise QuotaError(
                     f"the key {caller.name!r} allows {bucket.rate:g} images a second, "
@@ -120,6 +114,21 @@ class Access:
                     wait,
                 )
             bucket.take(1)
+        return caller
+
+    def identify(self, key: str | None) -> Caller | None:
+        """Return whose key it is; None if the server is open to all.
+
+        Raises:
+            UnauthorizedError: if a key is needed and this is none.
+        """
+        if not self._callers:
+            return None
+        if key is None:
+            raise UnauthorizedError(f"inference needs an API key: {_HOW}")
+        caller = next((caller for secret, caller in self._callers if _same(key, secret)), None)
+        if caller is None:
+            raise UnauthorizedError("the API key that came is not known here")
         return caller
 
 
@@ -144,6 +153,11 @@ async def require_admin(request: Request, key: GivenKey) -> None:
 async def require_api_key(request: Request, key: GivenKey) -> None:
     """Let only requests with an API key pass, if there are any (see `Access.admit`)."""
     request.state.caller = get_access(request).admit(key)
+
+
+async def require_known_key(request: Request, key: GivenKey) -> None:
+    """Let only requests with an API key pass, if there are any, and charge them nothing."""
+    get_access(request).identify(key)
 
 
 def charge(request: Request, images: int) -> None:

@@ -1,9 +1,11 @@
 """The body of a request: what kind it is, its bytes, and how long it may take to arrive."""
 
-import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from anyio import fail_after
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from server.errors import UploadTimeoutError
@@ -11,7 +13,11 @@ from server.errors import UploadTimeoutError
 FORM = "multipart/form-data"
 JSON = "application/json"
 
+#: Seconds that a body of a few parameters may take.
+SOON = 10.0
+
 T = TypeVar("T")
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def content_type(request: Request) -> str:
@@ -19,10 +25,29 @@ def content_type(request: Request) -> str:
     return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
-async def read(request: Request) -> bytes:
+async def read(request: Request) -> bytearray:
     """Return the whole body."""
-    # Not request.body(): it would keep the bytes for as long as the request lives.
-    return b"".join([chunk async for chunk in request.stream()])
+    # Not request.body(): it would keep the bytes for as long as the request lives, and join them
+    # at once, for which the event loop would stand still.
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+    return body
+
+
+async def read_json(request: Request, kind: type[Schema]) -> Schema:
+    """Return a small body of JSON: unlike a parameter of a route it is read after keys are checked.
+
+    Raises:
+        RequestValidationError: as if it were a parameter.
+        UploadTimeoutError: if it does not arrive soon.
+    """
+    body = await in_time(read(request), SOON, round(1000 * SOON))
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        faults = [fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]
+        raise RequestValidationError(faults) from None
 
 
 async def in_time(reading: Awaitable[T], seconds: float, allowed_ms: int) -> T:
@@ -37,8 +62,9 @@ async def in_time(reading: Awaitable[T], seconds: float, allowed_ms: int) -> T:
         UploadTimeoutError: if it does not.
     """
     try:
-        return await asyncio.wait_for(reading, seconds)
-    except asyncio.TimeoutError:
+        with fail_after(seconds):
+            return await reading
+    except TimeoutError:
         raise UploadTimeoutError(
             f"the request body did not arrive within {allowed_ms} ms"
         ) from None

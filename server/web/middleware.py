@@ -3,6 +3,7 @@
 Plain ASGI: starlette's BaseHTTPMiddleware would hide a client's going from the routes.
 """
 
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import TooLargeError
+from server.errors import BadRequestError, TooLargeError, UnavailableError
 
 REQUEST_ID = "X-Request-Id"
 
@@ -41,43 +42,90 @@ class RequestId:
         await self.app(scope, receive, send_id)
 
 
+class Budget:
+    """Bytes of uploads that the server holds at a time.
+
+    Not for several threads: the event loop owns it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes more.
+
+        Raises:
+            UnavailableError: if there is no room for them.
+        """
+        if self.held + size > self.limit:
+            raise UnavailableError(
+                f"requests that are being read or worked on hold {self.held:,} of the "
+                f"{self.limit:,} bytes that they may have together"
+            )
+        self.held += size
+
+    def release(self, size: int) -> None:
+        """Hold so many bytes less."""
+        self.held -= size
+
+
 class BodyLimit:
     """Ends the reading of a body that is too large, before it is read where it says so itself."""
 
     def __init__(
-        self, app: ASGIApp, max_bytes: int, by_path: Mapping[str, float] | None = None
+        self, app: ASGIApp, budget: Budget, max_bytes: int, by_path: Mapping[str, float]
     ) -> None:
         """Limit the bodies of all requests.
 
         Args:
             app: what answers them.
+            budget: holds the bytes of a body until its request ends; those of an endless one are
+                not counted here.
             max_bytes: that a body may have.
-            by_path: that it may have instead, where it is sent to one of these paths.
+            by_path: that it may have instead, where a pattern matches the whole path.
         """
         self.app = app
+        self.budget = budget
         self.max_bytes = max_bytes
-        self.by_path = by_path or {}
+        self.by_path = {re.compile(pattern): limit for pattern, limit in by_path.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with a `receive` that raises TooLargeError."""
+        """Run the application with a `receive` that raises TooLargeError or UnavailableError."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("Content-Length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("Content-Length", "")
         # Cut, as int() refuses thousands of digits; what is no number is counted as it comes.
         declared = int(length[:20]) if length.isdecimal() else 0
-        limit = self.by_path.get(scope["path"], self.max_bytes)
+        limit = self._limit(scope["path"])
         read = 0
 
         async def receive_limited() -> Message:
             nonlocal read
+            if length and "Transfer-Encoding" in headers:
+                # Proxies differ in which of them they believe, which hides requests in bodies.
+                raise BadRequestError("a request has Content-Length or Transfer-Encoding, not both")
             _check(declared, limit)
             message = await receive()
-            read += len(message.get("body", b""))
-            _check(read, limit)
+            size = len(message.get("body", b""))
+            _check(read + size, limit)
+            if limit < math.inf:
+                self.budget.take(size)
+                read += size
             return message
 
-        await self.app(scope, receive_limited, send)
+        try:
+            await self.app(scope, receive_limited, send)
+        finally:
+            self.budget.release(read)
+
+    def _limit(self, path: str) -> float:
+        for pattern, limit in self.by_path.items():
+            if pattern.fullmatch(path):
+                return limit
+        return self.max_bytes
 
 
 def _check(size: int, limit: float) -> None:

@@ -6,6 +6,7 @@ Starlette reads a form as a whole, so that a stream of files would end in memory
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from io import BytesIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, FormParser, parse_options_header
@@ -47,8 +48,9 @@ async def read_files(request: Request, max_bytes: int) -> AsyncIterator[File]:
         _check_name(file.field_name)
         _check_size(file.size, max_bytes)
         name = (file.file_name or b"").decode(errors="replace")
-        file.file_object.seek(0)
-        arrived.append(File(name or None, file.file_object.read()))
+        assert isinstance(file.file_object, BytesIO)  # as MAX_MEMORY_FILE_SIZE says
+        # Unlike what read() returns it is no copy.
+        arrived.append(File(name or None, file.file_object.getvalue()))
 
     def on_field(field: Field) -> None:
         _check_name(field.field_name)

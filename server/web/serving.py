@@ -12,6 +12,7 @@ from server.errors import UnavailableError
 from server.models.registry import Registry
 from server.observe.metrics import Metrics
 from server.settings import Settings
+from server.web.middleware import Budget
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def held(name: str, kind: type[T]) -> Callable[[Request], T]:
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings, models, engine and metrics of one server.
+    """Settings, models, engine, metrics and bytes of uploads of one server.
 
     Attributes:
         started: when, in the engine's time.
@@ -41,6 +42,7 @@ class Serving:
     models: Registry
     engine: Engine
     metrics: Metrics
+    budget: Budget
     started: float
     stopping: threading.Event = field(default_factory=threading.Event)
     warm: threading.Event = field(default_factory=threading.Event)

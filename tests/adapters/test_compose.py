@@ -125,6 +125,23 @@ def test_folded_and_low_rank_give_the_same_logits(kind):
         assert (low_rank - forward(model, images, target)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_composed_runs_on_a_model_in_half_precision(dtype):
+    model = small_model()
+    bank = random_bank(BackboneInfo.of(backbone_of(model)), targets=ALL_TARGETS)
+    delta = compose(bank, 0, 3, scale=0.002)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact, plain = forward(model, images, 0, delta), forward(model, images)
+    change = (exact - plain).norm()
+    half = model.to(dtype)
+    for form in (delta, delta.to(dtype=dtype), fold(half, delta)):
+        logits = forward(half, images.to(dtype), 0, form)
+        assert logits.dtype == dtype
+        assert (logits - exact).norm() < 0.2 * change
+    on_the_fly = forward(half, images.to(dtype), 0, delta)
+    assert torch.equal(on_the_fly, forward(half, images.to(dtype), 0, delta.to(dtype=dtype)))
+
+
 @pytest.mark.parametrize("name", ["tocom", "tocom_rank4"])
 def test_pairs_of_rates_agree_with_the_reference(name):
     case, tensors = oracle_case.read(name)

@@ -21,7 +21,6 @@ from tests.adapters.test_peft import bank_of
 from tests.adapters.test_task import random_task
 from tests.tocom_models import pictures, small_model
 from tocom import Backbone, BackboneError, BankError, ConfigError, RateError, TocomError, forward
-from tocom.backbones import Calibration
 
 
 def small_backbone(kind: str = "vit_tiny", **changes: Any) -> Backbone:
@@ -66,8 +65,8 @@ def assert_agrees(path: Path, expected: Any) -> None:
 def test_both_formats_answer_as_the_forward_with_its_delta(suffix, tmp_path):
     backbone = small_backbone(class_names=tuple(f"Ä {i}" for i in range(10)))
     bank = bank_of(backbone.model, ("q", "v", "fc1"))
-    searched = Calibration(bank.info.digest, 1, {3: 0.75}, "kl", {})
-    backbone = replace(backbone, calibration=searched)
+    searched = {"bank_digest": bank.info.digest, "source": 1, "multiplier": {"3": 0.75}}
+    backbone = replace(backbone, calibration=searched | {"measure": "kl", "pictures": {}})
     path = export_model(backbone, 3, tmp_path / f"new/model.3{suffix}", bank, source=1)
     delta = compose(bank, 1, 3, scale=0.75)
     images = pictures(backbone.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from adapters import (
@@ -220,6 +221,28 @@ def test_a_description_that_is_too_large_is_refused(tmp_path):
     for read in (Bank.load, read_info):
         with pytest.raises(BankError, match=message):
             read(folder)
+
+
+@pytest.mark.parametrize(("info", "entry"), [(BANK, "targets"), (TASK, "class_names")])
+def test_one_fault_of_a_long_list_is_enough(info, entry):
+    with pytest.raises(ValidationError, match=f"{entry}.0") as caught:
+        type(info).model_validate(info.model_dump() | {entry: [0] * 1000})
+    assert caught.value.error_count() <= 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"format_version": "x" * 5000}, {"x" * 5000: 1}], ids=["version", "entry"]
+)
+def test_a_message_does_not_repeat_all_that_came(tmp_path, changes):
+    folder = bank_of(BANK).save(tmp_path / "bank")
+    file = folder / "bank.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(BankError, match="x{10}") as caught:
+        Bank.load(folder)
+    tensors = bank_of(BANK).tensors | {"x" * 5000: torch.zeros(1)}
+    with pytest.raises(BankError, match="has an unknown tensor x{200}$"):
+        Bank(BANK, tensors)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_task_may_have_as_many_classes_as_there_are(tmp_path):

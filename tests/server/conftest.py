@@ -140,8 +140,8 @@ def listening(app) -> Iterator[str]:
         listener.close()
 
 
-def call(app, *messages, path="/v1/classify", headers=()):
-    """POST to the application as bare ASGI: some messages, then silence.
+def call(app, *messages, path="/v1/classify", headers=(), method="POST"):
+    """Send a request to the application as bare ASGI: some messages, then silence.
 
     Returns the status, the body and the messages that nobody read.
     """
@@ -150,7 +150,7 @@ def call(app, *messages, path="/v1/classify", headers=()):
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "method": "POST",
+        "method": method,
         "path": path,
         "raw_path": path.encode(),
         "root_path": "",

@@ -1,21 +1,21 @@
 """Many clients at once over real HTTP: each gets what its image gets alone."""
 
 import random
-import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 import pytest
 import torch
-import uvicorn
 from torch import Tensor
 
 from server.app import create_app
 from server.models.pictures import decode
-from tests.server.conftest import MAX_RATE, picture, png
+from server.observe.metrics import Metrics
+from tests.server.conftest import MAX_RATE, listening, picture, png
+from tests.server.works import PATIENCE
 from tocom import trace
 from tocom.backbones import weights_digest
 
@@ -42,23 +42,6 @@ class Expected:
         return gap <= 1e-4
 
 
-@pytest.fixture(scope="module")
-def app(settings):
-    return create_app(settings)
-
-
-@pytest.fixture(scope="module")
-def address(app) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listener.close()
-
-
 def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
     image = served.transform(decode(data, 10**6))[None]
     delta = served.delta(rate) if compensate and rate != served.source else None
@@ -66,7 +49,21 @@ def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
     return Expected(traced.logits[0], bool(traced.margin[0] < TIE))
 
 
-def test_mixed_rates_from_eight_threads(app, address, served):
+@pytest.fixture
+def decoded(monkeypatch) -> threading.Semaphore:
+    """One for each image that is decoded from now on."""
+    decoded, count = threading.Semaphore(0), Metrics.decoded
+
+    def counted(*arguments: object) -> None:
+        count(*arguments)
+        decoded.release()
+
+    monkeypatch.setattr(Metrics, "decoded", counted)
+    return decoded
+
+
+def test_mixed_rates_from_eight_threads(settings, served, decoded):
+    app = create_app(settings)
     cases = [
         (index, rate, compensate)
         for index in range(len(PICTURES))
@@ -74,12 +71,16 @@ def test_mixed_rates_from_eight_threads(app, address, served):
         for compensate in (True, False)
     ]
     expected = {case: alone(served, PICTURES[case[0]], *case[1:]) for case in cases}
-    asked = random.Random(0).choices(cases, k=REQUESTS)
+    alike = [(index, MAX_RATE, True) for index in range(THREADS)]
+    asked = alike + random.Random(0).choices(cases, k=REQUESTS)
     model = app.state.serving.models.get("tiny").backbone.model
     digest = weights_digest(model)
     sizes: set[int] = set()
 
-    with httpx.Client(base_url=address, timeout=60) as client:
+    with (
+        listening(app) as address,
+        httpx.Client(base_url=f"http://{address}", timeout=PATIENCE) as client,
+    ):
 
         def ask(case: tuple[int, int, bool]) -> Tensor:
             index, rate, compensate = case
@@ -96,13 +97,20 @@ def test_mixed_rates_from_eight_threads(app, address, served):
 
         at_source = [ask((index, 0, True)) for index in range(len(PICTURES))]
         with ThreadPoolExecutor(THREADS) as pool:
-            answers = list(pool.map(ask, asked))
+            # The forward is held until those that are alike wait for it: they run together.
+            go = threading.Event()
+            app.state.serving.engine.call(partial(go.wait, PATIENCE))
+            answering = pool.map(ask, asked)
+            for _ in range(len(PICTURES) + THREADS):
+                assert decoded.acquire(timeout=PATIENCE)
+            go.set()
+            answers = list(answering)
         returned = [ask((index, 0, True)) for index in range(len(PICTURES))]
 
     wrong = [c for c, logits in zip(asked, answers, strict=True) if not expected[c].agrees(logits)]
     assert wrong == []
     assert sum(expected[case].tied for case in asked) < 0.01 * REQUESTS
-    assert max(sizes) > 1  # otherwise nothing ran together and nothing was shown
+    assert max(sizes) > 1
 
     assert weights_digest(model) == digest
     for index, data in enumerate(PICTURES):

@@ -1,6 +1,7 @@
-"""Two replicas under Ray as users have them: a program, HTTP, the program again for changes."""
+"""Two replicas under Ray as users have them: `serve run`, HTTP, `serve deploy` for changes."""
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -10,18 +11,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
+from typing import IO, Any
 
 import httpx
 import psutil
 import pytest
+import ray
 import torch
 import yaml
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -30,11 +34,13 @@ from server.client import Client
 from server.engine.engine import Engine
 from server.errors import UnavailableError, UnknownBankError
 from server.observe import log
-from server.ray import NAME, Arguments, Replica, UserConfig, build, main
+from server.ray import NAME, Arguments, Replica, UserConfig, build
 from server.settings import load_settings
 from tests.server.conftest import MAX_RATE, picture, png
+from tests.server.works import PATIENCE
 from tocom import ConfigError
 
+SERVE = str(Path(sys.executable).with_name("serve"))
 ROOT = Path(__file__).parents[2]
 KEY = "admin-" + "k" * 16
 PICTURES = [png(picture(seed)) for seed in range(4)]
@@ -46,33 +52,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", "nix.toml"], "there is no configuration file nix.toml"),
-        (["--port", "70000"], "setting port: Input should be less than or equal to 65535"),
-        (["--replicas", "0"], "--replicas must be 1 or more"),
-        (["--replicas", "2", "--max-replicas", "1"], "--replicas must be 1 or more, and --max-"),
-        (["--bank", "tiny"], "--bank tiny: expected MODEL=NAME@DIGEST"),
-        (["--bank", "tiny=better"], "--bank tiny=better: Value error, a bank is NAME@DIGEST or"),
-    ],
-)
-def test_a_mistake_is_one_clear_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.startswith(f"server.ray: {message}")
-    assert complaint.count("\n") == 1
-
-
-def test_a_port_in_use_is_not_shared(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        assert main(["--port", str(other.getsockname()[1])]) == 2
-    assert "Address already in use" in capsys.readouterr().err
-
-
 def test_a_replica_cannot_have_a_certain_gpu():
     with pytest.raises(ConfigError, match="must be auto, cpu or cuda, got 'cuda:1'"):
         build(Arguments(settings={"device": "cuda:1"}))
+
+
+@pytest.mark.parametrize("there", [0, 1])
+@pytest.mark.parametrize("started", [False, True], ids=["before Ray", "in Ray"])
+def test_a_replica_gets_a_gpu_if_there_are_any(monkeypatch, there, started):
+    monkeypatch.setattr(ray, "is_initialized", lambda: started)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": float(there)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(there))
+    for device, gpus in (("auto", there), ("cpu", 0), ("cuda", 1)):
+        deployment = build(Arguments(settings={"device": device}))._bound_deployment
+        assert deployment.ray_actor_options["num_gpus"] == gpus
+
+
+def test_a_bank_is_named_with_its_digest():
+    with pytest.raises(ValidationError, match="a bank is NAME@DIGEST or 8 or more digits"):
+        UserConfig.model_validate({"banks": {"tiny": "better"}})
 
 
 def test_the_file_for_clusters_says_what_there_is():
@@ -118,20 +116,20 @@ def test_a_replica_whose_engine_is_stuck_is_not_healthy(replica, monkeypatch):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A program that runs two replicas, and how to run it again to change them."""
+    """`serve run` with two replicas, and `serve deploy` to change them."""
 
-    program: subprocess.Popen[str]
-    command: list[str]
+    file: dict[str, Any]
+    folder: Path
     environment: dict[str, str]
+    program: subprocess.Popen[str]
+    dashboard: str
     client: httpx.Client
 
-    def change(self, *arguments: str) -> None:
-        """Ask the running cluster for the same with other arguments."""
-        command = [*self.command, "--address", "auto", *arguments]
-        done = subprocess.run(
-            command, check=False, env=self.environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
+    def deploy(self, **banks: str) -> None:
+        """Ask for the same with other banks; Ray has heard of it then, replicas may not have."""
+        path = serve_file(self.folder, self.file, banks)
+        command = [SERVE, "deploy", path, "--address", self.dashboard]
+        subprocess.run(command, check=True, env=self.environment, capture_output=True)
 
     def replica(self) -> int:
         """Return the process of a replica."""
@@ -139,6 +137,15 @@ class Cluster:
             if "ray::ServeReplica" in " ".join(process.cmdline()):
                 return process.pid
         raise AssertionError("there is no replica")
+
+
+def serve_file(folder: Path, file: dict[str, Any], banks: dict[str, str]) -> Path:
+    """Write a Serve config file; JSON is YAML, too."""
+    (deployment,) = file["applications"][0]["deployments"]
+    deployment["user_config"] = {"banks": banks}
+    path = folder / "serve.yaml"
+    path.write_text(json.dumps(file))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -153,48 +160,70 @@ def other_bank(bank_folder) -> Bank:
 def cluster(tiny, other_bank, tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("ray")
     Store(folder / "store").publish(other_bank)
-    (folder / "server.toml").write_text(
+    settings = folder / "server.toml"
+    settings.write_text(
         f'device = "cpu"\nadmin_key = "{KEY}"\nstore = "{folder}/store"\n'
         f'[[models]]\nname = "tiny"\nbackbone = "{tiny.backbone}"\nbank = "{tiny.bank}"\n'
     )
-    command = [sys.executable, "-m", "server.ray", "--config", str(folder / "server.toml")]
-    command += ["--replicas", "2", "--cpus", "0.5"]
-    with (
-        # A socket's path has to be short.
-        tempfile.TemporaryDirectory(prefix="ray-") as ray_folder,
-        (folder / "log").open("w+") as log,
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    application = {
+        "name": NAME,
+        "import_path": "server.ray:build",
+        "args": {"config": str(settings)},
+        "deployments": [
+            {"name": NAME, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}},
+        ],
+    }
+    file = {"http_options": {"port": port}, "applications": [application]}
+    # A socket's path has to be short.
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
         # Ray keeps a token at home.
         ours = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder}
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
         if sys.dont_write_bytecode:
-            # Six processes import the same: the first one compiles it for all.
+            # Five processes import the same: the first one compiles it for all.
             ours |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
         environment = os.environ | ours
         with subprocess.Popen(
-            [*command, "--port", "0"],
+            [SERVE, "run", serve_file(folder, file, {})],
             env=environment,
             cwd=folder,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=subprocess.STDOUT,
             text=True,
         ) as program:
+            said: SimpleQueue[str] = SimpleQueue()
+            reader = threading.Thread(target=read, args=(program.stdout, said))
+            reader.start()
             try:
-                address = read_address(program, folder / "log")
-                with httpx.Client(base_url=address, timeout=60) as client:
-                    yield Cluster(program, command, environment, client)
-                left = psutil.Process(program.pid).children(recursive=True)
-                program.send_signal(signal.SIGTERM)
-                assert program.wait(timeout=120) == 0
-                assert psutil.wait_procs(left, timeout=60)[1] == []
+                dashboard = wait_for(r"dashboard at \S*?(http://[\d.:]+)", said)
+                wait_for(r"(model tiny is warm)", said)
+                replicas = set()
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+                    while len(replicas) < 2:
+                        replicas.add(client.get("/v1/models").headers["x-replica"])
+                    yield Cluster(file, folder, environment, program, dashboard, client)
             finally:
-                program.kill()
+                program.send_signal(signal.SIGINT)
+                reader.join()
 
 
-def read_address(program: subprocess.Popen[str], log: Path) -> str:
-    while line := program.stdout.readline():
-        if found := re.search(r"Serving on (http://\S+)", line):
+def read(output: IO[str], said: SimpleQueue[str]) -> None:
+    """Read all that a program says, so that it never waits for it; an empty line is the end."""
+    for line in output:
+        said.put(line)
+    said.put("")
+
+
+def wait_for(pattern: str, said: SimpleQueue[str]) -> str:
+    """Return what is found in the next line that has it."""
+    lines = []
+    for line in iter(said.get, ""):
+        if found := re.search(pattern, line):
             return found[1]
-    raise AssertionError(log.read_text())
+        lines.append(line)
+    raise AssertionError("".join(lines))
 
 
 def ask(client: httpx.Client, index: int, rate: int, compensate: bool) -> httpx.Response:
@@ -235,71 +264,53 @@ def test_banks_cannot_be_changed_on_one_replica_alone(cluster, other_bank):
 
 def test_a_bank_is_swapped_on_all_replicas_while_they_serve(cluster, bank_folder, other_bank):
     old, new = Bank.load(bank_folder).info.digest, other_bank.info.digest
-    seen: list[tuple[str, str]] = []
-    done = threading.Event()
+    before = {ask(cluster.client, 0, 3, True).headers["x-replica"] for _ in range(40)}
+    under_way = threading.Barrier(5)
 
     def load() -> None:
-        while not done.is_set():
+        changed: set[str] = set()
+        for asked in range(10_000):
             answer = ask(cluster.client, 0, 3, True)
             assert answer.status_code == 200
-            seen.append((answer.headers["x-replica"], answer.json()["bank_digest"]))
+            replica, digest = answer.headers["x-replica"], answer.json()["bank_digest"]
+            # Nothing is started for it, and none goes back to the old bank.
+            assert replica in before
+            assert digest == new if replica in changed else digest in (old, new)
+            if digest == new:
+                changed.add(replica)
+            if asked == 10:
+                under_way.wait(PATIENCE)
+            if changed == before:
+                return
+        raise AssertionError("the bank has not changed everywhere")
 
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(load) for _ in range(4)]
-        try:
-            cluster.change("--bank", f"tiny=tiny@{new[:12]}")
-            # Those that were on their way may have begun before it was done.
-            changed = len(seen) + len(loads)
-            while len(seen) < changed + 40 and not any(each.done() for each in loads):
-                time.sleep(0.01)
-        finally:
-            done.set()
+        under_way.wait(PATIENCE)
+        cluster.deploy(tiny=f"tiny@{new[:12]}")
         for each in loads:
             each.result()
 
-    assert {digest for _, digest in seen} == {old, new}
-    assert {digest for _, digest in seen[changed:]} == {new}
-    # Both replicas are those of before: none was started for it.
-    assert len({replica for replica, _ in seen}) == 2
-    assert len({replica for replica, _ in seen[changed:]}) == 2
 
-
-class Noting(httpx.HTTPTransport):
-    """Notes which replicas have answered."""
-
-    def __init__(self, answered: list[str]) -> None:
-        super().__init__()
-        self.answered = answered
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = super().handle_request(request)
-        if response.is_success:
-            self.answered.append(response.headers["x-replica"])
-        return response
-
-
-def test_a_replica_that_is_killed_loses_nothing_that_a_retry_cannot_recover(cluster, other_bank):
-    expected = {case: ask(cluster.client, *case).json()["logits"] for case in CASES}
-    before = {ask(cluster.client, 0, 0, True).headers["x-replica"] for _ in range(20)}
-    answered: list[str] = []
-    url = str(cluster.client.base_url)
+def test_a_replica_that_is_killed_loses_nothing_that_a_retry_cannot_recover(cluster):
+    expected = {case: ask(cluster.client, *case).json() for case in CASES}
+    answered = threading.Semaphore(0)
 
     def load(client: Client, seed: int) -> None:
-        cases = random.Random(seed)
-        while set(answered) <= before:
-            case = index, rate, compensate = cases.choice(CASES)
+        for case in random.Random(seed).choices(CASES, k=60):
+            index, rate, compensate = case
             answer = client.classify(PICTURES[index], rate=rate, compensate=compensate, logits=True)
-            assert answer.logits == pytest.approx(expected[case], abs=1e-4)
-            # The replica that comes in its place knows of the change, too.
-            assert answer.bank_digest == other_bank.info.digest
+            assert answer.logits == pytest.approx(expected[case]["logits"], abs=1e-4)
+            assert answer.bank_digest == expected[case]["bank_digest"]
+            answered.release()
 
     with (
-        Client(url, retries=9, transport=Noting(answered)) as client,
+        Client(str(cluster.client.base_url), retries=9) as client,
         ThreadPoolExecutor(4) as pool,
     ):
         loads = [pool.submit(load, client, seed) for seed in range(4)]
-        while len(answered) < 20 and not any(each.done() for each in loads):
-            time.sleep(0.01)
+        for _ in range(20):
+            assert answered.acquire(timeout=PATIENCE)
         os.kill(cluster.replica(), signal.SIGKILL)
         for each in loads:
             each.result()

@@ -43,6 +43,16 @@ def test_without_sizes_it_is_timms_layer_bit_for_bit(variant, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_a_scale_that_was_changed_is_what_timm_makes_of_it(fused):
+    attention = layer(fused)
+    x, _ = drawn()
+    before = attention(x)
+    attention.scale *= 3  # as pruning may leave it; timm's fused path does not read it
+    assert torch.equal(attention(x), before) == fused
+    assert torch.equal(attend(attention, "a", x, None, None)[0], attention(x))
+
+
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_size_bias_equals_the_formula(variant, fused):
     attention = layer(fused, **VARIANTS[variant])

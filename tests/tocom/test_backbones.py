@@ -75,6 +75,11 @@ def test_config_json_names_classes_and_source(tmp_path):
     backbone = load_backbone(str(path))
     assert backbone.class_names == tuple(names)
     assert backbone.source == 4
+    assert backbone.calibration is backbone.evaluation is None
+    # These are for others to read.
+    rewrite(path, calibration=0.1, evaluation={"rows": []})
+    backbone = load_backbone(str(path))
+    assert (backbone.calibration, backbone.evaluation) == (0.1, {"rows": []})
 
 
 def test_class_names_by_index_and_descriptions(tmp_path):

@@ -160,6 +160,29 @@ def test_folded_weights_hold_only_what_changed_and_share_no_memory():
     assert weight.data_ptr() != own.data_ptr()
 
 
+def test_a_delta_can_be_moved_once():
+    model = small_model("vit_tiny")
+    delta = drawn_delta(model, dropout=0.25)
+    moved = delta.to("meta", torch.float16)
+    assert moved.dropout == 0.25
+    assert moved.pairs.keys() == delta.pairs.keys()
+    for pair in moved.pairs.values():
+        assert {tensor.dtype for tensor in pair} == {torch.float16}
+        assert {tensor.device.type for tensor in pair} == {"meta"}
+    for name, pair in delta.to("cpu").pairs.items():
+        assert all(a is b for a, b in zip(pair, delta.pairs[name], strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_delta_on_the_cpu_runs_on_a_gpu():
+    model = small_model("vit_tiny")
+    images, delta = pictures(model), drawn_delta(model)
+    expected = forward(model, images, 2, delta)
+    for form in (delta, delta.to("cuda"), fold(model.cuda(), delta)):
+        logits = forward(model.cuda(), images.cuda(), 2, form)
+        torch.testing.assert_close(logits.cpu(), expected, rtol=0, atol=1e-3)
+
+
 def test_folding_keeps_the_dtype_of_the_model():
     model = small_model("vit_tiny").bfloat16()
     delta = drawn_delta(model, scale=0.3)
@@ -169,6 +192,15 @@ def test_folding_keeps_the_dtype_of_the_model():
     exact = forward(copy.deepcopy(model).float(), images.float(), 0, delta)
     logits = forward(model, images, 0, folded).float()
     assert (logits - exact).norm() < 0.05 * exact.norm()  # see the bound in test_vit.py
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folding_rounds_once(dtype):
+    model = small_model("vit_tiny").to(dtype)
+    delta = drawn_delta(model, scale=0.3)
+    exact = changed_by_hand(copy.deepcopy(model).float(), delta)
+    for name, weight in fold(model, delta).weights.items():
+        assert torch.equal(weight, exact[f"{name}.weight"].to(dtype))
 
 
 # --- training

@@ -1,5 +1,7 @@
 """OpenVINO's graphs against the golden cases and against the eager forward."""
 
+import weakref
+
 import openvino
 import pytest
 import timm
@@ -69,6 +71,19 @@ def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     agree(Graph(model, variant, images=3), model, pictures(model), variant)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rate", [0, 3])
+def test_the_scale_of_attention_is_what_timm_makes_of_it(fused, rate):
+    model, variant = small_model(), Variant(rate)
+    for block in model.blocks:
+        block.attn.scale *= 3  # as pruning may leave it: no longer head_dim ** -0.5
+        block.attn.fused_attn = fused
+    images = pictures(model)
+    logits = agree(Graph(model, variant, images=3), model, images, variant)
+    if rate == 0:
+        torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("rate", [0, 4])
 def test_one_graph_serves_every_delta_and_every_task(rate):
     model = small_model("deit3_small")
@@ -107,6 +122,18 @@ def test_what_it_returns_is_not_overwritten_by_the_next_call():
         graph(1 + pictures(model), variant)
     assert torch.equal(first.features, kept[0])
     assert torch.equal(first.logits, kept[1])
+
+
+def test_a_graph_keeps_no_weights_of_a_delta_that_is_gone():
+    model = small_model("deit3_small")
+    images, change = pictures(model), delta(model)
+    graph = Graph(model, Variant(0), 3)
+    graph(images, Variant(0, change))
+    held = [weakref.ref(tensor) for tensor in graph._bound._tensors]
+    assert all(tensor() is not None for tensor in held)
+    del change
+    assert not any(tensor() is not None for tensor in held)
+    agree(graph, model, images, Variant(0, delta(model, 1)))
 
 
 @pytest.mark.parametrize(

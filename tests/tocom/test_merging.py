@@ -181,6 +181,36 @@ def test_gradients_reach_the_tokens_in_proportion_to_their_size_and_not_the_metr
     assert not matched.margin.requires_grad
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def merged_and_gradient(metric, x, weights):
+    x = x.clone().requires_grad_()
+    merged, size = merge(x, None, match(metric, 24, 1))
+    (merged * weights).sum().backward()
+    return merged.detach(), size, x.grad
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_it_obeys_torchs_deterministic_algorithms(device, request):
+    # On a GPU, sums over an index are otherwise taken in any order.
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (8, 50, 4), (8, 50, 96), (8, 26, 96)
+    drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    usual = merged_and_gradient(*drawn)
+    request.getfixturevalue("deterministic")
+    first, second = merged_and_gradient(*drawn), merged_and_gradient(*drawn)
+    for by_default, one, other in zip(usual, first, second, strict=True):
+        torch.testing.assert_close(one, by_default, rtol=0, atol=0 if device == "cpu" else 1e-5)
+        assert torch.equal(one, other)
+
+
 # --- precision
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from adapters import Bank, Store
+from adapters import Bank, Calibration, Store
 from tests.training.banks import random_bank
 from tocom import ConfigError, load_backbone
 from training.attach import attach
@@ -62,11 +62,12 @@ def test_what_the_programs_write_can_be_attached(
     before = read(model / "config.json")
     assert attach(search, model) == model / "config.json"
     backbone = load_backbone(str(model))
-    assert backbone.calibration is not None
-    assert backbone.calibration.fits(Bank.load(bank).info.digest, 0)
+    calibration = Calibration.of(backbone)
+    assert calibration is not None
+    assert calibration.fits(Bank.load(bank).info.digest, 0)
     multiplier = read(search)["multiplier"]["2"]
-    assert backbone.calibration.scale(2) == multiplier
-    assert backbone.calibration.pictures == {"name": "pictures.tar", "count": 24}
+    assert calibration.scale(2) == multiplier
+    assert calibration.pictures == {"name": "pictures.tar", "count": 24}
 
     measured = evaluate(EvaluateConfig.model_validate(common), tmp_path / "measured")
     assert read(measured)["rows"][0]["multiplier"] == multiplier  # as it will be served

@@ -8,6 +8,7 @@ Reference: as in `attention` and `merging`.
 """
 
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,7 @@ class Graph:
         graph = _Builder(model, variant, images, _TYPES[dtype]).build()
         self._compiled = _core().compile_model(graph, "CPU", options)
         self._request = self._compiled.create_infer_request()
-        self._bound: tuple[object, ...] | None = None
+        self._bound: _Bound | None = None
 
     def __call__(self, images: Tensor, variant: Variant) -> Outputs:
         """Return features and logits; one torch thread is enough for its part in that.
@@ -103,16 +104,34 @@ class Graph:
 
     def _bind(self, delta: AnyDelta | None, adapter: Adapter | None) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""
-        assert not isinstance(delta, Delta), "a graph takes folded weights"
-        if self._bound is not None and self._bound[0] is delta and self._bound[1] is adapter:
+        if self._bound is not None and self._bound.is_of(delta, adapter):
             return
+        assert not isinstance(delta, Delta)  # a graph's weights are folded
         tensors = list(_weights(self._model, delta).values())
         for branch in adapter.branches if adapter is not None else ():
             tensors += branch
         tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
         for index, tensor in enumerate(tensors, start=1):
             self._request.set_input_tensor(index, _shared(tensor))
-        self._bound = delta, adapter, tensors  # kept alive, as OpenVINO only points at them
+        self._bound = _Bound(delta, adapter, tensors)
+
+
+class _Bound:
+    """Weights that a graph points at: kept alive for it, but no longer than their delta is."""
+
+    def __init__(
+        self, delta: FoldedWeights | None, adapter: Adapter | None, tensors: list[Tensor]
+    ) -> None:
+        # Of a bank that is no longer served, nothing is left here. Nothing runs on it then, and
+        # the next call binds others.
+        self._delta = None if delta is None else weakref.ref(delta, lambda _: tensors.clear())
+        self._adapter = adapter
+        self._tensors = tensors
+
+    def is_of(self, delta: AnyDelta | None, adapter: Adapter | None) -> bool:
+        """Return whether they are those of a call."""
+        bound = None if self._delta is None else self._delta()
+        return bound is delta and self._adapter is adapter and bool(self._tensors)
 
 
 @functools.cache
@@ -245,7 +264,9 @@ class _Builder:
         keys = ops.matmul(ops.reshape(k, [0, 0, heads * width], True), mean, False, False)
         q, k, v = (ops.transpose(t, [0, 2, 1, 3]) for t in (q, k, v))
         log = None if size is None else ops.unsqueeze(ops.log(ops.squeeze(size, [2])), [1, 2])
-        y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(attention.scale))
+        # As `attend` and timm have it: the fused kernel does not read the layer's own scale.
+        scale = width**-0.5 if attention.fused_attn else attention.scale
+        y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(scale))
         y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, heads * width], True)
         y = self._linear(f"{name}.proj", self._norm(attention.norm, y), attention.proj.bias)
         return y, keys

@@ -15,7 +15,7 @@ from server.models.registry import Registry
 from server.models.served import ServedModel
 from server.settings import Settings
 from server.web.access import Access
-from server.web.middleware import BodyLimit, RequestId
+from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.problems import add_handlers
 from tests.server.conftest import MAX_RATE
 from tests.tocom_models import small_model
@@ -53,7 +53,8 @@ def app(registry, store, swaps) -> FastAPI:
     app.state.banks = Banks(registry, store, swaps.append)
     app.include_router(bank_routes.router)
     add_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=1000, by_path={bank_routes.PATH: MAX_BYTES})
+    limits = {bank_routes.PATH: MAX_BYTES}
+    app.add_middleware(BodyLimit, budget=Budget(2 * MAX_BYTES), max_bytes=1000, by_path=limits)
     app.add_middleware(RequestId)
     return app
 

@@ -247,3 +247,11 @@ def test_every_route_wants_the_key(admin):
 
 
 # What is attached
+
+
+def test_a_bank_whose_name_looks_like_digits_is_reached_by_it(admin, make_bank):
+    bank = make_bank(name="deadbeef")
+    assert admin.post("/v1/banks", files=files(bank)).status_code == 201
+    found = admin.get("/v1/banks/deadbeef")
+    assert found.status_code == 200, found.text
+    assert found.json()["digest"] == bank.info.digest

@@ -30,6 +30,16 @@ def test_times_that_were_not_measured_follow_the_multiply_adds():
     assert times.batch(0, 8) == 16
 
 
+def test_multiply_adds_are_counted_once_for_each_rate():
+    counted = []
+    times = ServiceTimes(lambda rate: counted.append(rate) or 32 - rate)
+    times.measured(0, 1, 2.0)
+    for _ in range(3):
+        times.batch(16, 1)
+        times.batch(16, 8)
+    assert sorted(counted) == [0, 16]
+
+
 def test_what_is_settled_no_longer_follows_another_rate():
     times = ServiceTimes(lambda rate: 100 - rate)
     times.measured(0, 4, 1.0)

@@ -2,14 +2,16 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
-from server.models.pictures import decode
+from server.models import pictures
+from server.models.budget import PixelBudget
+from server.models.pictures import decode, prepare
 from tests.server.conftest import picture, png
 
 LIMIT = 1_000_000
@@ -163,3 +165,70 @@ def test_what_pillow_only_warns_of_is_refused_too():
 def test_far_too_elongated(size):
     with pytest.raises(ImageError, match="by a factor of 100 at most"):
         decode(png(Image.new("RGB", size)), LIMIT)
+
+
+@pytest.fixture
+def happened(monkeypatch):
+    """What is held, decoded and given back, in order."""
+    events = []
+
+    class Budget(PixelBudget):
+        @contextmanager
+        def hold(self, pixels, limit):
+            events.append((pixels, limit))
+            with super().hold(pixels, limit):
+                yield
+            events.append("given back")
+
+    def tell(name):
+        original = getattr(pictures, name)
+        monkeypatch.setattr(pictures, name, lambda *args: (events.append(name), original(*args))[1])
+
+    tell("_load")
+    tell("transformed")
+    monkeypatch.setattr(pictures, "DECODING", Budget())
+    return events
+
+
+def test_pixels_are_held_from_decoding_to_resizing(served, settings, happened):
+    prepare(png(picture(0, 80, 64)), served, settings)
+    assert happened == [(80 * 64, settings.max_pixels), "_load", "transformed", "given back"]
+
+
+def test_a_picture_that_is_too_large_holds_nothing(served, settings, happened):
+    with pytest.raises(TooLargeError, match="far more than"):
+        prepare(huge_png(), served, settings)
+    assert not happened
+
+
+def test_a_picture_that_cannot_be_decoded_gives_its_pixels_back(served, settings, happened):
+    data = png(picture(0, 400, 300))
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        prepare(data[: len(data) // 2], served, settings)
+    assert happened == [(400 * 300, settings.max_pixels), "_load"]
+    assert pictures.DECODING._held == 0
+
+
+@pytest.mark.parametrize(("progressive", "pixels"), [(False, 200 * 150), (True, 800 * 600)])
+def test_a_jpeg_holds_what_it_is_reduced_to(progressive, pixels, served, settings, happened):
+    data = encoded(picture(0, 800, 600), "JPEG", progressive=progressive)
+    assert served.least_side in range(76, 150)
+    prepare(data, served, settings)
+    assert happened[0] == (pixels, settings.max_pixels)
+
+
+def test_an_rgb_picture_is_not_copied(monkeypatch):
+    data = png(picture(0))
+    monkeypatch.setattr(Image.Image, "copy", None)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    assert decode(data, LIMIT).size == (80, 64)
+
+
+def test_what_another_picture_was_converted_from_is_freed(monkeypatch):
+    closed = []
+    original = ImageFile.ImageFile.close
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "close", lambda self: (closed.append(self.mode), original(self))
+    )
+    decode(png(picture(0).convert("RGBA")), LIMIT)
+    assert closed == ["RGBA"]

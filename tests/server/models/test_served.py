@@ -260,6 +260,14 @@ def test_a_calibration_for_something_else_is_ignored_and_noted(calibrated, image
     torch.testing.assert_close(logits(served.at(3, True), images), expected)
 
 
+@pytest.mark.parametrize("bank", [True, False])
+def test_a_malformed_calibration_is_refused_at_load(calibrated, bank):
+    settings = calibrated(multiplier=-1)
+    settings = settings if bank else settings.model_copy(update={"bank": None})
+    with pytest.raises(BackboneError, match=r"calibration\.multiplier must be above 0"):
+        load_model(settings)
+
+
 def test_a_source_in_the_settings_is_not_the_calibrated_one(calibrated):
     settings = calibrated()
     assert load_model(settings).calibration

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.errors import QueueFullError
 from server.models.registry import Registry
-from server.observe.log import JsonFormatter, TextFormatter, configure
+from server.observe.log import JsonFormatter, Seldom, TextFormatter, configure
 from server.observe.metrics import Metrics
 from server.observe.notes import INFERENCE, PROBES, note
 from server.observe.requests import RequestLog
@@ -212,3 +212,18 @@ def test_the_settings_choose_format_and_level(monkeypatch, capsys, log_format, l
         logging.getLogger("server.x").info("not so")
         logging.getLogger("server.x").warning("so")
     assert re.fullmatch(line, capsys.readouterr().err)
+
+
+def test_what_would_fill_the_log_is_said_seldom():
+    seldom = Seldom("socket.accept() out of")
+
+    def passes(message: str, at: float) -> bool:
+        record = logging.LogRecord("asyncio", logging.ERROR, "", 0, message, None, None)
+        record.created = at
+        return bool(seldom.filter(record))
+
+    accept = "socket.accept() out of system resource\nsocket: <socket>"
+    assert [passes(accept, at) for at in (100.0, 100.1, 109.9, 110.0, 110.1)] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert [passes("something else", 100.0)] * 3 == [True] * 3

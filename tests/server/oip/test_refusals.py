@@ -156,12 +156,18 @@ def test_a_short_body_is_a_problem(http):
     assert "9 bytes from 0 on go beyond the 4 bytes behind the JSON" in problem(answer)
 
 
-@pytest.mark.parametrize("path", ["models/tiny/infer", "repository/models/tiny/load"])
 @pytest.mark.parametrize("opening", [b"[", b'{"inputs":'])
-def test_a_body_that_is_nested_too_deeply_is_refused(http, path, opening):
-    answer = http.post(f"/v2/{path}", content=opening * 10**5)
+def test_a_body_that_is_nested_too_deeply_is_refused(http, opening):
+    answer = http.post("/v2/models/tiny/infer", content=opening * 10**5)
     assert answer.status_code == 400
     assert "body: Invalid JSON: recursion limit exceeded" in problem(answer)
+
+
+def test_parameters_of_a_load_are_few(http):
+    answer = http.post("/v2/repository/models/tiny/load", content=b"[" * 2**15)
+    assert answer.status_code == 413
+    answer = http.post("/v2/repository/models/tiny/load", content=b"[" * 1000)
+    assert answer.status_code == 400
 
 
 def test_a_bomb_is_refused(http):

@@ -378,3 +378,14 @@ def test_a_quota_slows_a_batch_down_and_ends_none(settings, photo, monkeypatch):
         answer = client.post(PATH, content=3 * line(photo), headers=headers)
         assert len(lines(answer)) == 3
     assert charged == ["someone"] * 2  # the first image was charged at the door
+
+
+def test_a_request_of_nothing_but_faults_ends(client, monkeypatch):
+    monkeypatch.setattr("server.v1.stream.FAILURES", 10)
+    answered = lines(post(client, b"{}\n" * 1000))
+    assert len(answered) < 20
+    assert answered[-1]["index"] is None
+    assert (
+        "more than 10 images of this request could not be answered"
+        in (answered[-1]["error"]["detail"])
+    )

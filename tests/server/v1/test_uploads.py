@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from server.errors import TooLargeError
 from server.settings import Settings
-from server.v1.uploads import Upload, read_images
+from server.v1.uploads import EncodedImages, Upload, read_images
 from tests.server.conftest import problem
 
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -190,3 +190,22 @@ def test_several_images_are_answered_together(client, photo):
         assert first["rate"] == 3
         assert second["status"] == 422
         assert "cannot be decoded" in second["detail"]
+
+
+@pytest.mark.parametrize("entry", [b"0", b"{}", b'""', b"null"])
+def test_a_list_of_many_faults_is_described_once(client, entry):
+    body = b'{"images": [' + b",".join([entry] * 4000) + b"]}"
+    answer = client.post("/v1/classify", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (413, 422)
+    assert len(problem(answer)) < 300
+
+
+def test_a_list_far_too_long_is_refused_unparsed(client, monkeypatch):
+    def parsed(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(EncodedImages, "model_validate_json", parsed)
+    body = b'{"images": [' + b"0," * 100_000 + b"0]}"
+    answer = client.post("/v1/classify", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert "far more than the 64 images" in problem(answer)

@@ -1,6 +1,13 @@
+import asyncio
+import json
+
 import pytest
 
 from server.app import create_app
+from server.errors import UnavailableError
+from server.settings import ApiKey
+from server.v1.batch import PATH
+from server.web.middleware import Budget
 from tests.server.conftest import call, problem
 
 BODY = {"type": "http.request", "body": b"image", "more_body": False}
@@ -47,3 +54,133 @@ def test_without_a_request_id_each_request_gets_its_own(client):
     first, second = (client.get("/healthz").headers["x-request-id"] for _ in range(2))
     assert len(first) == 32
     assert first != second
+
+
+def test_a_request_with_two_lengths_is_refused(app):
+    headers = [("Content-Length", "5"), ("Transfer-Encoding", "chunked")]
+    status, body, unread = call(app, BODY, headers=headers)
+    assert status == 400
+    assert "not both" in body["detail"]
+    assert unread == [BODY]
+
+
+def test_a_budget_is_not_overdrawn():
+    budget = Budget(10)
+    budget.take(6)
+    with pytest.raises(UnavailableError, match="hold 6 of the 10 bytes"):
+        budget.take(5)
+    budget.release(6)
+    budget.take(10)
+
+
+async def begin(app, path: str, sent: bytes, kind: str) -> tuple[asyncio.Task, asyncio.Queue, list]:
+    """Send a part of a request's body and wait until it is read."""
+    to_read: asyncio.Queue = asyncio.Queue()
+    answered: list[dict] = []
+    read = asyncio.Event()
+
+    async def receive() -> dict:
+        if to_read.empty():
+            read.set()
+        return await to_read.get()
+
+    async def send(message: dict) -> None:
+        answered.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", kind.encode())],
+    }
+    to_read.put_nowait({"type": "http.request", "body": sent, "more_body": True})
+    task = asyncio.create_task(app(scope, receive, send))
+    waiting = asyncio.create_task(read.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return task, to_read, answered
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/classify", "/v1/embed", "/v2/models/tiny/infer", "/v2/models/tiny/versions/1/infer"],
+)
+def test_slow_uploads_hold_no_more_bytes_than_there_is_room_for(settings, path):
+    size = 2**20
+    app = create_app(settings.model_copy(update={"max_inflight_bytes": 4 * size}))
+    budget = app.state.serving.budget
+
+    async def run() -> tuple[list[int], int]:
+        begun = [await begin(app, path, bytes(size), "image/png") for _ in range(6)]
+        most = budget.held
+        for _, to_read, _ in begun:
+            to_read.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(asyncio.gather(*(task for task, *_ in begun)), 60)
+        return [answered[0]["status"] for *_, answered in begun], most
+
+    statuses, most = asyncio.run(run())
+    assert sorted(statuses) == [499] * 4 + [503] * 2
+    assert most == 4 * size
+    assert budget.held == 0
+
+
+def test_a_stream_reserves_what_it_may_hold(settings):
+    app = create_app(settings.model_copy(update={"max_inflight_bytes": 5 * 2**20}))
+    budget = app.state.serving.budget
+
+    async def run() -> list[dict]:
+        streams = [await begin(app, PATH, b'{"b64', "application/x-ndjson") for _ in range(3)]
+        assert budget.held == 4 * 2**20
+        for _, to_read, _ in streams:
+            to_read.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(asyncio.gather(*(task for task, *_ in streams)), 60)
+        return streams[2][2]
+
+    refused = asyncio.run(run())
+    assert refused[0]["status"] == 503
+    assert "bytes that they may have together" in json.loads(refused[1]["body"])["detail"]
+    assert budget.held == 0
+
+
+ROUTES = [
+    ("POST", "/v1/classify"),
+    ("POST", "/v1/embed"),
+    ("POST", PATH),
+    ("POST", "/v2/models/tiny/infer"),
+    ("POST", "/v2/repository/index"),
+    ("POST", "/v2/repository/models/tiny/load"),
+    ("POST", "/v2/repository/models/tiny/unload"),
+    ("POST", "/v1/banks"),
+    ("PUT", "/v1/models/tiny/bank"),
+    ("DELETE", "/v1/models/tiny/bank"),
+    ("DELETE", "/v1/banks/x"),
+]
+
+
+def test_without_a_key_no_body_is_read(settings):
+    keys = (ApiKey(name="one", key="k" * 16),)
+    app = create_app(settings.model_copy(update={"api_keys": keys, "admin_key": keys[0].key}))
+    changing = {
+        (method.upper(), path)
+        for path, methods in app.openapi()["paths"].items()
+        for method in methods
+        if method != "get"
+    }
+    assert len(ROUTES) == len(changing)
+    endless = {"type": "http.request", "body": bytes(2**16), "more_body": True}
+    for method, path in ROUTES:
+        status, _, unread = call(app, endless, path=path, method=method)
+        assert (path, status, unread) == (path, 401, [endless])
+
+
+def test_a_body_of_parameters_is_small(settings):
+    key = ApiKey(name="one", key="k" * 16).key
+    app = create_app(settings.model_copy(update={"admin_key": key}))
+    large = {"type": "http.request", "body": b"[" * 2**15, "more_body": True}
+    headers = [("X-API-Key", "k" * 16)]
+    path = "/v1/models/tiny/bank"
+    status, body, _ = call(app, large, path=path, method="PUT", headers=headers)
+    assert status == 413
+    assert "16,384 bytes" in body["detail"]
