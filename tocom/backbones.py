@@ -39,8 +39,8 @@ class Backbone:
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
-        calibration: the multiplier that was searched for it, if its folder says so, and
-        evaluation: what was measured, likewise; both as they stand there.
+        calibration: the multiplier that was searched for it, as its folder says; None: nothing.
+        evaluation: what was measured of it, likewise.
         adapter: branches that it was tuned with, without which it is another model.
         task_digest: digest of the task folder that it was made from; empty if from none.
     """

@@ -234,7 +234,8 @@ def run_blocks(
         y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta, queries)
         x = x[:, :queries] + block.drop_path1(block.ls1(y))
         if removed and queries is None:
-            merging = match(keys.mean(dim=1), removed, plan.prefix, margin=trace)
+            mean = keys.mean(dim=1, dtype=torch.float32)  # not rounded where keys are
+            merging = match(mean, removed, plan.prefix, margin=trace)
             x, size = merge(x, size, merging)
             if source is not None:
                 source = follow(source, merging)

@@ -9,7 +9,6 @@ frozen, and nothing flows below the first of its blocks. A recipe may add what t
 Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 3.3.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import tensor_shapes
 from adapters.compose import compose_steps
+from adapters.task import share
 from tocom import Backbone, ConfigError, Delta, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
@@ -125,13 +125,13 @@ class Distillation:
         if self.mixing:
             images, _ = self.mixing(images, torch.zeros_like(labels))  # classes play no part
         shares = images.tensor_split(self.config.sources)
-        for share, (source, targets) in zip(shares, self._rates(micro), strict=True):
+        for part, (source, targets) in zip(shares, self._rates(micro), strict=True):
             with torch.no_grad():
-                tokens = embed(self.teacher, share)
+                tokens = embed(self.teacher, part)
             with torch.inference_mode():
                 teacher = outputs(self.teacher, tokens, Variant(source), self.traced)
             teacher = _usable(teacher)
-            weight = len(share) / len(images) / self.config.students
+            weight = len(part) / len(images) / self.config.students
             for target in targets:
                 variant = Variant(target, self.module(source, target, self.config.dropout))
                 student = outputs(self.student, tokens, variant, self.traced)
@@ -183,6 +183,7 @@ class Distillation:
         for images in self.unseen:
             tokens = embed(self.teacher, images.to(device))
             stock = outputs(self.teacher, tokens, Variant())
+            losses = {}
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
                     student = outputs(self.teacher, tokens, Variant(rate, delta))
@@ -190,8 +191,9 @@ class Distillation:
                         loss = kd_loss(student.logits, stock.logits)
                     else:
                         loss = F.mse_loss(student.features, stock.features)
-                    key = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
-                    notes[key] = notes.get(key, 0.0) + loss.item() * len(images) / pictures
+                    losses[f"unseen_{'kl' if head else 'error'}_{rate}_{what}"] = loss
+            for key, value in zip(losses, torch.stack([*losses.values()]).tolist(), strict=True):
+                notes[key] = notes.get(key, 0.0) + value * len(images) / pictures
         return notes
 
 
@@ -279,8 +281,7 @@ def _student(model: VisionTransformer, drop_path: float) -> VisionTransformer:
     """Return the same model with stochastic depth; its weights are those of `model`."""
     if drop_path == 0:
         return model
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    student = copy.deepcopy(model, shared)
+    student = share(model)
     rates = calculate_drop_path_rates(drop_path, len(student.blocks))
     for block, rate in zip(student.blocks, rates, strict=True):
         block.drop_path1 = DropPath(rate).train()

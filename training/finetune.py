@@ -291,7 +291,7 @@ def _accuracy(
         backbone, [part], keys, workers=workers,
         process=state.process_index, processes=state.num_processes,
     ):  # fmt: skip
-        tokens = embed(backbone.model, images.to(state.device))
+        tokens = embed(backbone.model, images.to(state.device, non_blocking=True))
         logits = outputs(backbone.model, tokens, variant).logits
         if (highest := int(labels.max())) >= logits.shape[1]:
             raise DataError(

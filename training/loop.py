@@ -154,30 +154,33 @@ def run(
             began = time.perf_counter()
             scheduler.step_update(step)
             job.module.train()
-            loss, unreadable = _backward(accelerator, job, config, batches, shares, step)
+            totals = _backward(accelerator, job, config, batches, shares, step)
+            if config.clip_norm is not None:
+                accelerator.clip_grad_norm_(trained, config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
             line = job.notes(_micros(step, shares))
             rate = optimizer.param_groups[0]["lr"]
+            totals[2] = float(interrupted.is_set())
+            # The one moment of a step that waits for the GPU and for the other processes.
+            loss, unreadable, asked = accelerator.reduce(totals, reduction="sum").tolist()
+            loss /= shares.processes
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of step {step} is {loss} ({line}, learning rate {rate:.2e}); "
                     f"the last checkpoint is kept in {folder}"
                 )
-            if config.clip_norm is not None:
-                accelerator.clip_grad_norm_(trained, config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
             step += 1
             seconds = round(time.perf_counter() - began, 3)
             line = {"step": step, "loss": loss, "learning_rate": rate, "seconds": seconds} | line
             if unreadable:
-                line["unreadable"] = unreadable
+                line["unreadable"] = int(unreadable)
             if accelerator.is_main_process and _due(step, config.watch_every, config):
                 job.module.eval()
                 line |= job.watch()
             run_folder.note(line)
-            if interrupted.is_set():
-                accelerator.set_trigger()
-            stop = accelerator.check_trigger()  # in any process
+            # Several processes stop together, or one would wait for the others.
+            stop = asked > 0 if shares.processes > 1 else interrupted.is_set()
             if stop or _due(step, config.save_every, config):
                 run_folder.save(step)
             if stop:
@@ -193,9 +196,13 @@ def _backward(
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
     shares: Shares,
     step: int,
-) -> tuple[float, int]:
-    """Compute a step's gradients; return its loss and number of unreadable pictures."""
-    totals = torch.zeros(2, device=accelerator.device)
+) -> Tensor:
+    """Compute a step's gradients.
+
+    Returns:
+        [3] on the device: the loss and the number of unreadable pictures in this process, and 0.
+    """
+    totals = torch.zeros(3, device=accelerator.device)
     for accumulated in range(shares.accumulation):
         images, labels, unreadable = next(batches)
         totals[1] += unreadable.sum()
@@ -203,7 +210,9 @@ def _backward(
         seed = derive(config.seed, "step", micro)
         torch.manual_seed(seed)
         np.random.seed(seed)  # timm's mixup draws from there
-        losses = job.losses(images.to(accelerator.device), labels.to(accelerator.device), micro)
+        images = images.to(accelerator.device, non_blocking=True)
+        labels = labels.to(accelerator.device, non_blocking=True)
+        losses = job.losses(images, labels, micro)
         for i in range(job.losses_each):
             last = accumulated == shares.accumulation - 1 and i == job.losses_each - 1
             # Gradients travel between processes once a step.
@@ -212,8 +221,7 @@ def _backward(
                     loss = next(losses)
                 accelerator.backward(loss / shares.accumulation)
             totals[0] += loss.detach() / shares.accumulation
-    loss_sum, unreadable_sum = accelerator.reduce(totals, reduction="sum").tolist()
-    return loss_sum / shares.processes, int(unreadable_sum)
+    return totals
 
 
 def _micros(step: int, shares: Shares) -> range:

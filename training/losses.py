@@ -54,5 +54,6 @@ def _regroup(state: State, groups: State) -> Tensor:
     into = (groups.source + count * image).flatten()
     of_inputs = state.x.reshape(batch * tokens, width).index_select(0, held)
     sums = of_inputs.new_zeros(batch * count, width).index_add_(0, into, of_inputs)
-    sizes = torch.bincount(into, minlength=batch * count).unsqueeze(1)
-    return (sums / sizes).view(batch, count, width)
+    # Not bincount, which a GPU waits for.
+    sizes = into.new_zeros(batch * count).index_add_(0, into, torch.ones_like(into))
+    return (sums / sizes.unsqueeze(1)).view(batch, count, width)

@@ -103,7 +103,7 @@ class Measurement:
             dynamic_ncols=True,
         ) as self._bar:  # fmt: skip
             for images, folders in batches if done < self.count else ():
-                tokens = embed(self.backbone.model, images.to(self._device))
+                tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
                 classes = None if self.classes is None else self.classes[folders].to(self._device)
                 sums = sums + figures(tokens, classes).cpu()
                 done += len(images)

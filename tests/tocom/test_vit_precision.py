@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tocom_models import KINDS, pictures, small_model
-from tocom import forward, trace
+from tocom import forward, match, trace
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,6 +36,30 @@ def test_bf16_stays_near_fp32(kind, rate):
     if rate == 0:
         assert same.all()
         assert torch.equal(traced.logits, model(images))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_are_matched_by_means_that_are_not_rounded(monkeypatch, dtype, autocast):
+    model = small_model("vit_tiny")
+    images = pictures(model)
+    compared = []
+
+    def recording(metric, *arguments, **options):
+        compared.append(metric)
+        return match(metric, *arguments, **options)
+
+    monkeypatch.setattr("tocom.vit.match", recording)
+    if autocast:
+        with torch.autocast("cpu", dtype=dtype):
+            forward(model, images, 2)
+    else:
+        forward(model.to(dtype), images.to(dtype), 2)
+    assert len(compared) == len(model.blocks)
+    for metric in compared:
+        assert metric.dtype == torch.float32
+        # Means of three heads' keys seldom fit into the bits of one.
+        assert (metric != metric.to(dtype)).float().mean() > 0.5
 
 
 def test_autocast_runs():

@@ -195,6 +195,20 @@ def test_shared_step_has_the_gradients_of_the_straightforward_one(
         torch.testing.assert_close(fast.grad, slow.grad, atol=1e-5 * slow.grad.abs().max(), rtol=0)
 
 
+def test_a_step_reads_nothing_that_a_gpu_computes(pictures: Path, model_folder: Path) -> None:
+    config = recipe(
+        pictures, model_folder, students=2, features=0.5, tokens=0.3, drop_path=0.2,
+        augment={"mixup": 0.8, "cutmix": 1.0},
+    )  # fmt: skip
+    job = Distillation(load_backbone(config.backbone.name), config, [])
+    for module in (job.teacher, job.student, job.plugins):
+        module.to("meta")  # where tensors have no values: whoever needs one raises
+    images, labels = torch.empty(4, 3, 32, 32, device="meta"), torch.zeros(4, device="meta")
+    for loss in job.losses(images, labels, micro=1):
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in job.plugins.parameters())
+
+
 def states_of(
     model: Any, images: torch.Tensor, rate: int, delta: Delta | None = None
 ) -> list[State]:

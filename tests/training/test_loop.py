@@ -4,17 +4,20 @@ import logging
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Bank
 from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
 from tocom import ConfigError, load_backbone
+from training import loop
 from training.config import DistillConfig, LoopConfig
 from training.distill import distill
 from training.presets import read_recipe
@@ -81,6 +84,42 @@ def test_accumulation_is_the_whole_batch(
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
+class Reads(TorchDispatchMode):
+    """Counts where the program takes a value out of a tensor, for which it waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op is torch.ops.aten._local_scalar_dense.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_its_device_once(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, to_list = loop.run, torch.Tensor.tolist
+    reads, lists = Reads(), list[tuple[int, ...]]()
+
+    def plain_steps(module: torch.nn.Module, *_: Any, **__: Any) -> SGD:
+        return SGD(module.parameters(), 0.1)  # on the CPU AdamW reads its own count of steps
+
+    def watched(*arguments: Any) -> None:
+        with reads:
+            run(*arguments)
+
+    monkeypatch.setattr(loop, "create_optimizer_v2", plain_steps)
+    monkeypatch.setattr(loop, "run", watched)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t.shape) or to_list(t))
+    loop_config = LoopConfig(
+        steps=3, batch_size=8, accumulation=2, learning_rate=0.1, clip_norm=1.0, workers=1
+    )
+    run_job(Brightness(), loop_config, pictures, model_folder, tmp_path)
+    assert reads.count == 1  # a seed for the processes that decode, before the first step
+    assert lists == [(24,), (3,), (3,), (3,)]  # the order of the pictures, and three steps
+
+
 class Still(Brightness):
     """Nothing has a gradient: what changes has decayed."""
 
@@ -120,26 +159,36 @@ def test_more_sources_than_pictures_are_refused(recipe: Path, tmp_path: Path) ->
         distill(config(recipe, "loop.batch_size=2", "sources=3"), tmp_path / "run")
 
 
+#: tocom-train, killed while it writes the line of step 4.
+KILLED = """
+import os, signal
+from training import cli, run_folder
+
+note = run_folder.RunFolder.note
+
+def die(self, line):
+    if line["step"] == 4:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+        os.kill(os.getpid(), signal.SIGKILL)
+    note(self, line)
+
+run_folder.RunFolder.note = die
+cli.main()
+"""
+
+
 def test_killed_run_resumes_to_the_same_bank(recipe: Path, tmp_path: Path) -> None:
-    whole = distill(config(recipe, "loop.steps=40"), tmp_path / "whole")
+    whole = distill(config(recipe), tmp_path / "whole")
     command = [
-        sys.executable, "-m", "training.cli", "distill", str(recipe), "loop.steps=40",
-        "--folder", str(tmp_path / "killed"),
+        sys.executable, "-c", KILLED, "distill", str(recipe), "--folder", str(tmp_path / "killed")
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    journal = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_text().count("\n") >= 5):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "killed" / "bank").exists()
-    resumed = distill(config(recipe, "loop.steps=40"), tmp_path / "killed")
+    resumed = distill(config(recipe), tmp_path / "killed")
     assert Bank.load(resumed).info.digest == Bank.load(whole).info.digest
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_full_disk_stops_with_the_last_whole_checkpoint_named(

@@ -22,6 +22,7 @@ from training.config import PicturesConfig
 from training.pictures.augment import evaluation_transform, least_side
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
+from training.seeds import derive
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +63,11 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
             DataError: if it cannot be read and shall not be passed over, or if none can.
         """
         picture, label, skipped = self._read(draw)
-        random.seed(draw.seed)
-        np.random.seed(draw.seed)
+        seed = derive(draw.seed, "augment", draw.position)  # here, where workers share out the time
+        random.seed(seed)
+        np.random.seed(seed)
         # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
-        torch.default_generator.manual_seed(draw.seed)
+        torch.default_generator.manual_seed(seed)
         return self.transform(picture), label, skipped
 
     def keys(self) -> list[tuple[int, int]]:
@@ -111,7 +113,20 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
 
 
 class Batches(DataLoader[Any]):
-    """A DataLoader whose worker processes report unreadable pictures as plainly as this one."""
+    """A DataLoader whose worker processes report unreadable pictures as plainly as this one.
+
+    Its batches are copied to a GPU, if there is one, while that computes.
+    """
+
+    def __init__(self, pictures: Pictures, workers: int, **options: Any) -> None:
+        """Decode in `workers` processes; the other arguments are DataLoader's."""
+        super().__init__(
+            pictures,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches.
@@ -130,12 +145,7 @@ class Batches(DataLoader[Any]):
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
     """Return (images [B, 3, H, W], classes [B], passed over [B]) of the sampler's micro-batches."""
-    return Batches(
-        pictures,
-        batch_sampler=sampler,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-    )
+    return Batches(pictures, workers, batch_sampler=sampler)
 
 
 def evaluation_batches(
@@ -159,14 +169,9 @@ def evaluation_batches(
     """
     pictures = Pictures(parts, evaluation_transform(backbone))
     keys = pictures.keys() if keys is None else keys
-    draws = [Draw(part, index, 0) for part, index in keys[process::processes]]
+    draws = [Draw(part, index) for part, index in keys[process::processes]]
     return Batches(
-        pictures,
-        batch_size=batch_size,
-        sampler=draws,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        collate_fn=_without_count,
+        pictures, workers, batch_size=batch_size, sampler=draws, collate_fn=_without_count
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tocom import ConfigError
 from training.seeds import derive
@@ -16,11 +15,12 @@ from training.seeds import derive
 
 @dataclass(frozen=True)
 class Draw:
-    """One picture to read: where it stands and the seed of its augmentation."""
+    """One picture to read: where it stands, and what its augmentation is a function of."""
 
     part: int
     index: int
-    seed: int
+    position: int = 0  # in the run
+    seed: int = 0  # of the run
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield the draws of each micro-batch."""
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        epoch, order = -1, list[int]()
         for first in self._firsts():
             draws = []
             for position in range(first, first + self.size):
                 now, place = divmod(position // self.repeats, len(self.keys))
                 if now != epoch:
                     epoch, order = now, self._order(now)
-                part, index = self.keys[int(order[place])]
-                draws.append(Draw(part, index, derive(self.seed, "augment", position)))
+                part, index = self.keys[order[place]]
+                draws.append(Draw(part, index, position, self.seed))
             yield draws
 
     def __len__(self) -> int:
@@ -97,6 +97,7 @@ class StepSampler:
                 micro = accumulated * self.shares.processes + self.shares.process
                 yield step * self.batch_size + micro * self.size
 
-    def _order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
-        return torch.randperm(len(self.keys), generator=generator)
+        order: list[int] = torch.randperm(len(self.keys), generator=generator).tolist()
+        return order

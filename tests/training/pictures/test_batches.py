@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_evaluation_reads_every_picture_in_order(pictures: Path, backbone: Backb
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_batches_are_made_ready_for_a_gpu(
+    pictures: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    sets = opened(pictures, backbone)
+    training = train_batches(sets, StepSampler(sets.keys(), 5, 3, 0, seed=1), workers=0)
+    measuring = evaluation_batches(backbone, [PicturesConfig(path=str(pictures))])
+    assert training.pin_memory == measuring.pin_memory == gpu
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Five pictures, grey levels 0, 50, ... 200; number 2 and the last one are broken."""
@@ -94,7 +106,7 @@ def test_unreadable_pictures_are_passed_over_and_counted(
             # The next readable one, wrapping, under the same augmentation.
             replaced = {2: 3, 4: 0}.get(draw.index, draw.index)
             assert count == (replaced != draw.index)
-            assert torch.equal(image, whole[Draw(0, replaced, draw.seed)][0])
+            assert torch.equal(image, whole[replace(draw, index=replaced)][0])
     if workers == 0:  # others' logs are their own
         assert [caplog.text.count(f"{i}.png of") for i in range(5)] == [0, 0, 2, 0, 2]
 

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from tocom import ConfigError
 from training.pictures.sampler import Draw, Shares, StepSampler
+from training.seeds import derive
 
 
 @given(
@@ -49,12 +50,26 @@ def test_processes_and_accumulations_share_out_the_same_batches(
     assert [draw for micro in alone for draw in micro] == whole
 
 
-def test_repeats_draw_each_picture_in_a_row_under_seeds_of_their_own() -> None:
+def test_repeats_draw_each_picture_in_a_row_at_positions_of_their_own() -> None:
     keys = [(0, i) for i in range(4)]
     once = [draw.index for step in StepSampler(keys, 4, 3, 0, 5) for draw in step]
     thrice = [draw for step in StepSampler(keys, 12, 3, 0, 5, repeats=3) for draw in step]
     assert [draw.index for draw in thrice] == [index for index in once for _ in range(3)]
-    assert len({draw.seed for draw in thrice}) == 36
+    assert [draw.position for draw in thrice] == list(range(36))
+
+
+def test_seeds_of_augmentations_are_left_to_those_who_augment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    derived: list[str] = []
+
+    def note(seed: int, purpose: str, position: int) -> int:
+        derived.append(purpose)
+        return derive(seed, purpose, position)
+
+    monkeypatch.setattr("training.pictures.sampler.derive", note)
+    list(StepSampler([(0, i) for i in range(4)], 6, 2, 0, seed=5))
+    assert derived == ["order"] * 3  # of the epochs
 
 
 def test_batches_that_cannot_be_shared_out_are_refused() -> None:
