@@ -8,12 +8,16 @@ from asyncio.events import Handle
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from server.app import create_app
 from tests.server.conftest import picture, png
 
-#: Seconds of its own CPU time; 20 ms alone, and several times that where caches are shared.
-STRETCH = 0.100
+#: Seconds of its own CPU time, which neighbours only add to by way of the caches.
+STRETCH = 0.020
+
+#: How often a body is sent at most: what the work itself takes, it takes each time.
+TRIES = 5
 
 LARGEST = 20 * 2**20
 
@@ -74,7 +78,6 @@ def test_the_loop_is_never_long_at_work(settings, monkeypatch, body):
     data = content()
     assert len(data) <= LARGEST
     changed = {"max_body_bytes": LARGEST, "max_images": 64, "max_queue": 256}
-    app = create_app(settings.model_copy(update=changed))
     stretches: list[float] = []
     run = Handle._run
 
@@ -83,7 +86,7 @@ def test_the_loop_is_never_long_at_work(settings, monkeypatch, body):
         run(handle)
         stretches.append(time.thread_time() - began)
 
-    async def post() -> httpx.Response:
+    async def post(app: FastAPI) -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
@@ -98,8 +101,11 @@ def test_the_loop_is_never_long_at_work(settings, monkeypatch, body):
             stretches.clear()
             return await client.post(path, content=chunks(), headers={"Content-Type": kind})
 
+    longest = []
     with monkeypatch.context() as patch:
         patch.setattr(Handle, "_run", watched)
-        answer = asyncio.run(post())
-    assert answer.status_code < 500
-    assert max(stretches) < STRETCH
+        while not longest or (min(longest) >= STRETCH and len(longest) < TRIES):
+            app = create_app(settings.model_copy(update=changed))
+            assert asyncio.run(post(app)).status_code < 500
+            longest.append(max(stretches))
+    assert min(longest) < STRETCH
