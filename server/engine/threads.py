@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from typing_extensions import Self
 
-#: Share of its time that a forward must have a core for, to be alone.
-ALONE = 0.85
+#: Share of the time of its cores that the process must have during a forward, to be alone.
+ALONE = 0.75
 #: How much the last forward weighs in that share: one that was interrupted says little.
 WEIGHT = 0.3
 #: Seconds on one thread before all are tried again, at first and at most; each try in vain
@@ -92,14 +92,15 @@ class Team:
         self,
         threads: int,
         clock: Callable[[], float] = time.perf_counter,
-        spent: Callable[[], float] = time.thread_time,
+        spent: Callable[[], float] = time.process_time,
     ) -> None:
         """Begin alone.
 
         Args:
             threads: all.
             clock: tells seconds.
-            spent: tells the seconds that the calling thread has had a core for.
+            spent: tells the seconds that threads of this process have had a core for, together:
+                its own decoders, which take turns with a forward, are no neighbours.
         """
         self.threads = threads
         self._clock = clock
@@ -125,10 +126,10 @@ class Team:
         if self._size > 1:
             torch.set_num_threads(1)
             if wall > 0:
-                self._take_note(spent / wall)
+                self._take_note(spent / (wall * self._size))
 
     def _take_note(self, share: float) -> None:
-        """Judge by the share of its time that a forward on all threads had a core for."""
+        """Judge by the share of its cores' time that the process had during a forward."""
         self._share += WEIGHT * (share - self._share)
         if self._share < ALONE:
             self._until = self._clock() + self._pause

@@ -91,7 +91,7 @@ def test_threads_that_are_to_come_begin_with_one():
 
 
 class Machine:
-    """A clock of the world and one of a thread that has a core for a share of the time."""
+    """A clock of the world and one of a process that has a share of its cores' time."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -102,7 +102,7 @@ class Machine:
         with team:
             threads = torch.get_num_threads()
             self.clock.now += seconds
-            self.spent.now += share * seconds
+            self.spent.now += share * seconds * threads
         return threads
 
 
