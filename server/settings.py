@@ -308,6 +308,7 @@ def load_settings(config: str | Path | None = None, **arguments: Any) -> Setting
         # A fault of no single setting has all of them as its input.
         secret = not first["loc"] or first["loc"][0] in SECRET
         got = "" if secret else f", got {first['input']!r}"
-        raise ConfigError(f"setting {where}: {first['msg']}{got}") from error
+        what = f"setting {where}" if where else "the settings"
+        raise ConfigError(f"{what}: {first['msg']}{got}") from error
     except ValueError as error:
         raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error

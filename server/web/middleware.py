@@ -99,7 +99,8 @@ class BodyLimit:
         length = headers.get("Content-Length", "")
         # Cut, as int() refuses thousands of digits; what is no number is counted as it comes.
         declared = int(length[:20]) if length.isdecimal() else 0
-        limit = self._limit(scope["path"])
+        # A proxy, or an application that this one is mounted in, may have put a prefix before it.
+        limit = self._limit(scope["path"].removeprefix(scope.get("root_path", "")))
         read = 0
 
         async def receive_limited() -> Message:

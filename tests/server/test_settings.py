@@ -97,3 +97,9 @@ def test_models_in_the_environment_that_are_not_json(monkeypatch):
     monkeypatch.setenv("TOCOM_MODELS", "caltech")
     with pytest.raises(ConfigError, match='the environment cannot be read: .*"models"'):
         load_settings()
+
+
+def test_the_largest_bodies_must_find_room():
+    with pytest.raises(ConfigError, match="^the settings: .*max_inflight_bytes must be at least"):
+        load_settings(max_body_bytes=400_000_000)
+    assert load_settings(max_body_bytes=400_000_000, max_inflight_bytes=800_000_000)

@@ -2,6 +2,8 @@ import asyncio
 import json
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from server.app import create_app
 from server.errors import UnavailableError
@@ -184,3 +186,12 @@ def test_a_body_of_parameters_is_small(settings):
     status, body, _ = call(app, large, path=path, method="PUT", headers=headers)
     assert status == 413
     assert "16,384 bytes" in body["detail"]
+
+
+def test_a_prefix_of_the_address_changes_no_limit(settings, photo):
+    outer = FastAPI()
+    app = create_app(settings)
+    outer.mount("/vision", app)
+    body = photo + bytes(2**15)  # what follows a picture is ignored
+    with TestClient(app), TestClient(outer) as client:
+        assert client.post("/vision/v1/classify", content=body).status_code == 200
