@@ -98,7 +98,7 @@ class Graph:
             variant: the one that it was made for, or another that differs in weights alone.
         """
         self._bind(variant.delta, variant.adapter)
-        shares = images.contiguous().split(self._share)
+        shares = torch.split(images.contiguous(), self._share)
         for request, share in zip(self._requests, shares, strict=True):
             request.set_input_tensor(0, _shared(share))
             request.start_async()
