@@ -32,8 +32,8 @@ from benchmarks.plain_tome import plain_tome
 from server.models.graphs import SIZES
 from tocom import Variant, cost
 from tocom.allocator import keep_freed_memory
+from tocom.ladder import plan
 from tocom.merging import match, merge
-from tocom.schedule import plan
 from tocom.vit import embed, outputs
 
 MODELS = "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"

@@ -15,14 +15,16 @@ from tocom.errors import (
     DataError,
     DeltaError,
     RateError,
+    ReductionError,
     ShapeError,
     StoreError,
     TaskError,
     TocomError,
     UnsupportedModelError,
 )
+from tocom.ladder import TOME, Ladder, Plan, plan
 from tocom.merging import Match, match, merge, unmerge
-from tocom.schedule import Plan, Rate, plan, schedule
+from tocom.schedule import Rate, schedule
 from tocom.supported import check_supported
 from tocom.variant import Variant
 from tocom.vit import Trace, forward, forward_features, trace
@@ -39,13 +41,16 @@ __all__ = [
     "Delta",
     "DeltaError",
     "FoldedWeights",
+    "Ladder",
     "LowRank",
     "Match",
     "Plan",
     "Rate",
     "RateError",
+    "ReductionError",
     "ShapeError",
     "StoreError",
+    "TOME",
     "TaskError",
     "TocomError",
     "Trace",

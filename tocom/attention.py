@@ -1,27 +1,31 @@
 """Attention of a timm block with the size bias, and with a delta.
 
 timm's own submodules do the work; only their order is written here, because the forward
-needs the keys (for matching) and the bias (merged tokens count as many).
+needs what attention saw (for the methods) and the bias (merged tokens count as many).
 
 Reference: ToMe section 3, "tracking token size": softmax(q kᵀ / sqrt(d) + log size).
 """
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
 from tocom.delta import AnyDelta, linear
+from tocom.reduction import Seen
 
 
-def attend(
+def look(
     attention: Attention,
     name: str,
     x: Tensor,
     size: Tensor | None,
     delta: AnyDelta | None,
+    *,
+    live: Tensor | None = None,
     queries: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run a timm attention layer.
+) -> Seen:
+    """Return the queries, keys and values of a timm attention layer.
 
     Args:
         attention: the layer.
@@ -29,10 +33,8 @@ def attend(
         x: [B, N, D] normalised tokens.
         size: [B, N, 1] for proportional attention; None: all tokens count alike.
         delta: the change of its weights.
-        queries: answer only for the first so many tokens; None: for all.
-
-    Returns:
-        The output [B, N, D], or [B, queries, D], and the keys [B, H, N, D / H].
+        live: [B, N] False: padding, which no token attends to; None: all are tokens.
+        queries: queries only of the first so many tokens; None: of all.
     """
     batch, tokens, _ = x.shape
     heads = attention.num_heads
@@ -42,8 +44,37 @@ def attend(
     q, k = attention.q_norm(q[:, :, :queries]), attention.k_norm(k)
 
     bias = None if size is None else size.log().to(q.dtype).reshape(batch, 1, 1, tokens)
+    if live is not None:
+        bias = q.new_zeros(batch, 1, 1, tokens) if bias is None else bias
+        bias = bias.masked_fill(~live[:, None, None], -torch.inf)
+    # As timm has it: what the layer's own scale says counts in its unfused branch alone.
+    scale = attention.head_dim**-0.5 if attention.fused_attn else attention.scale
+    return Seen(q, k, v, bias, scale)
+
+
+def answer(
+    attention: Attention,
+    name: str,
+    seen: Seen,
+    delta: AnyDelta | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Return the output of a timm attention layer.
+
+    Args:
+        attention: the layer.
+        name: its name in the model.
+        seen: what `look` returned.
+        delta: the change of its weights.
+        rows: [B, M] the positions of the queries that are answered; None: all.
+
+    Returns:
+        [B, M, D], one row a query.
+    """
+    q, k, v, bias = seen.q, seen.k, seen.v, seen.bias
+    if rows is not None:
+        q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     if attention.fused_attn:
-        # Without `attention.scale`, as in timm: what it says counts in the other branch alone.
         dropout = attention.attn_drop.p if attention.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:
@@ -53,4 +84,5 @@ def attend(
 
     y = attention.norm(y.transpose(1, 2).flatten(2))
     y = linear(attention.proj, f"{name}.proj", y, delta)
-    return attention.proj_drop(y), k
+    projected: Tensor = attention.proj_drop(y)
+    return projected

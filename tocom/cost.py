@@ -8,10 +8,12 @@ Reference: the counting of ToMe's and DeiT's tables ("GFLOPs" there are multiply
 
 from dataclasses import dataclass
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from tocom.schedule import Plan, Rate, plan
+from tocom.ladder import TOME, Ladder, Plan
+from tocom.reduction import Method, Place
+from tocom.schedule import Rate
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Cost:
 
 
 def cost(
-    model: VisionTransformer, rate: Rate = 0, image_size: tuple[int, int] | None = None
+    model: VisionTransformer,
+    rate: Rate = 0,
+    image_size: tuple[int, int] | None = None,
+    *,
+    ladder: Ladder = TOME,
 ) -> Cost:
     """Return the multiply-adds of one image at `rate`.
 
@@ -43,28 +49,38 @@ def cost(
         rate: see `forward`.
         image_size: (height, width) in pixels; default: the model's own. A delta costs nothing
             when it is folded and is not counted.
+        ladder: what the rate means. Of methods that decide by picture it is the most.
 
     Raises:
-        RateError: if the rate is malformed.
+        RateError: if the rate is malformed, or the ladder has no such rung.
+        ReductionError: if the ladder is for another number of blocks.
     """
     size = image_size or tuple(model.patch_embed.img_size)
     rows, columns = model.patch_embed.dynamic_feat_size(size)
     patches = rows * columns
     prefix = model.num_prefix_tokens
-    steps = plan(rate, len(model.blocks), patches + prefix, prefix)
+    plan = ladder.plan(rate, len(model.blocks), patches + prefix, prefix, (rows, columns))
 
     embedding = patches * model.patch_embed.proj.weight.numel()
     blocks = []
-    tokens = steps.tokens_in
-    for block, removed in zip(model.blocks, steps.removed, strict=True):
-        attention = tokens * linear_macs(block.attn) + 2 * tokens**2 * block.attn.proj.in_features
-        head_width = block.attn.proj.in_features // block.attn.num_heads
-        matching = (tokens + 1) // 2 * (tokens // 2) * head_width if removed else 0
-        tokens -= removed
-        blocks.append(attention + matching + tokens * linear_macs(block.mlp))
+    tokens = plan.tokens_in
+    for block, leaving, acts in zip(model.blocks, plan.tokens, plan.acts, strict=True):
+        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, leaving))
+        tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head
-    return Cost(macs=total, embedding=embedding, blocks=tuple(blocks), head=head, plan=steps)
+    return Cost(macs=total, embedding=embedding, blocks=tuple(blocks), head=head, plan=plan)
+
+
+def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
+    """Return the multiply-adds of a block that `tokens` enter and `leaving` leave."""
+    attention, width = block.attn, block.attn.proj.in_features
+    place = None if method is None else method.place
+    seen = leaving if place is Place.INPUT else tokens
+    answered = leaving if place is Place.ATTENTION else seen
+    macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
+    macs += 2 * seen * answered * width + leaving * linear_macs(block.mlp)
+    return macs + (method.macs(tokens, leaving, width, attention.num_heads) if method else 0)
 
 
 def linear_macs(module: nn.Module) -> int:

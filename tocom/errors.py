@@ -13,6 +13,10 @@ class RateError(TocomError, ValueError):
     """A rate, schedule or pair of rates that is not allowed here."""
 
 
+class ReductionError(TocomError, ValueError):
+    """A method or ladder that there is not, that is malformed or that a model cannot have."""
+
+
 class ShapeError(TocomError, ValueError):
     """Tensors whose shapes do not fit together."""
 

@@ -141,19 +141,6 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def follow(source: Tensor, match: Match) -> Tensor:
-    """Carry a source map through one more merge.
-
-    Args:
-        source: [B, N0] the token, of those that enter this merge, that holds each input token.
-        match: this merge.
-
-    Returns:
-        [B, N0] the token after this merge that holds each input token.
-    """
-    return match.assignment.gather(1, source)
-
-
 def _similarity(metric: Tensor) -> Tensor:
     """Return the cosines of the tokens at even positions with those at odd positions.
 

@@ -1,13 +1,9 @@
-"""From a rate to a plan: how many tokens every block removes, known before any image.
-
-Does not look at images or weights: token counts depend on the rate alone, so that
-buffers, graphs and batch shapes can be made ahead.
+"""From a rate of the paper's ladder to the tokens that it asks every block to remove.
 
 Reference: Token Merging, arXiv:2210.09461, section 3 and appendix C (schedules).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from tocom.errors import RateError
@@ -16,37 +12,6 @@ from tocom.errors import RateError
 #: (inflection < 0) or the start (> 0). `[8, 8, 0, 4]`: tokens to merge, block by block.
 #: A tuple of two is always the second form, also where both are whole numbers.
 Rate: TypeAlias = int | tuple[int, float] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Token counts of one forward.
-
-    Attributes:
-        tokens_in: tokens that enter the first block, prefix tokens included.
-        prefix: tokens at the front that never merge.
-        asked: tokens that the rate asks each block to remove.
-        removed: tokens that each block does remove; less than `asked` where it is clipped.
-    """
-
-    tokens_in: int
-    prefix: int
-    asked: tuple[int, ...]
-    removed: tuple[int, ...]
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Tokens that leave each block."""
-        left, counts = self.tokens_in, []
-        for removed in self.removed:
-            left -= removed
-            counts.append(left)
-        return tuple(counts)
-
-    @property
-    def clipped(self) -> bool:
-        """Whether some block removes fewer tokens than the rate asks for."""
-        return self.asked != self.removed
 
 
 def schedule(rate: Rate, depth: int) -> tuple[int, ...]:
@@ -76,30 +41,6 @@ def schedule(rate: Rate, depth: int) -> tuple[int, ...]:
         raise RateError(f"a list of rates has at most one entry a block ({depth}), got {len(rate)}")
     counts = tuple(_count(count, f"entry {i} of the rate") for i, count in enumerate(rate))
     return counts + (0,) * (depth - len(counts))
-
-
-def plan(rate: Rate, depth: int, tokens: int, prefix: int) -> Plan:
-    """Return the plan of a forward at `rate`.
-
-    Args:
-        rate: see `schedule`.
-        depth: number of blocks.
-        tokens: tokens that enter the first block, prefix tokens included.
-        prefix: class, distillation and register tokens, which never merge.
-
-    Returns:
-        The plan. A block removes at most half of the tokens that may merge,
-        `(N - prefix) // 2`; where that bites, `Plan.clipped` is true.
-
-    Raises:
-        RateError: if the rate is malformed.
-    """
-    asked = schedule(rate, depth)
-    left, removed = tokens, []
-    for count in asked:
-        removed.append(min(count, (left - prefix) // 2))
-        left -= removed[-1]
-    return Plan(tokens_in=tokens, prefix=prefix, asked=asked, removed=tuple(removed))
 
 
 def _inflected(r: int, inflection: object, depth: int) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tocom.adapter import Adapter
 from tocom.delta import AnyDelta
-from tocom.schedule import Plan, Rate, plan
+from tocom.ladder import TOME, Ladder, Plan
+from tocom.schedule import Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,23 +18,32 @@ class Variant:
     """What decides an answer beside the model and its images; equal to itself only.
 
     Attributes:
-        rate: tokens merged per block: an int, `(r, inflection)` or a list; 0 is the stock model.
+        rate: a rung of the ladder; 0 is the stock model. On the paper's also `(r, inflection)`
+            or a list, as in `schedule`.
         delta: the change of weights to run with, low-rank or folded. It is not checked here,
             where every batch passes: `check_delta` does it once.
         adapter: branches that the model was tuned with.
         proportional: merged tokens count in attention by their size. Off for MAE models that
             run untuned and for models that were trained with merging but without it.
+        ladder: what the rate means.
     """
 
     rate: Rate = 0
     delta: AnyDelta | None = None
     adapter: Adapter | None = None
     proportional: bool = True
+    ladder: Ladder = TOME
 
     def plan(self, model: VisionTransformer, tokens: int) -> Plan:
         """Return the token counts of a forward of `tokens` tokens, prefix tokens included.
 
         Raises:
-            RateError: if the rate is malformed.
+            RateError: if the ladder has no such rung, or the rate is malformed.
+            ReductionError: if the ladder is for another number of blocks.
         """
-        return plan(self.rate, len(model.blocks), tokens, model.num_prefix_tokens)
+        prefix = model.num_prefix_tokens
+        patches = tokens - prefix
+        rows, columns = model.patch_embed.grid_size
+        # A model that takes pictures of any size does not say how these were cut.
+        grid = (rows, columns) if rows * columns == patches else None
+        return self.ladder.plan(self.rate, len(model.blocks), tokens, prefix, grid)

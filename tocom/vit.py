@@ -20,10 +20,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from tocom.adapter import Adapter
-from tocom.attention import attend
+from tocom.attention import answer, look
 from tocom.delta import AnyDelta, has_plain_mlp, linear
-from tocom.merging import follow, match, merge
-from tocom.schedule import Plan, Rate
+from tocom.ladder import TOME, Ladder, Plan
+from tocom.reduction import Place, Tokens
+from tocom.schedule import Rate
 from tocom.variant import Variant
 
 
@@ -35,18 +36,20 @@ def forward(
     *,
     proportional: bool = True,
     adapter: Adapter | None = None,
+    ladder: Ladder = TOME,
 ) -> Tensor:
     """Return the logits [B, classes] of `images` at `rate`.
 
     Args:
         model: a supported timm ViT; not modified.
         images: [B, 3, H, W], normalised as the model wants.
-        rate, delta, proportional, adapter: as in `Variant`.
+        rate, delta, proportional, adapter, ladder: as in `Variant`.
 
     Raises:
-        RateError: if the rate is malformed.
+        RateError: if the rate is malformed, or the ladder has no such rung.
+        ReductionError: if the ladder is for another number of blocks.
     """
-    variant = Variant(rate, delta, adapter, proportional)
+    variant = Variant(rate, delta, adapter, proportional, ladder)
     last = _last(run_blocks(model, embed(model, images), variant))
     return head(model, model.norm(last.x), last.size)
 
@@ -59,12 +62,13 @@ def forward_features(
     *,
     proportional: bool = True,
     adapter: Adapter | None = None,
+    ladder: Ladder = TOME,
 ) -> Tensor:
     """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
 
     Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
     """
-    variant = Variant(rate, delta, adapter, proportional)
+    variant = Variant(rate, delta, adapter, proportional, ladder)
     final: Tensor = model.norm(_last(run_blocks(model, embed(model, images), variant)).x)
     return final
 
@@ -77,10 +81,11 @@ class Trace:
         logits: [B, classes], those of `forward`.
         features: [B, D] what the head reads.
         plan: token counts of every block.
-        size: [B, M, 1] input tokens that each final token stands for, in fp32.
-        source: [B, N] the final token that holds each input token.
-        margin: [B] by how much cosine similarity the closest merge decision was taken;
-            below about 1e-6 another rounding may merge otherwise.
+        size: [B, M, 1] input tokens that each final token stands for, in fp32; 0: padding, with
+            methods that decide by picture; of methods that do not count, 1.
+        source: [B, N] the final token that holds each input token; -1: it was dropped.
+        margin: [B] by how much the closest decision was taken, for ToMe by how much cosine
+            similarity; below about 1e-6 another rounding may decide otherwise.
     """
 
     logits: Tensor
@@ -99,9 +104,10 @@ def trace(
     *,
     proportional: bool = True,
     adapter: Adapter | None = None,
+    ladder: Ladder = TOME,
 ) -> Trace:
     """Run `forward` and note what happens to the tokens; arguments and errors as there."""
-    variant = Variant(rate, delta, adapter, proportional)
+    variant = Variant(rate, delta, adapter, proportional, ladder)
     x = embed(model, images)
     last = _last(run_blocks(model, x, variant, trace=True))
     features, logits, _ = read(model, last.x, last.size)
@@ -181,9 +187,9 @@ class State(NamedTuple):
     """
 
     x: Tensor  # [B, M, D]
-    size: Tensor | None  # [B, M, 1] input tokens that each stands for; None: one each
-    source: Tensor | None  # [B, N] the token that holds each input token; None: not traced
-    margin: Tensor | None  # [B] of the closest merge decision so far; None: not traced
+    size: Tensor | None  # [B, M, 1] input tokens that each stands for, 0: padding; None: one each
+    source: Tensor | None  # [B, N] the token that holds each input token, -1: none; None: no trace
+    margin: Tensor | None  # [B] of the closest decision so far; None: not traced
 
 
 class Outputs(NamedTuple):
@@ -223,27 +229,53 @@ def run_blocks(
         prefix_only: compute only the prefix tokens of the last block, which is all that the
             head of a model without pooling reads.
     """
-    batch, tokens, _ = x.shape
-    plan, delta, adapter = variant.plan(model, tokens), variant.delta, variant.adapter
-    size: Tensor | None = None
-    source = torch.arange(tokens, device=x.device).expand(batch, tokens) if trace else None
+    batch, count, _ = x.shape
+    method, delta, adapter = variant.ladder.method, variant.delta, variant.adapter
+    plan = variant.plan(model, count)
+    tokens, seen = Tokens(x), None
+    source = torch.arange(count, device=x.device).expand(batch, count) if trace else None
     margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
-    for i, (block, removed) in enumerate(zip(model.blocks, plan.removed, strict=True)):
-        bias = size if variant.proportional else None
+    for i, (block, cut) in enumerate(zip(model.blocks, plan.cuts(trace), strict=True)):
         queries = plan.prefix if prefix_only and i == len(model.blocks) - 1 else None
-        y, keys = attend(block.attn, f"blocks.{i}.attn", block.norm1(x), bias, delta, queries)
-        x = x[:, :queries] + block.drop_path1(block.ls1(y))
-        if removed and queries is None:
-            mean = keys.mean(dim=1, dtype=torch.float32)  # not rounded where keys are
-            merging = match(mean, removed, plan.prefix, margin=trace)
-            x, size = merge(x, size, merging)
-            if source is not None:
-                source = follow(source, merging)
-            if margin is not None and merging.margin is not None:
-                margin = torch.minimum(margin, merging.margin)
+        place = method.place if cut is not None else None
+        fate, rows = None, None
+        if cut is not None and place is Place.INPUT:
+            tokens, fate = method.reduce(tokens, seen, cut)
+        x, size, live = tokens
+        seen = look(
+            block.attn,
+            f"blocks.{i}.attn",
+            block.norm1(x),
+            size if variant.proportional else None,
+            delta,
+            live=live,
+            queries=queries,
+        )
+        if cut is not None and place is Place.ATTENTION and queries is None:
+            chosen = method.choose(tokens, seen, cut)
+            fate = chosen.fate(x.shape[1]) if trace else None
+            rows, live = chosen
+            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        y = answer(block.attn, f"blocks.{i}.attn", seen, delta, rows)
+        tokens = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)
+        if cut is not None and place is Place.BETWEEN and queries is None:
+            tokens, fate = method.reduce(tokens, seen, cut)
+        x = tokens.x
         y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
-        x = x + y if adapter is None else x + y + adapter(i, x)
-        yield State(x, size, source, margin)
+        tokens = tokens._replace(x=x + y if adapter is None else x + y + adapter(i, x))
+        if source is not None and fate is not None:
+            source = fate.follow(source)
+        if margin is not None and fate is not None and fate.margin is not None:
+            margin = torch.minimum(margin, fate.margin)
+        yield State(tokens.x, _counted(tokens), source, margin)
+
+
+def _counted(tokens: Tokens) -> Tensor | None:
+    """Return the sizes of tokens, where padding counts nothing."""
+    if tokens.live is None:
+        return tokens.size
+    live = tokens.live.unsqueeze(-1).float()
+    return live if tokens.size is None else live * tokens.size
 
 
 def _last(states: Iterator[State]) -> State:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests import oracle_case
 from tests.tocom.slow_reference import slow_match, slow_merge
 from tocom import RateError, ShapeError, match, merge, unmerge
-from tocom.merging import follow
+from tocom.reduction import Fate
 
 CASES = ["merge_class", "merge_class_distill", "merge_no_prefix", "merge_clipped", "merge_odd"]
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -162,7 +162,7 @@ def test_a_source_map_follows_merge_upon_merge():
     for _ in range(3):
         matched = match(torch.randn(1, marks.shape[1], 4, generator=generator), 2, 1)
         marks, size = merge(marks, size, matched)
-        source = follow(source, matched)
+        source = Fate(matched.assignment).follow(source)
     for token in range(12):
         holders = marks[0, :, token].nonzero().flatten().tolist()
         assert holders == [source[0, token].item()]

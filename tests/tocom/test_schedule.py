@@ -99,7 +99,12 @@ def test_a_plan_removes_at_most_half_of_what_may_merge():
 
 def test_what_is_clipped_early_is_not_made_up_for_later():
     assert plan([99, 0, 1], depth=3, tokens=10, prefix=2) == Plan(
-        tokens_in=10, prefix=2, asked=(99, 0, 1), removed=(4, 0, 1)
+        tokens_in=10,
+        prefix=2,
+        asked=(99, 0, 1),
+        removed=(4, 0, 1),
+        acts=(True, False, True),
+        grid=(1, 8),
     )
 
 

@@ -1,0 +1,191 @@
+"""A ladder: what each rate means, as a value.
+
+Rung 0 is the stock model; each rung says, block by block, how many tokens its method removes or
+keeps. The paper's ladder, `TOME`, has no end: at rate r, r tokens merge in every block.
+
+Does not look at images or weights: token counts depend on the rate alone, so that buffers, graphs
+and batch shapes can be made ahead.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from timm.models.vision_transformer import VisionTransformer
+
+from tocom.errors import RateError, ReductionError
+from tocom.reduction import Cut, Method, ToMe, Unit
+from tocom.schedule import Rate, schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Token counts of one forward.
+
+    Attributes:
+        tokens_in: tokens that enter the first block, prefix tokens included.
+        prefix: tokens at the front that are never reduced.
+        asked: what the rate asks of each block: tokens to remove, or to keep, as the method has
+            it; 0: nothing.
+        removed: tokens that each block does remove; the least, where pictures decide.
+        acts: whether each block does anything.
+        grid: rows and columns of patches; one row where they are of no interest.
+    """
+
+    tokens_in: int
+    prefix: int
+    asked: tuple[int, ...]
+    removed: tuple[int, ...]
+    acts: tuple[bool, ...]
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that leave each block; the most, where pictures decide."""
+        left, counts = self.tokens_in, []
+        for removed in self.removed:
+            left -= removed
+            counts.append(left)
+        return tuple(counts)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether some block removes fewer tokens than a rate that says what to remove asks for."""
+        return self.asked != self.removed
+
+    def cuts(self, trace: bool = False) -> tuple[Cut | None, ...]:
+        """Return what each block is to do; None: nothing."""
+        return tuple(
+            Cut(i, self.prefix, leaving, self.grid, trace) if acts else None
+            for i, (leaving, acts) in enumerate(zip(self.tokens, self.acts, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rungs of ever cheaper forwards by one method; equal if all of it is.
+
+    Attributes:
+        name: what requests and programs call it.
+        method: how tokens are reduced.
+        rungs: the amounts of each rung, in its method's unit, one a block; 0 leaves a block
+            alone, and so does all of rung 0. None: a rate says by itself what is removed, as in
+            `schedule`.
+        patches: patch tokens of the pictures that the amounts are for. With other numbers of
+            them amounts change in proportion.
+    """
+
+    name: str
+    method: Method
+    rungs: tuple[tuple[int, ...], ...] | None = None
+    patches: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ReductionError if it is malformed."""
+        if self.rungs is None:
+            if self.method.unit is not Unit.REMOVED:
+                raise ReductionError(
+                    f"the ladder {self.name!r} needs rungs: its method says what is kept"
+                )
+            return
+        if not self.rungs or self.patches < 1:
+            raise ReductionError(f"the ladder {self.name!r} needs a rung 0 and a count of patches")
+        if any(self.rungs[0]):
+            raise ReductionError(
+                f"rung 0 of the ladder {self.name!r} must be the stock model, all 0, got "
+                f"{list(self.rungs[0])}"
+            )
+        for i, rung in enumerate(self.rungs):
+            if len(rung) != len(self.rungs[0]):
+                raise ReductionError(
+                    f"all rungs of the ladder {self.name!r} must be for {len(self.rungs[0])} "
+                    f"blocks, rung {i} is for {len(rung)}"
+                )
+            for amount in rung:
+                if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+                    raise ReductionError(
+                        f"amounts must be whole numbers of 0 or more, got {amount!r} in rung {i} "
+                        f"of the ladder {self.name!r}"
+                    )
+
+    # A ladder is part of many keys, and its rungs are long.
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.method, self.rungs, self.patches))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def top(self) -> int | None:
+        """The cheapest rung; None: there is no last one."""
+        return None if self.rungs is None else len(self.rungs) - 1
+
+    def amounts(self, rate: Rate, depth: int, patches: int) -> tuple[int, ...]:
+        """Return what `rate` says of each of `depth` blocks, for pictures of `patches` patches.
+
+        Raises:
+            RateError: if it has no such rung.
+            ReductionError: if it is for another number of blocks.
+        """
+        if self.rungs is None:
+            return schedule(rate, depth)
+        if isinstance(rate, bool) or not isinstance(rate, int) or not 0 <= rate < len(self.rungs):
+            raise RateError(
+                f"the rates of the ladder {self.name!r} are 0 to {self.top}, got {rate!r}"
+            )
+        rung = self.rungs[rate]
+        if len(rung) != depth:
+            raise ReductionError(
+                f"the ladder {self.name!r} is for {len(rung)} blocks, the model has {depth}"
+            )
+        if patches == self.patches:
+            return rung
+        # Whole numbers, rounded to the nearest; what acts, acts.
+        scaled = ((2 * each * patches + self.patches) // (2 * self.patches) for each in rung)
+        return tuple(max(1, new) if each else 0 for each, new in zip(rung, scaled, strict=True))
+
+    def plan(
+        self, rate: Rate, depth: int, tokens: int, prefix: int, grid: tuple[int, int] | None = None
+    ) -> Plan:
+        """Return the plan of a forward at `rate`.
+
+        Args:
+            rate: a rung; on a ladder without rungs anything that `schedule` takes.
+            depth: number of blocks.
+            tokens: tokens that enter the first block, prefix tokens included.
+            prefix: class, distillation and register tokens, which are never reduced.
+            grid: rows and columns of patches; None: of no method's interest.
+
+        Raises:
+            RateError: if it has no such rung, or the rate is malformed.
+            ReductionError: if it is for another number of blocks.
+        """
+        left = tokens - prefix
+        grid = grid or (1, left)
+        amounts = self.amounts(rate, depth, left)
+        removed, acts = [], []
+        for amount in amounts:
+            leaving = self.method.leaving(amount, left, grid) if amount else left
+            removed.append(left - leaving)
+            acts.append(leaving < left or (amount > 0 and self.method.by_picture))
+            left = leaving
+        return Plan(tokens, prefix, amounts, tuple(removed), tuple(acts), grid)
+
+    def check(self, model: VisionTransformer) -> None:
+        """Raise ReductionError, saying why, if a model cannot run it."""
+        if (reason := self.method.refuse(model)) is not None:
+            raise ReductionError(reason)
+        self.amounts(0, len(model.blocks), model.patch_embed.num_patches)
+
+
+#: The paper's: at rate r, r tokens merge in every block.
+TOME = Ladder("tome", ToMe())
+
+
+def plan(rate: Rate, depth: int, tokens: int, prefix: int) -> Plan:
+    """Return the plan of a forward at `rate` on the paper's ladder; see `Ladder.plan`.
+
+    A block removes at most half of the tokens that may merge, `(N - prefix) // 2`; where that
+    bites, `Plan.clipped` is true.
+    """
+    return TOME.plan(rate, depth, tokens, prefix)

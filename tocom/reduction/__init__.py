@@ -1,0 +1,29 @@
+"""How tokens are reduced: one value a method, one file a method or family of methods."""
+
+from tocom.reduction.protocol import (
+    Chosen,
+    Cut,
+    Fate,
+    Method,
+    Place,
+    Seen,
+    Tokens,
+    Unit,
+)
+from tocom.reduction.registry import METHODS, method_of, options_of
+from tocom.reduction.tome import ToMe
+
+__all__ = [
+    "METHODS",
+    "Chosen",
+    "Cut",
+    "Fate",
+    "Method",
+    "Place",
+    "Seen",
+    "ToMe",
+    "Tokens",
+    "Unit",
+    "method_of",
+    "options_of",
+]
