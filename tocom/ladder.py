@@ -7,7 +7,7 @@ Does not look at images or weights: token counts depend on the rate alone, so th
 and batch shapes can be made ahead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from timm.models.vision_transformer import VisionTransformer
@@ -36,7 +36,7 @@ class Plan:
     asked: tuple[int, ...]
     removed: tuple[int, ...]
     acts: tuple[bool, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, int] = field(compare=False)  # counts and acts follow from it
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -274,7 +274,7 @@ def test_the_margin_of_a_forward_is_its_smallest(monkeypatch):
         margins.append(matched.margin)
         return matched
 
-    monkeypatch.setattr("tocom.vit.match", recording)
+    monkeypatch.setattr("tocom.reduction.tome.match", recording)
     traced = trace(model, images, [3, 0, 2])
     assert len(margins) == 2
     assert torch.equal(traced.margin, torch.stack(margins).amin(dim=0))

@@ -49,7 +49,7 @@ def test_tokens_are_matched_by_means_that_are_not_rounded(monkeypatch, dtype, au
         compared.append(metric)
         return match(metric, *arguments, **options)
 
-    monkeypatch.setattr("tocom.vit.match", recording)
+    monkeypatch.setattr("tocom.reduction.tome.match", recording)
     if autocast:
         with torch.autocast("cpu", dtype=dtype):
             forward(model, images, 2)

@@ -14,10 +14,10 @@ from tocom.reduction.registry import METHODS, method_of, options_of
 from tocom.reduction.tome import ToMe
 
 __all__ = [
-    "METHODS",
     "Chosen",
     "Cut",
     "Fate",
+    "METHODS",
     "Method",
     "Place",
     "Seen",

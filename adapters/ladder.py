@@ -1,0 +1,107 @@
+"""Ladders as files: `ladder.json`, small and readable, with its evidence.
+
+A file says the method with its options, how many patches its amounts are for, and the rungs. What
+a search or a measurement found is kept beside them, as notes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from adapters.schema import Notes, Strict, first_fault
+from tocom import Ladder, ReductionError
+from tocom.reduction import method_of, options_of
+
+#: A ladder of a hundred rungs for a hundred blocks has 50 kB.
+MAX_BYTES = 2**20
+#: What ladders may be called, as banks may.
+NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
+
+
+class MethodInfo(Strict):
+    """A method: its name and the options that are not at their defaults, or all."""
+
+    name: str
+    options: dict[str, bool | int | float | str] = Field({})
+
+
+class LadderInfo(Strict):
+    """Everything in `ladder.json`."""
+
+    format_version: Literal[1] = 1
+    name: str = Field(pattern=f"^{NAME}$")
+    method: MethodInfo
+    patches: int = Field(ge=0, lt=2**31, description="patches of the pictures it is for")
+    rungs: Annotated[tuple[tuple[int, ...], ...], Field(max_length=1000)] | None = Field(
+        description="amounts of each rung, block by block; null: r in every block at rate r"
+    )
+    evidence: Notes = Field({}, description="how it was found and what was measured")
+
+    @classmethod
+    def of(cls, ladder: Ladder, evidence: dict[str, Any] | None = None) -> "LadderInfo":
+        """Describe a ladder."""
+        return cls(
+            name=ladder.name,
+            method=MethodInfo(name=ladder.method.name, options=options_of(ladder.method)),
+            patches=ladder.patches,
+            rungs=ladder.rungs,
+            evidence=evidence or {},
+        )
+
+    def ladder(self) -> Ladder:
+        """Return the ladder that is described.
+
+        Raises:
+            ReductionError: if there is no such method or option, or the rungs are malformed.
+        """
+        method = method_of(self.method.name, self.method.options)
+        return Ladder(self.name, method, self.rungs, self.patches)
+
+
+def digest(ladder: Ladder) -> str:
+    """Return the SHA-256 of what a ladder does, whatever it is called."""
+    said = {
+        "method": {"name": ladder.method.name, "options": options_of(ladder.method)},
+        "patches": ladder.patches,
+        "rungs": ladder.rungs,
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def read_ladder(path: str | Path) -> LadderInfo:
+    """Read a `ladder.json`, or that of a folder.
+
+    Raises:
+        ReductionError: if it cannot be read or is malformed; the message names the fault.
+    """
+    path = Path(path)
+    path = path / "ladder.json" if path.is_dir() else path
+    try:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ReductionError(f"cannot read the ladder {path}: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise ReductionError(f"{path} is no ladder: it has more than {MAX_BYTES} bytes")
+    try:
+        info = LadderInfo.model_validate_json(content)
+    except ValidationError as error:
+        raise ReductionError(f"{path} is no ladder: {first_fault(error)}") from error
+    info.ladder()
+    return info
+
+
+def write_ladder(info: LadderInfo, path: str | Path) -> Path:
+    """Write a `ladder.json`: one rung a line."""
+    said = info.model_dump(mode="json")
+    rungs = said.pop("rungs")
+    text = json.dumps(said | {"rungs": "@"}, indent=2)
+    if rungs is None:
+        lines = "null"
+    else:
+        lines = "[\n    " + ",\n    ".join(map(json.dumps, rungs)) + "\n  ]"
+    Path(path).write_text(text.replace('"@"', lines) + "\n")
+    return Path(path)
