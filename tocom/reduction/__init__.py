@@ -1,5 +1,6 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -16,7 +17,9 @@ from tocom.reduction.tome import ToMe
 __all__ = [
     "Chosen",
     "Cut",
+    "DPCKNN",
     "Fate",
+    "KMedoids",
     "METHODS",
     "Method",
     "Place",

@@ -141,6 +141,8 @@ class Method(ABC):
             attention (if it is proportional) and in the mean of all tokens.
         needs_class: whether it reads the attention of the class token.
         by_picture: whether pictures decide how many tokens leave, up to a bound.
+        looks_back: whether it reads the attention of the block before, and so leaves the first
+            block alone.
     """
 
     name: ClassVar[str]
@@ -149,6 +151,7 @@ class Method(ABC):
     sizes: ClassVar[bool] = False
     needs_class: ClassVar[bool] = False
     by_picture: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
 
     def refuse(self, model: VisionTransformer) -> str | None:
         """Return why a backbone cannot have the method; None if it can."""
