@@ -1,6 +1,7 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.grid import ATME, Pattern
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -15,6 +16,7 @@ from tocom.reduction.registry import METHODS, method_of, options_of
 from tocom.reduction.tome import ToMe
 
 __all__ = [
+    "ATME",
     "Chosen",
     "Cut",
     "DPCKNN",
@@ -22,6 +24,7 @@ __all__ = [
     "KMedoids",
     "METHODS",
     "Method",
+    "Pattern",
     "Place",
     "Seen",
     "ToMe",

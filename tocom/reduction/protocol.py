@@ -31,6 +31,7 @@ class Unit(Enum):
 
     REMOVED = "removed"  #: tokens that go
     KEPT = "kept"  #: patch tokens that are left
+    ONCE = "once"  #: whether to act; the method overrides `leaving`
 
 
 class Tokens(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 from tocom.errors import ReductionError
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.grid import ATME, Pattern
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -16,6 +17,8 @@ METHODS: dict[str, type[Method]] = {
         ToMe,
         KMedoids,
         DPCKNN,
+        Pattern,
+        ATME,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tocom_models import KINDS, pictures, small_model
 from tocom import Ladder, Variant, cost, forward, trace
-from tocom.reduction import DPCKNN, KMedoids
+from tocom.reduction import ATME, DPCKNN, KMedoids, Pattern
 from tocom.vit import embed, outputs
 
 #: For three blocks and 4 x 4 patches: the rung, and the patch tokens that leave each block.
@@ -15,6 +15,11 @@ RUNGS = {
     KMedoids(): ((0, 9, 4), (16, 9, 4)),
     KMedoids(iterations=1, update="reference"): ((0, 16, 5), (16, 16, 5)),
     DPCKNN(): ((12, 12, 3), (12, 12, 3)),
+    Pattern("l1"): ((11, 0, 9), (12, 12, 12)),
+    Pattern("l2"): ((13, 0, 3), (12, 12, 4)),
+    Pattern("linf"): ((0, 4, 16), (16, 4, 4)),
+    ATME(): ((1, 0, 1), (8, 8, 4)),
+    ATME("vertical"): ((0, 1, 1), (16, 8, 4)),
 }
 LADDERS = [
     pytest.param(Ladder("small", method, ((0, 0, 0), rung), patches=16), left, id=repr(method))
