@@ -31,6 +31,7 @@ class Unit(Enum):
 
     REMOVED = "removed"  #: tokens that go
     KEPT = "kept"  #: patch tokens that are left
+    ONCE = "once"  #: whether to act; the method overrides `leaving`
 
 
 class Tokens(NamedTuple):
@@ -141,6 +142,8 @@ class Method(ABC):
             attention (if it is proportional) and in the mean of all tokens.
         needs_class: whether it reads the attention of the class token.
         by_picture: whether pictures decide how many tokens leave, up to a bound.
+        looks_back: whether it reads the attention of the block before, and so leaves the first
+            block alone.
     """
 
     name: ClassVar[str]
@@ -149,6 +152,7 @@ class Method(ABC):
     sizes: ClassVar[bool] = False
     needs_class: ClassVar[bool] = False
     by_picture: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
 
     def refuse(self, model: VisionTransformer) -> str | None:
         """Return why a backbone cannot have the method; None if it can."""
