@@ -16,6 +16,7 @@ from training.config import (
     VtabConfig,
 )
 from training.presets import presets, read_recipe
+from training.search_config import SearchConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tocom-train", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
+        ("search", _search, "search a ladder of cheaper forwards for a backbone; needs no labels"),
         ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
         ("finetune", _finetune, "tune a backbone on a labelled task"),
         ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
@@ -83,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=Path, help="a model folder or a bank folder")
     command.set_defaults(run=_attach)
     return parser
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from training.search import search
+
+    config = read_recipe(SearchConfig, arguments.recipe, arguments.overrides)
+    path = search(config, _folder(arguments, config.name))
+    print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
+    print(path)
 
 
 def _distill(arguments: argparse.Namespace) -> None:

@@ -54,6 +54,21 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
     _save(figure, result, folder / "evaluation")
 
 
+def plot_search(evidence: dict[str, Any], folder: Path) -> None:
+    """Write `search.svg` and `.png`: the KL of a ladder's rungs against their multiply-adds."""
+    rows = evidence["rows"][1:]
+    figure, axis = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
+    shares = [row["share"] for row in rows]
+    axis.plot(shares, [row["kl"] for row in rows], "o-", ms=4, label="pictures that judge")
+    axis.plot(shares, [row["kl_search"] for row in rows], "o--", ms=3, lw=1, label="searched on")
+    axis.set(xlabel="share of rung 0's multiply-adds", ylabel="KL to rung 0 (nats)", yscale="log")
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    result = {"model": evidence["architecture"], "pictures": {"name": "unseen pictures"}}
+    _save(figure, result, folder / "search")
+
+
 def plot_matrix(result: dict[str, Any], folder: Path) -> None:
     """Write `matrix.svg` and `.png`: what the bank changes from plain, source by target."""
     measures = _measured(result)
