@@ -16,7 +16,7 @@ from training.config import (
     VtabConfig,
 )
 from training.presets import presets, read_recipe
-from training.search_config import SearchConfig
+from training.search_config import LadderSearchConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 def _search(arguments: argparse.Namespace) -> None:
     from training.search import search
 
-    config = read_recipe(SearchConfig, arguments.recipe, arguments.overrides)
+    config = read_recipe(LadderSearchConfig, arguments.recipe, arguments.overrides)
     path = search(config, _folder(arguments, config.name))
     print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
     print(path)

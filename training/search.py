@@ -30,7 +30,7 @@ from training.measuring import claim, compare, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.pictures.sets import open_pictures
 from training.plot import plot_search
-from training.search_config import SearchConfig
+from training.search_config import LadderSearchConfig
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)
@@ -59,7 +59,7 @@ class Found:
     options: dict[str, float] = field(default_factory=dict)
 
 
-def search(config: SearchConfig, folder: Path) -> Path:
+def search(config: LadderSearchConfig, folder: Path) -> Path:
     """Search a ladder and return the path of `ladder.json`.
 
     A folder that holds a part of the search is gone on with; one that holds all is returned.
@@ -90,7 +90,7 @@ def search(config: SearchConfig, folder: Path) -> Path:
 class Shown:
     """Pictures, embedded, and what rung 0 answers."""
 
-    def __init__(self, backbone: Backbone, config: SearchConfig, keys: list[tuple[int, int]]):
+    def __init__(self, backbone: Backbone, config: LadderSearchConfig, keys: list[tuple[int, int]]):
         """Embed the pictures at `keys` (set, position) once."""
         self.backbone = backbone
         batches = evaluation_batches(
@@ -126,7 +126,7 @@ class Search:
     """A walk for each rung, the cheapest first."""
 
     def __init__(
-        self, backbone: Backbone, config: SearchConfig, method: Method, folder: Path
+        self, backbone: Backbone, config: LadderSearchConfig, method: Method, folder: Path
     ) -> None:
         """Draw and embed the pictures; read what was found before."""
         self.backbone, self.config, self.method = backbone, config, method
@@ -340,7 +340,7 @@ def _nested(removed: Removed, cheaper: Removed) -> Removed:
     return tuple(nested)
 
 
-def _draw(config: SearchConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _draw(config: LadderSearchConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the keys (set, position) of pictures to search and to judge on, none in both."""
     sizes = [len(open_pictures(each)) for each in config.pictures]
     keys = [(i, j) for i, size in enumerate(sizes) for j in range(size)]
