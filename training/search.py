@@ -198,17 +198,17 @@ class Search:
             start = self._start(cheaper, target)
             if cheaper is None:
                 self._choose_options(start)
-            best = Found(start, self._loss(start), 0, self._options())
-        hopeless = self._hopeless(best.removed)
+            best = Found(start, self._loss(start, self._figures(start)), 0, self._options())
+        hopeless = self._hopeless(self._figures(best.removed))
         while best.tries < self.config.tries:
             rng = random.Random(f"{self.config.seed}/{rung}/{best.tries}")
             change = self._change(rng, best.removed, cheaper, target)
             best = replace(best, tries=best.tries + 1)
             if change is not None and change != best.removed:
-                loss = self._loss(change, hopeless)
-                if loss < best.loss:
+                figures = self._figures(change, hopeless)
+                if (loss := self._loss(change, figures)) < best.loss:
                     best = replace(best, removed=change, loss=loss)
-                    hopeless = self._hopeless(change)
+                    hopeless = self._hopeless(figures)
             bar.update()
             bar.set_postfix_str(f"rung {rung}: {best.loss:.4f}", refresh=False)
             if best.tries % self.config.save_every == 0 or best.tries == self.config.tries:
@@ -216,8 +216,10 @@ class Search:
                 self._save()
             if cheaper is None and best.tries == self.config.tries // 2:
                 self._choose_options(best.removed)
-                best = replace(best, loss=self._loss(best.removed), options=self._options())
-                hopeless = self._hopeless(best.removed)
+                figures = self._figures(best.removed)
+                loss = self._loss(best.removed, figures)
+                best = replace(best, loss=loss, options=self._options())
+                hopeless = self._hopeless(figures)
         self.found[rung] = best
 
     def _start(self, cheaper: Found | None, target: float) -> Removed:
@@ -240,7 +242,7 @@ class Search:
             losses = {}
             for value in values:
                 self._take({option: value})
-                losses[value] = self._loss(removed)
+                losses[value] = self._loss(removed, self._figures(removed))
             self._take({option: min(losses, key=losses.__getitem__)})
 
     def _take(self, options: dict[str, float]) -> None:
@@ -307,18 +309,19 @@ class Search:
             amounts.append(left if each else 0)
         return tuple(amounts)
 
-    def _loss(self, removed: Removed, hopeless: Sequence[float] = ()) -> float:
-        """Return the loss of a rung, too high a one if it was given up."""
-        kl = self._kl(self.pictures.figures(self.ladder(removed), 1, hopeless))
-        return kl * (1 + self.config.place_cost * sum(map(bool, removed)))
+    def _figures(self, removed: Removed, hopeless: Sequence[float] = ()) -> Tensor:
+        return self.pictures.figures(self.ladder(removed), 1, hopeless)
 
-    def _hopeless(self, removed: Removed) -> list[float]:
+    def _loss(self, removed: Removed, figures: Tensor) -> float:
+        """Return the loss of a rung, too high a one if it was given up."""
+        return self._kl(figures) * (1 + self.config.place_cost * sum(map(bool, removed)))
+
+    def _hopeless(self, figures: Tensor) -> list[float]:
         """Return the means after each batch from which on a try is given up."""
-        figures = self.pictures.figures(self.ladder(removed), 1)[:, 2]
         means, seen = [], 0
         for tokens, _ in self.pictures.batches:
             seen += len(tokens)
-            means.append(_HOPELESS * float(figures[:seen].mean()))
+            means.append(_HOPELESS * self._kl(figures[:seen]))
         return means
 
     @staticmethod
