@@ -11,6 +11,7 @@ the seed, the rung and the number of the try: a killed search goes on to the sam
 """
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -143,6 +144,12 @@ class Search:
         if self.found:
             self._take(next(iter(self.found.values())).options)
         self.whole = cost(backbone.model).macs
+        least = self._macs((self.patches,) * self.depth) / self.whole
+        if config.shares[-1] < least:
+            raise ConfigError(
+                f"shares: the method {method.name!r} cannot go below {least:.3f} of the "
+                f"multiply-adds of this model, got {config.shares[-1]}"
+            )
 
     def run(self) -> None:
         """Search all rungs."""
@@ -227,11 +234,11 @@ class Search:
         if cheaper is not None:
             shape = cheaper.removed
         else:
-            shape = (self.patches // self.depth,) * self.depth
+            shape = (self.patches,) * self.depth
         low, high = 0.0, 1.0
         for _ in range(20):
             middle = (low + high) / 2
-            scaled = tuple(round(middle * each) for each in shape)
+            scaled = self._clipped(tuple(round(middle * each) for each in shape))
             low, high = (low, middle) if self._macs(scaled) < target else (middle, high)
         scaled = self._fit(random.Random(0), tuple(round(high * each) for each in shape), target)
         return scaled if cheaper is None else _nested(scaled, cheaper.removed)
@@ -313,7 +320,9 @@ class Search:
         return self.pictures.figures(self.ladder(removed), 1, hopeless)
 
     def _loss(self, removed: Removed, figures: Tensor) -> float:
-        """Return the loss of a rung, too high a one if it was given up."""
+        """Return the loss of a rung; infinite if it was given up."""
+        if len(figures) < self.config.search_on:
+            return math.inf
         return self._kl(figures) * (1 + self.config.place_cost * sum(map(bool, removed)))
 
     def _hopeless(self, figures: Tensor) -> list[float]:
