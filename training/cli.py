@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tocom import TocomError
 from tocom.allocator import keep_freed_memory
+from training.compare_config import CompareConfig
 from training.config import (
     CalibrateConfig,
     DistillConfig,
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
         ("finetune", _finetune, "tune a backbone on a labelled task"),
         ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
+        ("compare", _compare, "measure methods and ladders side by side on one model"),
         ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
         ("vtab", _vtab, "tune on many tasks at many rates, and make the table of all"),
     ):
@@ -116,6 +118,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
     print(evaluate(config, _folder(arguments, config.name)))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from training.compare import compare_methods
+
+    config = read_recipe(CompareConfig, arguments.recipe, arguments.overrides)
+    print(compare_methods(config, _folder(arguments, config.name)))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

@@ -35,8 +35,9 @@ from training.search_config import LadderSearchConfig
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)
-#: A try is given up after the first batches if it is worse there by this factor.
-_HOPELESS = 1.02
+#: A try is given up after a batch if it is worse so far by this share, which falls with the root
+#: of the batches seen: a few pictures say little.
+_HOPELESS = 0.12
 
 #: Tokens removed in each block.
 Removed = tuple[int, ...]
@@ -231,10 +232,7 @@ class Search:
 
     def _start(self, cheaper: Found | None, target: float) -> Removed:
         """Return where a walk begins: the cheaper rung with less of it, or the same everywhere."""
-        if cheaper is not None:
-            shape = cheaper.removed
-        else:
-            shape = (self.patches,) * self.depth
+        shape = (self.patches,) * self.depth if cheaper is None else cheaper.removed
         low, high = 0.0, 1.0
         for _ in range(20):
             middle = (low + high) / 2
@@ -265,14 +263,13 @@ class Search:
     ) -> Removed | None:
         """Return a neighbour that costs as much; None if the draw leads to none."""
         amounts = list(removed)
-        from_block, to_block = rng.sample(range(self.depth), 2)
-        if not amounts[from_block]:
-            return None
-        # Now and then a place goes altogether, for each place costs time.
-        moved = amounts[from_block] if rng.random() < 0.15 else rng.choice(_MOVES)
-        moved = min(moved, amounts[from_block])
-        amounts[from_block] -= moved
-        amounts[to_block] += moved
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            from_block, to_block = rng.sample(range(self.depth), 2)
+            # Now and then a place goes altogether, for each place costs time.
+            moved = amounts[from_block] if rng.random() < 0.1 else rng.choice(_MOVES)
+            moved = min(moved, amounts[from_block])
+            amounts[from_block] -= moved
+            amounts[to_block] += moved
         changed = self._fit(rng, tuple(amounts), target)
         if cheaper is not None:
             changed = _nested(changed, cheaper.removed)
@@ -330,7 +327,8 @@ class Search:
         means, seen = [], 0
         for tokens, _ in self.pictures.batches:
             seen += len(tokens)
-            means.append(_HOPELESS * self._kl(figures[:seen]))
+            slack = 1 + _HOPELESS / math.sqrt(len(means) + 1)
+            means.append(slack * self._kl(figures[:seen]))
         return means
 
     @staticmethod
@@ -367,7 +365,7 @@ def _draw(config: LadderSearchConfig) -> tuple[list[tuple[int, int]], list[tuple
     drawn = sorted((place, i, j) for i, order in enumerate(by_set) for place, j in enumerate(order))
     chosen = [(i, j) for _, i, j in drawn[:wanted]]
     rng.shuffle(chosen)
-    return sorted(chosen[: config.search_on]), sorted(chosen[config.search_on :])
+    return chosen[: config.search_on], chosen[config.search_on :]
 
 
 def table(info: LadderInfo) -> str:
