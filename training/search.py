@@ -324,7 +324,8 @@ class Search:
 
     def _hopeless(self, figures: Tensor) -> list[float]:
         """Return the means after each batch from which on a try is given up."""
-        means, seen = [], 0
+        means: list[float] = []
+        seen = 0
         for tokens, _ in self.pictures.batches:
             seen += len(tokens)
             slack = 1 + _HOPELESS / math.sqrt(len(means) + 1)
