@@ -44,7 +44,9 @@ class Match:
         return assignment.scatter(1, self.merged, self.into)
 
 
-def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
+def match(
+    metric: Tensor, r: int, prefix: int, margin: bool = False, penalty: Tensor | None = None
+) -> Match:
     """Bipartite soft matching: pair the `r` most similar tokens of two alternating sets.
 
     Tokens at even positions form set A, at odd positions set B. Each A token finds its most
@@ -55,6 +57,8 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         r: tokens to merge away, in [0, (N - prefix) // 2].
         prefix: tokens at the front that never merge.
         margin: also measure how close the decisions were.
+        penalty: [B, N] what is taken off the similarity of a pair for each of its two tokens, which
+            keeps them from merging; None: nothing.
 
     Returns:
         The match. Output order: prefix tokens, what is left of A in its order (without a prefix
@@ -71,6 +75,8 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         )
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
     scores = _similarity(metric)  # [B, A, B]
+    if penalty is not None:
+        scores = scores - penalty[:, ::2, None] - penalty[:, None, 1::2]
     scores[:, :prefix_a] = -torch.inf
     scores[:, :, :prefix_b] = -torch.inf
     best, partner = scores.max(dim=-1)  # [B, A]
