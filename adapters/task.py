@@ -17,9 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters.adaptformer import adapter
-from adapters.bank import NAME
 from adapters.format import VERSION, Format
-from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
+from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
 from tocom import Adapter, Backbone, TaskError, bundled_folder
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
