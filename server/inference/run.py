@@ -87,7 +87,8 @@ def work_for(
     for name, value in bounds.items():
         if value is not None and value > model.max_rate:
             raise ParameterError(
-                f"{name} must be in 0..{model.max_rate} for the model {model.name!r}{on}, got {value}"
+                f"{name} must be in 0..{model.max_rate} for the model {model.name!r}{on}, got "
+                f"{value}"
             )
     highest = model.max_rate
     if settings.auto_max_rate is not None:

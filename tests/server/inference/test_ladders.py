@@ -49,9 +49,8 @@ def test_an_answer_is_that_of_the_ladder_and_says_so(client, served, photo, ladd
         assert (body["bank_digest"] is None) is (ladder != TOME)
         delta = served.delta(rate) if has_bank else None
         traced = trace(served.backbone.model, image, rate, delta, ladder=ladder)
-        torch.testing.assert_close(
-            torch.tensor(body["logits"]), traced.logits[0], atol=1e-4, rtol=0
-        )
+        logits = torch.tensor(body["logits"])
+        torch.testing.assert_close(logits, traced.logits[0], atol=1e-4, rtol=0)
         assert body["merge_map"]["tokens"] == traced.source[0, 1:].tolist()
 
 

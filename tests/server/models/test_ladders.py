@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from timm.models import save_for_hf
 
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import ladder_entries, tensor_shapes
@@ -119,9 +120,8 @@ def test_the_bank_of_another_ladder_than_the_default_one(tiny, bank_of, tmp_path
 def test_another_bank_may_be_for_another_of_the_ladders(several, bank_of):
     new = several.with_bank(Bank.load(bank_of(UNEVEN)))
     assert [each.bank is None for each in new.ladders] == [True, False, True]
-    assert [a.controller is b.controller for a, b in zip(new.ladders, several.ladders)] == [
-        True
-    ] * 3
+    for after, before in zip(new.ladders, several.ladders, strict=True):
+        assert after.controller is before.controller
     assert all(each.bank is None for each in new.with_bank(None).ladders)
     with pytest.raises(
         ConfigError,
@@ -134,9 +134,10 @@ def test_a_source_is_a_rate_of_one_ladder(tiny, tmp_path, bank_of):
     settings = on_ladders(tiny.model_copy(update={"source": 3}), tmp_path, "rings", "tome")
     model = load_model(settings)
     assert [each.source for each in model.ladders] == [0, 3]
+    settings = on_ladders(tiny.model_copy(update={"source": 3}), tmp_path, "tome", "uneven")
+    tuned = load_model(settings)
     with pytest.raises(ConfigError, match=r"tuned on another one, 'tome', at rate 3"):
-        load_model(on_ladders(tiny.model_copy(update={"source": 3}), tmp_path, "tome", "uneven")
-                   ).with_bank(Bank.load(bank_of(UNEVEN)))  # fmt: skip
+        tuned.with_bank(Bank.load(bank_of(UNEVEN)))
 
 
 def test_a_model_that_was_tuned_on_a_ladder_that_is_not_named(tiny, tmp_path):
@@ -184,8 +185,6 @@ def test_the_same_ladder_by_two_names(tiny, tmp_path):
 
 
 def test_a_backbone_that_cannot_have_the_method(tmp_path, monkeypatch):
-    from timm.models import save_for_hf
-
     save_for_hf(small_model(), tmp_path / "model", safe_serialization=True)
     settings = ModelSettings(name="m", backbone=str(tmp_path / "model"))
     monkeypatch.setattr(Pattern, "refuse", lambda self, model: "the model is too odd for 'pattern'")
