@@ -9,12 +9,16 @@ const REASONS = {
 };
 
 /** Show what a rate costs, which is known before anything is asked. */
-export function showCost(root, { rates }, rate) {
-  const cost = rates[rate];
-  put(root, "tokens", `${rates[0].tokens} \u2192 ${cost.tokens}`);
+export function showCost(root, { rungs }, rate) {
+  const cost = rungs[rate];
+  put(root, "tokens", `${rungs[0].tokens.at(-1)} \u2192 ${cost.tokens.at(-1)}`);
   put(root, "macs", `${(cost.macs / 1e9).toPrecision(3)} GMACs`);
-  put(root, "ratio", rate ? `${percent(cost.macs_ratio, 0)} of the stock model` : "the stock model");
-  root.querySelector(".spent").style.setProperty("--part", cost.macs_ratio);
+  put(root, "ratio", rate ? `${percent(cost.share, 0)} of the stock model` : "the stock model");
+  root.querySelector(".spent").style.setProperty("--part", cost.share);
+  const budget = Math.ceil(1000 * cost.share) / 1000;
+  const best = rungs.find(({ share }) => share <= budget).rate;
+  // Where a better rate costs no more, no budget asks for this one.
+  put(root, "budget", best === rate ? `budget=${budget} asks for it` : "");
 }
 
 /** Show an answer of the server. */

@@ -137,7 +137,7 @@ at("#compare").addEventListener("change", ({ target }) => {
   document.body.classList.toggle("comparing", target.checked);
   second.root.hidden = !target.checked;
   if (target.checked) {
-    second.rate = first.rate ? 0 : model?.max_rate ?? 0;
+    second.rate = first.rate ? 0 : second.ladder?.max_rate ?? 0;
     second.ask();
   }
   compare();

@@ -11,7 +11,8 @@ export class Evidence {
   #lanes;
   #model = null;
   #rows = []; // what was measured at the model's own source rate
-  #took = new Map(); // rate -> ms of inference of each answer
+  #measured = null; // ladder that this is of
+  #took = new Map(); // ladder -> rate -> ms of inference of each answer
   #sweep = null;
 
   /**
@@ -34,7 +35,9 @@ export class Evidence {
     this.#model = model;
     this.#took.clear();
     this.#sweep?.abort();
-    const { evaluation, source_rate: source } = model;
+    const { evaluation, ladders } = model;
+    this.#measured = (ladders.find(({ bank }) => bank) ?? ladders[0]).name;
+    const { source_rate: source } = ladders.find(({ name }) => name === this.#measured);
     // At its own rate there is nothing to repair: both lines go through there.
     this.#rows = (evaluation?.rows ?? []).filter((row) => row.source === source)
       .map((row) => (row.target === source && evaluation.bank ? { ...row, bank: row.plain } : row));
@@ -65,17 +68,21 @@ export class Evidence {
       kind,
       points: rows.filter((row) => row[kind]).map((row) => [row.gmacs, row[kind][figure]]),
     }));
-    const measured = (rate) => rows.find((row) => row.target === rate);
-    const gmacs = (rate) => measured(rate)?.gmacs ?? this.#model.rates[rate].macs / 1e9;
+    const measured = ({ ladder, rate }) =>
+      rows.find((row) => ladder.name === this.#measured && row.target === rate);
+    const gmacs = (lane) => measured(lane)?.gmacs ?? lane.ladder.rungs[lane.rate].macs / 1e9;
     plot(this.#at(".accuracy"), {
       series,
-      marks: this.#shown().map(({ name, rate }) => ({ lane: name, x: gmacs(rate) })),
+      marks: this.#shown().map((lane) => ({ lane: lane.name, x: gmacs(lane) })),
       ticks: steps(rows.map((row) => row.gmacs)),
       also: [Math.max(...series.flatMap(({ points }) => points.map(([, y]) => y))) - SPAN],
       name: figure === "top1" ? "% right, by GMACs" : "% answered as at its own rate, by GMACs",
     });
-    this.#at(".accuracy-words").textContent = this.#shown().map(({ rate }) => {
-      const { plain, bank } = measured(rate) ?? {};
+    this.#at(".accuracy-words").textContent = this.#shown().map((lane) => {
+      const { rate, ladder: { name, rungs } } = lane;
+      const { plain, bank } = measured(lane) ?? {};
+      const { kl } = rungs[rate]; // what the ladder itself says
+      if (!plain && kl !== null) return `Rate ${rate} of ${name}: KL ${kl.toPrecision(3)}.`;
       if (!plain) return `Rate ${rate}: not measured.`;
       const repaired = bank ? `, ${bank[figure].toFixed(1)} % with the bank` : "";
       return `Rate ${rate}: ${plain[figure].toFixed(1)} % plain${repaired}.`;
@@ -83,28 +90,34 @@ export class Evidence {
   }
 
   #drawLatency() {
-    const all = [...this.#took].sort(([a], [b]) => a - b);
+    // Of the first lane's ladder: rates of another one are no rates of this one.
+    const { ladder } = this.#lanes[0];
+    const shown = this.#shown().filter((lane) => lane.ladder.name === ladder.name);
+    const tookAt = this.#took.get(ladder.name) ?? new Map();
+    const all = [...tookAt].sort(([a], [b]) => a - b);
     plot(this.#at(".latency"), {
       series: [
         { kind: "dots", points: all.flatMap(([rate, took]) => took.map((ms) => [rate, ms])) },
         { kind: "bank", points: all.map(([rate, took]) => [rate, median(took)]) },
       ],
-      marks: this.#shown().map(({ name, rate }) => ({ lane: name, x: rate })),
-      ticks: wholes(this.#model.max_rate, 8),
+      marks: shown.map(({ name, rate }) => ({ lane: name, x: rate })),
+      ticks: wholes(ladder.max_rate, 8),
       also: [0],
       name: "ms of inference, by rate",
     });
-    this.#at(".latency-words").textContent = this.#shown()
-      .filter(({ rate }) => this.#took.has(rate))
+    this.#at(".latency-words").textContent = shown
+      .filter(({ rate }) => tookAt.has(rate))
       .map(({ rate }) => {
-        const took = this.#took.get(rate);
+        const took = tookAt.get(rate);
         return `Rate ${rate}: ${median(took).toFixed(1)} ms, ${took.length} measured.`;
       }).join(" ");
   }
 
   #count(answer) {
-    const took = this.#took.get(answer.rate) ?? [];
-    this.#took.set(answer.rate, [...took, answer.timings_ms.inference].slice(-KEPT));
+    const tookAt = this.#took.get(answer.ladder) ?? new Map();
+    const took = tookAt.get(answer.rate) ?? [];
+    tookAt.set(answer.rate, [...took, answer.timings_ms.inference].slice(-KEPT));
+    this.#took.set(answer.ladder, tookAt);
     this.redraw();
   }
 
@@ -113,7 +126,7 @@ export class Evidence {
     if (this.#sweep) return this.#sweep.abort();
     const { signal } = (this.#sweep = new AbortController());
     this.#at(".measure").textContent = "Stop";
-    const rates = Array(SWEEPS).fill(this.#model.rates).flat();
+    const rates = Array(SWEEPS).fill(this.#lanes[0].ladder.rungs).flat();
     try {
       for (const { rate } of rates) this.#count(await this.#lanes[0].measure(rate, signal));
     } catch {

@@ -10,6 +10,7 @@ const TOP = 5;
 
 export class Lane extends EventTarget {
   answer = null;
+  ladder = null; // of the model's, the one that the rate is of
   #model = null;
   #photo = null;
   #timer = 0;
@@ -32,7 +33,7 @@ export class Lane extends EventTarget {
     this.#at = (part) => this.root.querySelector(`.${part}`);
     this.#slider = this.#at("slider");
     put(this.root, "badge", name);
-    this.map = new MergeMap(this.#at("map"), (patches, aloud) => this.#caption(patches, aloud));
+    this.map = new MergeMap(this.#at("map"), (group, aloud) => this.#caption(group, aloud));
     this.#slider.addEventListener("input", () => {
       this.rate = this.rate;
       this.ask(SETTLE);
@@ -43,6 +44,10 @@ export class Lane extends EventTarget {
         this.ask();
       });
     }
+    this.#at("ladder").addEventListener("change", ({ target }) => {
+      this.#useLadder(this.#model.ladders[target.selectedIndex]);
+      this.ask();
+    });
     this.#at("copy").addEventListener("click", () => this.#copy());
   }
 
@@ -57,10 +62,20 @@ export class Lane extends EventTarget {
     this.#moved();
   }
 
-  /** Serve another model; the rate stays where it can. */
+  /** Serve another model; ladder and rate stay where they can. */
   useModel(model) {
     this.#model = model;
-    const highest = model.max_rate;
+    const { ladders } = model;
+    this.#at("ladder").replaceChildren(...ladders.map(({ name }) => new Option(name)));
+    this.#at("ladders").hidden = ladders.length < 2;
+    this.#useLadder(ladders.find(({ name }) => name === this.ladder?.name) ?? ladders[0]);
+    if (this.#photo) this.usePhoto(this.#photo);
+  }
+
+  #useLadder(ladder) {
+    this.ladder = ladder;
+    this.#at("ladder").value = ladder.name;
+    const highest = ladder.max_rate;
     this.#slider.max = highest;
     this.#at("ticks").replaceChildren(...wholes(highest, 5).map((rate) => {
       const tick = element("span");
@@ -68,9 +83,8 @@ export class Lane extends EventTarget {
       tick.style.setProperty("--part", rate / Math.max(1, highest));
       return tick;
     }));
-    this.#at("compensate").disabled = !model.bank;
+    this.#at("compensate").disabled = !ladder.bank;
     this.#moved();
-    if (this.#photo) this.usePhoto(this.#photo);
   }
 
   /** @param {{file: Blob, name: string, bitmap: ?ImageBitmap, sample: ?string}} photo */
@@ -109,8 +123,9 @@ export class Lane extends EventTarget {
   }
 
   #question(rate) {
-    const { name: model, classes } = this.#model;
+    const { name: model, classes, ladders } = this.#model;
     const query = new URLSearchParams({ rate, model, top_k: Math.min(TOP, classes), merge_map: true });
+    if (ladders.length > 1) query.set("ladder", this.ladder.name);
     if (!this.#at("compensate").checked) query.set("compensate", "false");
     return query;
   }
@@ -141,25 +156,37 @@ export class Lane extends EventTarget {
     this.#slider.style.setProperty("--part", rate / Math.max(1, this.#slider.max));
     this.#slider.ariaValueText = `${rate}${this.#at("auto").checked ? ", chosen by the server" : ""}`;
     put(this.root, "rate", rate);
-    put(this.root, "rate-words", rate ? `token${rate > 1 ? "s" : ""} merged away in each block` : "no merging: the stock model");
+    put(this.root, "rate-words", this.#words(rate));
     put(this.root, "reason", "");
-    if (this.#model) showCost(this.root, this.#model, rate);
+    if (this.ladder) showCost(this.root, this.ladder, rate);
     this.dispatchEvent(new Event("rate"));
   }
 
-  /** Say what is looked at: a group of so many patches, or with 0 the whole. */
-  #caption(patches, aloud) {
+  #words(rate) {
+    if (this.ladder && this.ladder.name !== "tome") {
+      return rate ? `of ${this.ladder.max_rate}, by ${this.ladder.method}` : "the stock model";
+    }
+    return rate ? `token${rate > 1 ? "s" : ""} merged away in each block` : "no merging: the stock model";
+  }
+
+  /** Say what is looked at: a group of patches, or the whole. */
+  #caption(group, aloud) {
     const [, height, width] = this.#model.input_size;
     const all = this.answer?.merge_map.tokens ?? [];
-    const groups = Object.values(Object.groupBy(all, (token) => token));
+    const left = all.filter((token) => token >= 0);
+    const groups = Object.values(Object.groupBy(left, (token) => token));
     let text = `What the model sees: ${width} \u00d7 ${height} pixels`;
     if (all.length) text += `, ${all.length} patches`;
-    if (groups.length < all.length) {
-      text += ` in ${groups.length} groups of up to ${Math.max(...groups.map((group) => group.length))}`;
+    if (groups.length < left.length) {
+      text += ` in ${groups.length} groups of up to ${Math.max(...groups.map((each) => each.length))}`;
     }
-    if (patches) text = `${patches} ${patches === 1 ? "patch" : "patches"} \u2192 1 token`;
+    if (left.length < all.length) text += `, ${all.length - left.length} dropped`;
+    if (group) {
+      const patches = `${group.patches.length} ${group.patches.length === 1 ? "patch" : "patches"}`;
+      text = group.dropped ? `${patches} dropped` : `${patches} \u2192 1 token`;
+    }
     put(this.root, "caption", text);
-    this.#at("caption").classList.toggle("looked", patches > 0);
+    this.#at("caption").classList.toggle("looked", Boolean(group));
     if (aloud) put(this.root, "spoken", text);
   }
 

@@ -1,9 +1,10 @@
-/** The merge map: which patches of the photo became one token, drawn over what the model sees. */
+/** The merge map: which patches of the photo became one token or none, over what the model sees. */
 
 import { loops } from "./outline.js";
 
 const FADE = 260; // ms from one rate to the next
 const VEIL = 0.62; // over all but the group that is looked at
+const DIM = 0.78; // over patches that were dropped
 
 export class MergeMap {
   #canvas;
@@ -12,7 +13,7 @@ export class MergeMap {
   #bitmap = null; // the whole photo
   #model = null;
   #map = null; // {grid, tokens} as the server sends it
-  #groups = new Map(); // token -> {patches, sum, path, colour}
+  #groups = new Map(); // token, -1: none -> {patches, dropped, sum, path, colour}
   #mode = "groups";
   #photo = document.createElement("canvas"); // what the model sees
   #target = document.createElement("canvas"); // what is to be seen when all has faded in
@@ -21,8 +22,8 @@ export class MergeMap {
 
   /**
    * @param {HTMLCanvasElement} canvas
-   * @param {(patches: number, aloud: boolean) => void} noticed called with the patches of the group
-   *     that is looked at, 0 for none; aloud: by keyboard
+   * @param {(group: ?{patches: number[], dropped: boolean}, aloud: boolean) => void} noticed called
+   *     with the group that is looked at, if any; aloud: by keyboard
    */
   constructor(canvas, noticed) {
     [this.#canvas, this.#context, this.#noticed] = [canvas, canvas.getContext("2d"), noticed];
@@ -43,7 +44,7 @@ export class MergeMap {
     const [, height, width] = model.input_size;
     this.#canvas.style.aspectRatio = `${width} / ${height}`;
     this.#resize();
-    this.#noticed(0, false);
+    this.#noticed(undefined, false);
   }
 
   /** Show which patches became one token, as the server says it; they fade in. */
@@ -51,7 +52,7 @@ export class MergeMap {
     this.#map = map;
     this.#group();
     this.#paint(true);
-    this.#noticed(this.#looked?.patches.length ?? 0, false);
+    this.#noticed(this.#looked, false);
   }
 
   /** "photo", "groups" or "outlines". */
@@ -83,7 +84,7 @@ export class MergeMap {
     const { grid: [rows, columns], tokens } = this.#map;
     const { width, height } = this.#photo;
     const groups = tokens.map((token, patch) => {
-      const group = this.#groups.get(token) ?? { patches: [], sum: [0, 0, 0, 0] };
+      const group = this.#groups.get(token) ?? { patches: [], dropped: token < 0, sum: [0, 0, 0, 0] };
       group.patches.push(patch);
       this.#groups.set(token, group);
       return group;
@@ -130,8 +131,9 @@ export class MergeMap {
     if (this.#mode === "photo" || !this.#map) return;
     const seam = (this.#photo.width / this.#map.grid[1]) * 0.06;
     if (this.#mode === "outlines") {
-      for (const { patches, path } of this.#groups.values()) {
-        outline(context, path, 0.7 * seam, "#fff", patches.length > 1 ? 1 : 0.3);
+      for (const { patches, dropped, path } of this.#groups.values()) {
+        if (dropped) this.#dim(context, path);
+        else outline(context, path, 0.7 * seam, "#fff", patches.length > 1 ? 1 : 0.3);
       }
       return;
     }
@@ -139,12 +141,22 @@ export class MergeMap {
     context.fillStyle = context.strokeStyle = this.#colour("--seam");
     context.fillRect(0, 0, this.#photo.width, this.#photo.height);
     context.lineWidth = seam;
-    for (const { patches, path, colour } of this.#groups.values()) {
+    for (const { patches, dropped, path, colour } of this.#groups.values()) {
       // A token of one patch still holds its detail; a merged one is a mean.
-      context.fillStyle = patches.length > 1 ? colour : photo;
+      context.fillStyle = patches.length > 1 && !dropped ? colour : photo;
       context.fill(path);
+      if (dropped) this.#dim(context, path);
       context.stroke(path);
     }
+  }
+
+  #dim(context, path) {
+    const { fillStyle } = context;
+    context.globalAlpha = DIM;
+    context.fillStyle = this.#colour("--seam");
+    context.fill(path);
+    context.globalAlpha = 1;
+    context.fillStyle = fillStyle;
   }
 
   #present(from, part) {
@@ -178,7 +190,7 @@ export class MergeMap {
     if (patch === this.#patch) return;
     this.#patch = patch;
     this.#paint(false);
-    this.#noticed(this.#looked?.patches.length ?? 0, aloud);
+    this.#noticed(this.#looked, aloud);
   }
 
   #patchAt({ offsetX, offsetY }) {
