@@ -139,6 +139,10 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         ),
         (["--model", "a=x,bank="], "expected KEY=VALUE"),
         (
+            ["--port", "0", "--model", "a=bundled:deit_tiny_caltech101,ladder=tome,ladder=nix"],
+            "model 'a': cannot read the ladder nix: No such file or directory",
+        ),
+        (
             ["--model", "a=x,source=high"],
             "setting models.0.source: Input should be a valid integer",
         ),

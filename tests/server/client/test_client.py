@@ -62,6 +62,9 @@ def test_options_are_the_servers_parameters(client, photo):
     assert len(answer.predictions) == 2
     assert answer.logits is None
     assert client.classify(photo, rate="auto", max_rate=5).asked_rate == "auto"
+    within = client.classify(photo, budget=0.75, ladder="tome")
+    assert (within.ladder, within.asked_budget) == ("tome", 0.75)
+    assert within.macs_ratio <= 0.75
 
 
 def test_several_images(client, photo):
