@@ -7,7 +7,6 @@ Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tocom.errors import RateError, ShapeError
+from tocom.precision import unrounded
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Match:
         kept: [B, M] the input position from which each output token starts.
         merged: [B, r] input positions that are merged away.
         into: [B, r] the output token that each of them joins.
-        margin: [B] by how much cosine similarity the closest decision was taken, at most 2;
-            None unless asked for. Near 0, rounding may decide otherwise.
+        margin: [B] by how much similarity the closest decision was taken, at most 2; None
+            unless asked for. Near 0, rounding may decide otherwise.
     """
 
     kept: Tensor
@@ -44,7 +44,9 @@ class Match:
         return assignment.scatter(1, self.merged, self.into)
 
 
-def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
+def match(
+    metric: Tensor, r: int, prefix: int, margin: bool = False, bias: Tensor | None = None
+) -> Match:
     """Bipartite soft matching: pair the `r` most similar tokens of two alternating sets.
 
     Tokens at even positions form set A, at odd positions set B. Each A token finds its most
@@ -55,6 +57,7 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         r: tokens to merge away, in [0, (N - prefix) // 2].
         prefix: tokens at the front that never merge.
         margin: also measure how close the decisions were.
+        bias: [B, N] what each token adds to the similarity of its pairs; None: nothing.
 
     Returns:
         The match. Output order: prefix tokens, what is left of A in its order (without a prefix
@@ -71,6 +74,8 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         )
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
     scores = _similarity(metric)  # [B, A, B]
+    if bias is not None:
+        scores += bias[:, ::2, None] + bias[:, None, 1::2]
     scores[:, :prefix_a] = -torch.inf
     scores[:, :, :prefix_b] = -torch.inf
     best, partner = scores.max(dim=-1)  # [B, A]
@@ -146,10 +151,7 @@ def _similarity(metric: Tensor) -> Tensor:
 
     In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
     """
-    device = metric.device.type
-    # Entered only if need be: on small batches it takes as long as what it is for.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with unrounded(metric):
         metric = F.normalize(metric.detach().float(), dim=-1)
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 

@@ -17,6 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from tocom.precision import unrounded
+
 
 class Place(Enum):
     """Where in a block a method acts."""
@@ -125,7 +127,8 @@ class Seen:
         return self._attention(self.q).mean(dim=(1, 2))
 
     def _attention(self, q: Tensor) -> Tensor:
-        scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
+        with unrounded(q):
+            scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
         return (scores if self.bias is None else scores + self.bias.float()).softmax(dim=-1)
 
 
