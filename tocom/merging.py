@@ -73,7 +73,7 @@ def match(
             f"{(tokens - prefix) // 2} can merge at once, got {r}"
         )
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
-    scores = _similarity(metric)  # [B, A, B]
+    scores = similarity(metric)  # [B, A, B]
     if bias is not None:
         scores += bias[:, ::2, None] + bias[:, None, 1::2]
     scores[:, :prefix_a] = -torch.inf
@@ -91,17 +91,20 @@ def match(
     kept = torch.cat([front, rest_a, rest_b.expand(batch, -1)], dim=1)
     first_b = prefix + rest_a.shape[1]
     into = first_b + partner.gather(1, chosen) - prefix_b
-    closest = _margin(scores, best, order, r, prefix) if margin else None
-    return Match(kept=kept, merged=2 * chosen, into=into, margin=closest)
+    gap = closest(scores, best, order, r, prefix) if margin else None
+    return Match(kept=kept, merged=2 * chosen, into=into, margin=gap)
 
 
-def merge(x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor]:
+def merge(
+    x: Tensor, size: Tensor | None, match: Match, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Merge tokens: the mean of each group weighted by size; sizes add up.
 
     Args:
         x: [B, N, C] tokens.
         size: [B, N, 1] input tokens that each token stands for; None: one each.
         match: which tokens merge.
+        weight: [B, N, 1] more than 0, weighs in the mean instead of the size; None: the size.
 
     Returns:
         Tokens [B, M, C] in the dtype of x and sizes [B, M, 1] in fp32.
@@ -128,9 +131,17 @@ def merge(x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor]
     sizes = sizes.reshape(batch * tokens, 1)
     kept_sizes, merged_sizes = sizes.index_select(0, kept), sizes.index_select(0, merged)
     total = kept_sizes.index_add(0, into, merged_sizes)
+    kept_weights, merged_weights, whole = kept_sizes, merged_sizes, total
+    if weight is not None:
+        weights = weight.float().reshape(batch * tokens, 1)
+        kept_weights, merged_weights = (
+            weights.index_select(0, kept),
+            weights.index_select(0, merged),
+        )
+        whole = kept_weights.index_add(0, into, merged_weights)
     # What nothing merges into has weight 1 and stays as it is.
-    mean = rows.index_select(0, kept) * (kept_sizes / total)
-    weights = merged_sizes / total.index_select(0, into)
+    mean = rows.index_select(0, kept) * (kept_weights / whole)
+    weights = merged_weights / whole.index_select(0, into)
     mean.index_add_(0, into, rows.index_select(0, merged) * weights)
     return mean.to(x.dtype).view(batch, left, width), total.view(batch, left, 1)
 
@@ -146,8 +157,8 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _similarity(metric: Tensor) -> Tensor:
-    """Return the cosines of the tokens at even positions with those at odd positions.
+def similarity(metric: Tensor) -> Tensor:
+    """Return the cosines [B, A, B] of the tokens at even positions with those at odd positions.
 
     In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
     """
@@ -156,8 +167,16 @@ def _similarity(metric: Tensor) -> Tensor:
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 
 
-def _margin(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
-    """Return the smallest gap [B] between what was chosen and what came next."""
+def closest(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
+    """Return the smallest gap [B] between what was chosen and what came next, at most 2.
+
+    Args:
+        scores: [B, A, B] of all pairs; -inf: may not be.
+        best: [B, A] the highest of each row.
+        order: [B, A] the rows, the best first.
+        r: rows that are chosen, the first of the order.
+        prefix: without one, the order of the rest is a decision, too.
+    """
     top = scores.topk(min(2, scores.shape[-1]), dim=-1).values
     partner_gap = top[..., 0] - top[..., -1] if top.shape[-1] == 2 else torch.full_like(best, 2.0)
     chosen_gap = partner_gap.gather(1, order[:, :r])

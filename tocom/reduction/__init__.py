@@ -1,5 +1,7 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.diffrate import DiffRate
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -16,7 +18,9 @@ from tocom.reduction.tome import ToMe
 __all__ = [
     "Chosen",
     "Cut",
+    "DiffRate",
     "Fate",
+    "MCTF",
     "METHODS",
     "Method",
     "Place",

@@ -5,6 +5,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.diffrate import DiffRate
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -13,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     each.name: each
     for each in (
         ToMe,
+        MCTF,
+        DiffRate,
     )
 }  # fmt: skip
 
