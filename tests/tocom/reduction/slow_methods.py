@@ -1,13 +1,16 @@
 """What the tests of the methods share: a forward that is counted, and slow, obvious parts."""
 
+from collections.abc import Callable
+
 import torch
+from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tocom import forward
 from tocom.ladder import Ladder
-from tocom.reduction import Method, Seen
+from tocom.reduction import Cut, Method, Seen
 
 
 def of_all_blocks(method: Method, amount: int, patches: int, depth: int = 3) -> Ladder:
@@ -45,3 +48,35 @@ def slow_attention_of(seen: Seen, image: int) -> Tensor:
         scores = scores + (0 if seen.bias is None else seen.bias[image].double().flatten())
         total = total + scores.exp() / scores.exp().sum(dim=1, keepdim=True)
     return total / seen.q.shape[1]
+
+
+@st.composite
+def cuts(draw: st.DrawFn, most: Callable[[int], int]) -> tuple[Tensor, Tensor, Seen, Cut]:
+    """Tokens [B, N, 3], sizes [B, N, 1], what attention saw of them, and a cut that is traced.
+
+    `most` says how many of so many patches can leave.
+    """
+    prefix, patches = draw(st.integers(1, 5)), draw(st.integers(2, 20))
+    removed = draw(st.integers(1, most(patches)))
+    batch, count = draw(st.integers(1, 3)), prefix + patches
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    x = torch.randn(batch, count, 3, generator=generator)
+    seen = seen_at_random(generator, batch, heads=2, tokens=count, width=4)
+    sizes = torch.randint(1, 9, (batch, count, 1), generator=generator).float()
+    return x, sizes, seen, Cut(0, prefix, count - removed, (1, patches), trace=True)
+
+
+def one_image(seen: Seen, image: int) -> Seen:
+    """Return what was seen of one image, with nothing of the others."""
+    one = slice(image, image + 1)
+    bias = None if seen.bias is None else seen.bias[one]
+    return Seen(seen.q[one], seen.k[one], seen.v[one], bias, seen.scale)
+
+
+def slow_means(
+    x: Tensor, weight: Tensor, sizes: Tensor, groups: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean of each group of tokens x [N, C], and the sum of its sizes."""
+    x, weight, sizes = x.double(), weight.double(), sizes.double()
+    means = [sum(x[i] * weight[i] for i in group) / weight[group].sum() for group in groups]
+    return torch.stack(means), torch.stack([sizes[group].sum() for group in groups])
