@@ -1,7 +1,9 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -20,8 +22,10 @@ __all__ = [
     "Chosen",
     "Cut",
     "DPCKNN",
+    "DiffRate",
     "Fate",
     "KMedoids",
+    "MCTF",
     "METHODS",
     "Method",
     "Pattern",

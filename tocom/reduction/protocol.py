@@ -17,6 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from tocom.precision import unrounded
+
 
 class Place(Enum):
     """Where in a block a method acts."""
@@ -126,7 +128,8 @@ class Seen:
         return self._attention(self.q).mean(dim=(1, 2))
 
     def _attention(self, q: Tensor) -> Tensor:
-        scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
+        with unrounded(q):
+            scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
         return (scores if self.bias is None else scores + self.bias.float()).softmax(dim=-1)
 
 
@@ -188,7 +191,7 @@ class Method(ABC):
         """
         if self.unit is Unit.REMOVED:
             return (round(strength * patches / 2),) * depth
-        stages = [depth // 4, depth // 2, 3 * depth // 4]
+        stages = [max(1, depth // 4), depth // 2, 3 * depth // 4]
         left = {at: int(patches * (1 - strength) ** (i + 1)) for i, at in enumerate(stages)}
         return tuple(max(1, left[i]) if i in left else 0 for i in range(depth))
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from tocom.errors import ReductionError
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -19,6 +21,8 @@ METHODS: dict[str, type[Method]] = {
         DPCKNN,
         Pattern,
         ATME,
+        MCTF,
+        DiffRate,
     )
 }  # fmt: skip
 
