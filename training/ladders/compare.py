@@ -27,7 +27,7 @@ from adapters.ladder import read_ladder
 from tocom import Backbone, ConfigError, Ladder, Variant, cost
 from tocom.reduction import Method, method_of
 from tocom.vit import embed, outputs
-from training.compare_config import CompareConfig, EntryConfig
+from training.ladders.compare_config import CompareConfig, EntryConfig
 from training.measuring import Measurement, claim, compare, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.plot import plot_compare

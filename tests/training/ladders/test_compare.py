@@ -10,8 +10,8 @@ import torch
 from adapters.ladder import LadderInfo, write_ladder
 from tocom import Ladder, ReductionError, cost, forward, load_backbone
 from tocom.reduction import METHODS, ToMe, method_of
-from training.compare import compare_methods, ladder_of
-from training.compare_config import CompareConfig
+from training.ladders.compare import compare_methods, ladder_of
+from training.ladders.compare_config import CompareConfig
 from training.pictures.batches import evaluation_batches
 
 RUNGS = ((0, 0), (3, 0), (6, 2))
