@@ -60,7 +60,7 @@ def measure(
 
 def table(backbone: Backbone, found: Found) -> str:
     """Return what was found, one line a method."""
-    header, rows = ["method"], []
+    header, rows = ["method"], list[list[str]]()
     for rate in RATES:
         header += [f"r = {rate}: GMACs", "KL", "agreement"]
     methods = list(dict.fromkeys(method for method, _ in found))
