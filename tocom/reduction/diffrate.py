@@ -24,7 +24,7 @@ class DiffRate(Method):
 
     Attributes:
         pruned: share of the tokens that leave which is dropped, those of least attention; the
-            others merge into the most similar patch that stays.
+            others merge into the most similar patch that stays. Half is better than none or all.
     """
 
     name: ClassVar = "diffrate"
@@ -33,7 +33,7 @@ class DiffRate(Method):
     sizes: ClassVar = True
     needs_class: ClassVar = True
 
-    pruned: float = 0.0
+    pruned: float = 0.5
 
     def __post_init__(self) -> None:
         """Raise ReductionError if an option is malformed."""

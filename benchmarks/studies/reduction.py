@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.estimates import markdown
 from tocom import Backbone, Ladder, Variant, cost, load_backbone
 from tocom.reduction import MCTF, DiffRate, Method, ToMe, options_of
 from tocom.vit import embed, outputs
@@ -59,19 +60,20 @@ def measure(
 
 def table(backbone: Backbone, found: Found) -> str:
     """Return what was found, one line a method."""
-    columns = [f"r = {rate}: GMACs | KL | agreement" for rate in RATES]
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (1 + 3 * len(RATES)) + "|"]
+    header, rows = ["method"], list[list[str]]()
+    for rate in RATES:
+        header += [f"r = {rate}: GMACs", "KL", "agreement"]
     methods = list(dict.fromkeys(method for method, _ in found))
     for method in methods:
-        cells = []
+        cells = [_named(method)]
         for rate in RATES:
             macs = cost(backbone.model, rate, ladder=Ladder(method.name, method)).macs
             kls, agreed = zip(*found[method, rate], strict=True)
             first, _ = zip(*found[methods[0], rate], strict=True)
             cells += [f"{macs / 1e9:.3f}", _with_error(kls, first)]
             cells.append(f"{100 * statistics.mean(agreed):.1f} %")
-        lines.append(f"| {_named(method)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(header, rows)
 
 
 def _with_error(values: Sequence[float], base: Sequence[float]) -> str:
@@ -83,8 +85,9 @@ def _with_error(values: Sequence[float], base: Sequence[float]) -> str:
 
 
 def _named(method: Method) -> str:
-    options = ", ".join(f"{name} {value:g}" for name, value in options_of(method).items() if value)
-    return f"{method.name}, {options}" if options else method.name
+    usual = options_of(type(method)())
+    said = [f"{k} {v:g}" for k, v in options_of(method).items() if v != usual[k]]
+    return ", ".join([method.name, *said])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
