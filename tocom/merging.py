@@ -7,7 +7,7 @@ Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -141,15 +141,20 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products are not cast to half precision."""
+    kind = device.type
+    # Entered only if need be: on small batches it takes as long as what it is for.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
+
+
 def _similarity(metric: Tensor) -> Tensor:
     """Return the cosines of the tokens at even positions with those at odd positions.
 
     In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
     """
-    device = metric.device.type
-    # Entered only if need be: on small batches it takes as long as what it is for.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with full_precision(metric.device):
         metric = F.normalize(metric.detach().float(), dim=-1)
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 

@@ -1,5 +1,6 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -16,6 +17,7 @@ from tocom.reduction.tome import ToMe
 __all__ = [
     "Chosen",
     "Cut",
+    "EViT",
     "Fate",
     "METHODS",
     "Method",
@@ -23,6 +25,7 @@ __all__ = [
     "Seen",
     "ToMe",
     "Tokens",
+    "TopK",
     "Unit",
     "method_of",
     "options_of",

@@ -17,6 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from tocom.merging import full_precision
+
 
 class Place(Enum):
     """Where in a block a method acts."""
@@ -64,8 +66,9 @@ class Fate(NamedTuple):
 class Chosen(NamedTuple):
     """The tokens that attention answers for."""
 
-    rows: Tensor  # [B, M] their positions, rising; padding repeats a position
+    rows: Tensor  # [B, M] their positions, prefix tokens first; padding repeats a position
     live: Tensor | None = None  # [B, M] False: padding
+    margin: Tensor | None = None  # [B] by how much the closest decision was taken
 
     def fate(self, tokens: int) -> Fate:
         """Return where `tokens` tokens went: whoever is not chosen is dropped."""
@@ -73,7 +76,7 @@ class Chosen(NamedTuple):
         into = self.rows.new_full((batch, tokens + 1), -1)
         rows = self.rows if self.live is None else self.rows.masked_fill(~self.live, tokens)
         out = torch.arange(left, device=rows.device).expand(batch, left)
-        return Fate(into.scatter(1, rows, out)[:, :tokens])
+        return Fate(into.scatter(1, rows, out)[:, :tokens], self.margin)
 
 
 class Cut(NamedTuple):
@@ -125,7 +128,8 @@ class Seen:
         return self._attention(self.q).mean(dim=(1, 2))
 
     def _attention(self, q: Tensor) -> Tensor:
-        scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
+        with full_precision(q.device):
+            scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
         return (scores if self.bias is None else scores + self.bias.float()).softmax(dim=-1)
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -13,6 +14,8 @@ METHODS: dict[str, type[Method]] = {
     each.name: each
     for each in (
         ToMe,
+        TopK,
+        EViT,
     )
 }  # fmt: skip
 
