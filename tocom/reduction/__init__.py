@@ -1,5 +1,6 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.protocol import (
     Chosen,
@@ -15,6 +16,7 @@ from tocom.reduction.registry import METHODS, method_of, options_of
 from tocom.reduction.tome import ToMe
 
 __all__ = [
+    "ATS",
     "Chosen",
     "Cut",
     "EViT",

@@ -59,8 +59,9 @@ class EViT(Method):
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Rank, keep and fuse."""
         assert seen is not None
-        kept = _kept(seen.class_attention, cut.leaving - 1, cut)
-        fused = fuse(tokens.x, seen.class_attention, kept.rows)
+        attention = seen.class_attention
+        kept = _kept(attention, cut.leaving - 1, cut)
+        fused = fuse(tokens.x, attention, kept.rows)
         left = Tokens(torch.cat([take(tokens.x, kept.rows), fused], dim=1))
         if not cut.trace:
             return left, None

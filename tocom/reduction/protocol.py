@@ -10,7 +10,6 @@ Letters: B images, N tokens in, M tokens out, H heads, d their width.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -93,6 +92,8 @@ class Cut(NamedTuple):
 class Seen:
     """What the attention of a block saw, from which methods score tokens.
 
+    What is derived is computed anew each time that it is read.
+
     Attributes:
         q: [B, H, N, d] queries.
         k: [B, H, N, d] keys.
@@ -112,17 +113,17 @@ class Seen:
         """[B, N, d] the mean of the keys over the heads, in fp32 whatever the keys are."""
         return self.k.mean(dim=1, dtype=torch.float32)
 
-    @cached_property
+    @property
     def class_rows(self) -> Tensor:
         """[B, H, N] the attention of the class token, in fp32."""
         return self._attention(self.q[:, :, :1]).squeeze(2)
 
-    @cached_property
+    @property
     def class_attention(self) -> Tensor:
         """[B, N] the attention of the class token, mean over the heads, in fp32."""
         return self.class_rows.mean(dim=1)
 
-    @cached_property
+    @property
     def received(self) -> Tensor:
         """[B, N] the attention that each token receives, mean over heads and tokens, in fp32."""
         return self._attention(self.q).mean(dim=(1, 2))

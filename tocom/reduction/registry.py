@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
         ToMe,
         TopK,
         EViT,
+        ATS,
     )
 }  # fmt: skip
 
