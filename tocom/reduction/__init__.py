@@ -1,5 +1,7 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.ats import ATS
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
@@ -19,10 +21,12 @@ from tocom.reduction.tome import ToMe
 
 __all__ = [
     "ATME",
+    "ATS",
     "Chosen",
     "Cut",
     "DPCKNN",
     "DiffRate",
+    "EViT",
     "Fate",
     "KMedoids",
     "MCTF",
@@ -33,6 +37,7 @@ __all__ = [
     "Seen",
     "ToMe",
     "Tokens",
+    "TopK",
     "Unit",
     "method_of",
     "options_of",

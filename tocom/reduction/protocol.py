@@ -10,7 +10,6 @@ Letters: B images, N tokens in, M tokens out, H heads, d their width.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -67,8 +66,9 @@ class Fate(NamedTuple):
 class Chosen(NamedTuple):
     """The tokens that attention answers for."""
 
-    rows: Tensor  # [B, M] their positions, rising; padding repeats a position
+    rows: Tensor  # [B, M] their positions, prefix tokens first; padding repeats a position
     live: Tensor | None = None  # [B, M] False: padding
+    margin: Tensor | None = None  # [B] by how much the closest decision was taken
 
     def fate(self, tokens: int) -> Fate:
         """Return where `tokens` tokens went: whoever is not chosen is dropped."""
@@ -76,7 +76,7 @@ class Chosen(NamedTuple):
         into = self.rows.new_full((batch, tokens + 1), -1)
         rows = self.rows if self.live is None else self.rows.masked_fill(~self.live, tokens)
         out = torch.arange(left, device=rows.device).expand(batch, left)
-        return Fate(into.scatter(1, rows, out)[:, :tokens])
+        return Fate(into.scatter(1, rows, out)[:, :tokens], self.margin)
 
 
 class Cut(NamedTuple):
@@ -92,6 +92,8 @@ class Cut(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What the attention of a block saw, from which methods score tokens.
+
+    What is derived is computed anew each time that it is read.
 
     Attributes:
         q: [B, H, N, d] queries.
@@ -112,17 +114,17 @@ class Seen:
         """[B, N, d] the mean of the keys over the heads, in fp32 whatever the keys are."""
         return self.k.mean(dim=1, dtype=torch.float32)
 
-    @cached_property
+    @property
     def class_rows(self) -> Tensor:
         """[B, H, N] the attention of the class token, in fp32."""
         return self._attention(self.q[:, :, :1]).squeeze(2)
 
-    @cached_property
+    @property
     def class_attention(self) -> Tensor:
         """[B, N] the attention of the class token, mean over the heads, in fp32."""
         return self.class_rows.mean(dim=1)
 
-    @cached_property
+    @property
     def received(self) -> Tensor:
         """[B, N] the attention that each token receives, mean over heads and tokens, in fp32."""
         return self._attention(self.q).mean(dim=(1, 2))

@@ -5,6 +5,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.ats import ATS
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
@@ -23,6 +25,9 @@ METHODS: dict[str, type[Method]] = {
         ATME,
         MCTF,
         DiffRate,
+        TopK,
+        EViT,
+        ATS,
     )
 }  # fmt: skip
 
