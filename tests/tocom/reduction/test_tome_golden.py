@@ -66,10 +66,8 @@ def test_a_golden_block_with_sizes():
 
 def test_golden_schedules():
     case, tensors = oracle_case.read("reduction/tomesched_1")
-    golden = zip(
-        *(tensors[k].tolist() for k in ("r", "inflection", "r_list", "tokens")), strict=True
-    )
-    for r, inflection, asked, tokens in golden:
+    columns = [tensors[key].tolist() for key in ("r", "inflection", "r_list", "tokens")]
+    for r, inflection, asked, tokens in zip(*columns, strict=True):
         made = plan((r, inflection), case["layers"], case["T0"], prefix=1)
         assert made.asked == tuple(asked)
         assert (case["T0"], *made.tokens) == tuple(tokens)
