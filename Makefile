@@ -8,6 +8,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # More arguments for the server or for pytest.
 ARGS ?=
+# Processes that run tests; 0: no others, as a debugger needs it.
+JOBS ?= 2
 
 PACKAGES := adapters server tocom training
 SOURCES := $(PACKAGES) $(wildcard benchmarks examples tests)
@@ -20,7 +22,7 @@ DEV := $(VENV)/.installed-dev
 
 help:
 	@echo 'make serve    serve the bundled model on http://$(HOST):$(PORT) (HOST=, PORT=, ARGS=)'
-	@echo 'make test     run every test (ARGS="-k merging")'
+	@echo 'make test     run every test (ARGS="-k merging", JOBS=2)'
 	@echo 'make lint     ruff and mypy, changing nothing'
 	@echo 'make format   put the code into the shape that lint asks for'
 	@echo 'make wheel    build dist/tocom_serve-*.whl'
@@ -43,7 +45,7 @@ serve: $(BASE)
 	@exec $(VENV)/bin/tocom-serve $(ARGS)
 
 test: $(DEV)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check $(SOURCES)

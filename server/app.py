@@ -114,12 +114,14 @@ def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManag
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         serving.engine.start()
-        serving.models.get(None).graphs.start(serving.engine.call)
+        graphs = serving.models.get(None).graphs
+        graphs.start(serving.engine.call)
         try:
             await asyncio.to_thread(warm_up, serving)
             yield
         finally:
             await asyncio.to_thread(serving.engine.stop)
+            await asyncio.to_thread(graphs.stop)
 
     return lifespan
 

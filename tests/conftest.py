@@ -1,6 +1,12 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that tests start should not take the cores of another worker's tests. Before torch
+    # is imported, which reads it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

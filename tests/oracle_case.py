@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parent / "oracle"
 def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the tensors of a case."""
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        case = json.loads(file.metadata()["case"])
+        metadata = file.metadata()
+        case = json.loads(metadata.get("case") or metadata["params"])
         return case, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 

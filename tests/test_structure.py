@@ -26,7 +26,7 @@ DOORS: dict[str, set[str]] = {
 
 #: The same inside the server, floor by floor: a room may import those on lower floors.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "settings", "schemas", "timm_without_dynamo"},
+    {"arguments", "errors", "settings", "schemas", "timm_without_dynamo"},
     {"engine"},
     {"models"},
     {"inference", "observe"},
@@ -34,7 +34,8 @@ FLOORS: tuple[set[str], ...] = (
     {"v1", "oip", "banks", "page"},
     {"app", "offline"},
     {"process"},
-    {"cli", "ray"},
+    {"commands", "ray"},
+    {"cli"},
 )
 #: Needs no torch and none of the server's other rooms.
 CLIENT = {"client": {"schemas"}}

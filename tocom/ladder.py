@@ -106,6 +106,12 @@ class Ladder:
                         f"amounts must be whole numbers of 0 or more, got {amount!r} in rung {i} "
                         f"of the ladder {self.name!r}"
                     )
+            if self.method.looks_back and rung and rung[0]:
+                raise ReductionError(
+                    f"the method {self.method.name!r} reads the attention of the block before, so "
+                    f"rung {i} of the ladder {self.name!r} must have 0 for the first block, got "
+                    f"{rung[0]}"
+                )
 
     # A ladder is part of many keys, and its rungs are long.
     @cached_property

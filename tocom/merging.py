@@ -7,7 +7,7 @@ Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,9 @@ class Match:
         return assignment.scatter(1, self.merged, self.into)
 
 
-def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
+def match(
+    metric: Tensor, r: int, prefix: int, margin: bool = False, penalty: Tensor | None = None
+) -> Match:
     """Bipartite soft matching: pair the `r` most similar tokens of two alternating sets.
 
     Tokens at even positions form set A, at odd positions set B. Each A token finds its most
@@ -55,6 +57,8 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         r: tokens to merge away, in [0, (N - prefix) // 2].
         prefix: tokens at the front that never merge.
         margin: also measure how close the decisions were.
+        penalty: [B, N] what is taken off the similarity of a pair for each of its two tokens, which
+            keeps them from merging; None: nothing.
 
     Returns:
         The match. Output order: prefix tokens, what is left of A in its order (without a prefix
@@ -71,6 +75,8 @@ def match(metric: Tensor, r: int, prefix: int, margin: bool = False) -> Match:
         )
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
     scores = _similarity(metric)  # [B, A, B]
+    if penalty is not None:
+        scores = scores - penalty[:, ::2, None] - penalty[:, None, 1::2]
     scores[:, :prefix_a] = -torch.inf
     scores[:, :, :prefix_b] = -torch.inf
     best, partner = scores.max(dim=-1)  # [B, A]
@@ -141,15 +147,20 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products are not cast to half precision."""
+    kind = device.type
+    # Entered only if need be: on small batches it takes as long as what it is for.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
+
+
 def _similarity(metric: Tensor) -> Tensor:
     """Return the cosines of the tokens at even positions with those at odd positions.
 
     In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
     """
-    device = metric.device.type
-    # Entered only if need be: on small batches it takes as long as what it is for.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with full_precision(metric.device):
         metric = F.normalize(metric.detach().float(), dim=-1)
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 

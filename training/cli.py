@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tocom import TocomError
 from tocom.allocator import keep_freed_memory
+from training.compare_config import CompareConfig
 from training.config import (
     CalibrateConfig,
     DistillConfig,
@@ -16,6 +17,7 @@ from training.config import (
     VtabConfig,
 )
 from training.presets import presets, read_recipe
+from training.search_config import LadderSearchConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tocom-train", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
+        ("search", _search, "search a ladder of cheaper forwards for a backbone; needs no labels"),
         ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
         ("finetune", _finetune, "tune a backbone on a labelled task"),
         ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
+        ("compare", _compare, "measure methods and ladders side by side on one model"),
         ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
         ("vtab", _vtab, "tune on many tasks at many rates, and make the table of all"),
     ):
@@ -85,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _search(arguments: argparse.Namespace) -> None:
+    from training.search import search
+
+    config = read_recipe(LadderSearchConfig, arguments.recipe, arguments.overrides)
+    path = search(config, _folder(arguments, config.name))
+    print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
+    print(path)
+
+
 def _distill(arguments: argparse.Namespace) -> None:
     from training.distill import distill  # keeps `--help` quick
 
@@ -105,6 +118,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
     print(evaluate(config, _folder(arguments, config.name)))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from training.compare import compare_methods
+
+    config = read_recipe(CompareConfig, arguments.recipe, arguments.overrides)
+    print(compare_methods(config, _folder(arguments, config.name)))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
-_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
 _Rate = Annotated[int, Field(ge=0)]
 _Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -130,7 +130,7 @@ class EpochLoopConfig(_LoopConfig):
 class DistillConfig(Recipe):
     """`tocom-train distill`: plug-ins for one backbone, labels unused."""
 
-    name: _Name = Field(description="the bank's name")
+    name: Name = Field(description="the bank's name")
     backbone: BackboneConfig
     pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
     unseen: int = Field(
@@ -246,7 +246,7 @@ class SearchConfig(Recipe):
 class FinetuneConfig(Recipe):
     """`tocom-train finetune`: a model for a labelled task, tuned at one source rate."""
 
-    name: _Name
+    name: Name
     backbone: BackboneConfig
     pictures: PicturesConfig
     test: PicturesConfig

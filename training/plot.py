@@ -54,6 +54,43 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
     _save(figure, result, folder / "evaluation")
 
 
+def plot_search(evidence: dict[str, Any], folder: Path) -> None:
+    """Write `search.svg` and `.png`: the KL of a ladder's rungs against their multiply-adds."""
+    rows = evidence["rows"][1:]
+    figure, axis = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
+    shares = [row["share"] for row in rows]
+    axis.plot(shares, [row["kl"] for row in rows], "o-", ms=4, label="pictures that judge")
+    axis.plot(shares, [row["kl_search"] for row in rows], "o--", ms=3, lw=1, label="searched on")
+    axis.set(xlabel="share of rung 0's multiply-adds", ylabel="KL to rung 0 (nats)", yscale="log")
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    result = {"model": evidence["architecture"], "pictures": {"name": "unseen pictures"}}
+    _save(figure, result, folder / "search")
+
+
+def plot_compare(result: dict[str, Any], folder: Path) -> None:
+    """Write `compare.svg` and `.png`: KL against multiply-adds, a line a method."""
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    names = dict.fromkeys(row["name"] for row in result["rows"][1:])
+    for i, name in enumerate(names):
+        rows = sorted(
+            (row for row in result["rows"] if row["name"] == name), key=lambda row: row["gmacs"]
+        )
+        form = "s--" if name == "smaller pictures" else "o-"
+        axis.plot(
+            [row["gmacs"] for row in rows], [row["kl"] for row in rows], form, ms=4, lw=1.2,
+            color=plt.get_cmap("tab20")(i % 20), label=name,
+        )  # fmt: skip
+    best = sorted((row["gmacs"], row["kl"]) for row in result["rows"][1:] if row["best"])
+    axis.plot(*zip(*best, strict=True), color="black", lw=3, alpha=0.15, label="best at its cost")
+    axis.set(xlabel="GMACs an image", ylabel="KL to the stock model (nats)", yscale="log")
+    axis.invert_xaxis()  # cheaper to the right
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)
+    _save(figure, result, folder / "compare")
+
+
 def plot_matrix(result: dict[str, Any], folder: Path) -> None:
     """Write `matrix.svg` and `.png`: what the bank changes from plain, source by target."""
     measures = _measured(result)

@@ -78,7 +78,7 @@ class _Cell:
 class Graphs:
     """See the module. Until `start`, and without OpenVINO, everything runs eagerly.
 
-    All but `start` is to be called where batches run.
+    All but `start` and `stop` is to be called where batches run.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Graphs:
         self._cells: dict[tuple[object, ...], _Cell] = {}
         self._engine: Any = None  # the module that makes graphs
         self._pause = 0.0  # when the next graph may be made
+        self._making: threading.Thread | None = None
 
     def start(self, call: Call) -> None:
         """Begin to make graphs; `call` runs something where batches run, between two of them."""
@@ -107,6 +108,14 @@ class Graphs:
             logger.info("forwards are not compiled: pip install 'tocom-serve[openvino]'")
             return
         self._call = call
+
+    def stop(self) -> None:
+        """Wait for the graph that is being made; to be called when no more batches run.
+
+        A process that ends while OpenVINO compiles is aborted.
+        """
+        if self._making is not None:
+            self._making.join()
 
     def run(self, forward: Forward, images: Tensor, faster: Faster) -> Outputs:
         """Run images [B, 3, H, W], by graphs where there are some.
@@ -167,7 +176,11 @@ class Graphs:
     def _make(self, forward: Forward, size: int, cell: _Cell, faster: Faster) -> None:
         self._pause = math.inf  # until it is made
         arguments = self._engine, forward, size, cell, faster
-        threading.Thread(target=self._compile, args=arguments, name="compile").start()
+        # Where batches run is a daemon, which threads that it starts would be, too.
+        self._making = threading.Thread(
+            target=self._compile, args=arguments, name="compile", daemon=False
+        )
+        self._making.start()
 
     def _compile(
         self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Faster

@@ -30,12 +30,12 @@ from server.errors import (
     UnsupportedTypeError,
     UploadTimeoutError,
 )
-from server.inference.run import until_gone
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.v1 import uploads
 from server.web import multipart
 from server.web.access import charge_when_allowed
+from server.web.ahead import Ahead
 from server.web.body import FORM, content_type
 from server.web.multipart import File
 from server.web.serving import Serving
@@ -112,7 +112,9 @@ class Stream:
         self._model = model
         self._work = work
         self._deadline = deadline
-        self._images = arriving(request, settings.max_body_bytes)
+        self._ahead = Ahead(request.receive)
+        body = Request(request.scope, self._ahead.receive)
+        self._images = arriving(body, settings.max_body_bytes)
         self._taken = 0
         self._running: set[Future[Answer]] = set()
         self._held = 0  # bytes of images that were taken and are not done
@@ -132,7 +134,7 @@ class Stream:
         # What it may hold at most: the images that were taken, and one that arrives.
         reserved = 2 * self._serving.settings.max_body_bytes
         self._serving.budget.take(reserved)
-        reading = asyncio.create_task(self._read())
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
         timer = self._set_timer()
         end: _End | None = None
         failed = 0
@@ -156,7 +158,8 @@ class Stream:
             if end.failure:
                 raise end.failure
         finally:
-            reading.cancel()
+            for task in tasks:
+                task.cancel()
             if timer:
                 timer.cancel()
             for future in tuple(self._running):
@@ -171,20 +174,21 @@ class Stream:
         return asyncio.get_running_loop().call_later(left, self._events.put_nowait, late)
 
     async def _read(self) -> None:
-        """Take image after image, then watch the client."""
+        """Take image after image."""
         failure = None
         try:
             while (image := await self._next()) is not None:
                 await self._take(image)
             self.total = self._taken
-        except ClientDisconnect as error:
-            self._events.put_nowait(error)
-            return
         except Exception as error:  # whatever it is, those that were taken are answered first
             failure = error
         self._events.put_nowait(_End(failure))
-        await until_gone(self._request)
-        self._events.put_nowait(ClientDisconnect())
+        await self._ahead.drop()
+
+    async def _watch(self) -> None:
+        """Tell that the client has gone, also while there is no room for more of its images."""
+        if await self._ahead.watch():
+            self._events.put_nowait(ClientDisconnect())
 
     async def _next(self) -> File | TocomError | None:
         timeout = self._serving.settings.timeout_ms / 1000

@@ -52,6 +52,82 @@ def test_it_starts_without_torchs_compiler_which_works_all_the_same():
     subprocess.run([sys.executable, "-c", program, photo], check=True, timeout=120)
 
 
+def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in the project's folder; returns its exit code and all that it said."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code"),
+    [
+        ("SIGINT", [], 0),
+        ("SIGTERM", [], 0),
+        ("SIGINT", ["check"], 128 + signal.SIGINT),
+        ("SIGTERM", ["check"], 128 + signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_modules_are_imported(name, arguments, code):
+    program = """if True:
+        import os
+        import signal
+        import sys
+
+        class Finder:
+            def find_spec(self, module, path, target=None):
+                if module == "torch":
+                    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+        sys.meta_path.insert(0, Finder())
+        from server.cli import main
+
+        sys.exit(main(sys.argv[2:]))
+    """
+    ended = run_program(program, name, *arguments)
+    assert (ended.returncode, ended.stdout) == (code, "")
+
+
+def test_ctrl_c_while_a_graph_is_compiled(tiny):
+    """The process waits for OpenVINO, without which it would be aborted."""
+    pytest.importorskip("openvino")
+    program = """if True:
+        import os
+        import signal
+        import sys
+        import threading
+
+        from server.cli import main
+        from server.models import graphs
+        from tocom.engines import openvino
+
+        compile_graph = openvino.Graph
+
+        def compile_for_long(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            for thread in threading.enumerate():
+                if thread.name == "forward":
+                    thread.join()
+            graph = compile_graph(*arguments)
+            print("compiled", flush=True)
+            return graph
+
+        openvino.Graph = compile_for_long
+        graphs.WORTH = 0.0
+        sys.exit(main(sys.argv[1:]))
+    """
+    ended = run_program(program, "--port", "0", "--model", f"tiny={tiny.backbone}")
+    assert ended.returncode == 0, ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert "compiled\n" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,9 +11,10 @@ from adapters import open_bank
 from adapters.compose import compose
 from tests import oracle_case
 from tests.tocom_models import KINDS, pictures, small_model
-from tocom import Adapter, FoldedWeights, LowRank, Variant, fold, load_backbone
+from tocom import Adapter, FoldedWeights, Ladder, LowRank, Variant, fold, load_backbone
 from tocom.delta import target_layers
 from tocom.engines.openvino import Graph, unsupported
+from tocom.reduction import Method, ToMe
 from tocom.vit import embed, outputs
 
 BOTTLENECK = 5
@@ -69,6 +70,31 @@ def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     model = small_model(kind)
     assert unsupported(model) is None
     agree(Graph(model, variant, images=3), model, pictures(model), variant)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", [ToMe(importance=0.05), ToMe(size=0.1), ToMe(0.1, 0.2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_agree_with_the_eager_forward(kind, method, fused):
+    model, ladder = small_model(kind), Ladder("penalties", method)
+    if method.refuse(model) is not None:
+        return
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    variant = Variant(3, ladder=ladder)
+    images = pictures(model)
+    agree(Graph(model, variant, images=3), model, images, variant)
+
+
+def test_graphs_of_other_methods_are_refused_by_name():
+    class Other(Method):
+        name = "other"
+
+        def macs(self, tokens, leaving, width, heads):
+            return 0
+
+    assert unsupported(small_model(), ToMe()) is None
+    assert unsupported(small_model(), Other()) == "there are no graphs of the method 'other'"
 
 
 @pytest.mark.parametrize("fused", [True, False])

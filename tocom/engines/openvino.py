@@ -10,7 +10,7 @@ Reference: as in `attention` and `merging`.
 import functools
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tocom.adapter import Adapter
 from tocom.delta import AnyDelta, Delta, FoldedWeights, parts, target_layers
+from tocom.reduction import Method, ToMe
 from tocom.variant import Variant
 from tocom.vit import Outputs, pools_patches, read
 
@@ -32,8 +33,10 @@ _TYPES = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}
 _END = np.array([np.iinfo(np.int32).max], np.int32)
 
 
-def unsupported(model: VisionTransformer) -> str | None:
-    """Return why a model has no graphs; None if it has."""
+def unsupported(model: VisionTransformer, method: Method | None = None) -> str | None:
+    """Return why a model has no graphs of a method, by default of any; None if it has."""
+    if method is not None and not isinstance(method, ToMe):
+        return f"there are no graphs of the method {method.name!r}"
     weight = model.patch_embed.proj.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return "graphs are for fp32 on a CPU"
@@ -196,6 +199,16 @@ def _product(x: Any, weight: Any) -> Any:
     return ops.matmul(x, ops.convert(weight, openvino.Type.f32), False, True)
 
 
+class _Seen(NamedTuple):
+    """What a merge looks at."""
+
+    keys: Any  # [B, N, D / H] the mean of the keys over the heads
+    q: Any  # [B, H, N, D / H]
+    k: Any  # [B, H, N, D / H]
+    log: Any  # [B, 1, 1, N] log sizes; None: all count alike
+    scale: float
+
+
 class _Builder:
     """Builds the graph of a forward."""
 
@@ -232,15 +245,18 @@ class _Builder:
         """
         model = self._model
         x, size = self._embed(), None
+        method = self._variant.ladder.method
+        assert isinstance(method, ToMe)
         plan = self._variant.plan(model, x.shape[1])
         for i, (block, removed) in enumerate(zip(model.blocks, plan.removed, strict=True)):
             is_last = i == len(model.blocks) - 1
             queries = self._prefix if is_last and not pools_patches(model) else None
             bias = size if self._variant.proportional else None
-            y, keys = self._attention(block, f"blocks.{i}.attn", x, bias, queries)
+            y, seen = self._attention(block, f"blocks.{i}.attn", x, bias, queries)
             x = ops.add(self._first(x, queries), self._scaled(block.ls1, y))
             if removed and queries is None:
-                x, size = self._merge(x, size, keys, removed)
+                penalty = self._penalty(method, seen, size)
+                x, size = self._merge(x, size, seen.keys, penalty, removed)
             y = self._scaled(
                 block.ls2, self._mlp(block.mlp, f"blocks.{i}.mlp", self._norm(block.norm2, x))
             )
@@ -269,8 +285,8 @@ class _Builder:
 
     def _attention(
         self, block: Block, name: str, x: Any, size: Any, queries: int | None
-    ) -> tuple[Any, Any]:
-        """Return the output and the mean of the keys over the heads [B, N, D / H]."""
+    ) -> tuple[Any, "_Seen"]:
+        """Return the output, and what a merge looks at."""
         attention = block.attn
         heads, width = attention.num_heads, attention.head_dim
         x = self._norm(block.norm1, x)
@@ -292,7 +308,7 @@ class _Builder:
         y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(scale))
         y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, heads * width], True)
         y = self._linear(f"{name}.proj", self._norm(attention.norm, y), attention.proj.bias)
-        return y, keys
+        return y, _Seen(keys, q, k, log, scale)
 
     def _mlp(self, mlp: Mlp, name: str, x: Any) -> Any:
         hidden = ops.gelu(self._linear(f"{name}.fc1", x, mlp.fc1.bias), "erf")
@@ -302,11 +318,34 @@ class _Builder:
         down, up = self._branches[block]
         return _product(ops.relu(_product(x, down)), up)
 
-    def _merge(self, x: Any, size: Any, keys: Any, removed: int) -> tuple[Any, Any]:
+    def _penalty(self, method: ToMe, seen: "_Seen", size: Any) -> Any:
+        """Return what `ToMe` takes off similarities for each token [B, N, 1]; None: nothing."""
+        penalty = None
+        if method.importance:
+            first = ops.slice(seen.q, [0], [1], [1], [2])  # [B, H, 1, d]
+            first = ops.multiply(first, np.float32(seen.scale))
+            scores = ops.matmul(first, seen.k, False, True)
+            scores = scores if seen.log is None else ops.add(scores, seen.log)
+            share = ops.reduce_mean(ops.softmax(scores, -1), [1], False)  # [B, 1, N]
+            share = ops.multiply(share, np.float32(share.shape[2]))
+            logarithm = ops.log(ops.maximum(share, np.float32(1e-12)))
+            penalty = ops.multiply(
+                ops.transpose(logarithm, [0, 2, 1]), np.float32(method.importance)
+            )
+        if method.size and size is not None:
+            sizes = ops.multiply(ops.log(size), np.float32(method.size))
+            penalty = sizes if penalty is None else ops.add(penalty, sizes)
+        return penalty
+
+    def _merge(self, x: Any, size: Any, keys: Any, penalty: Any, removed: int) -> tuple[Any, Any]:
         """Match and merge as `merging` does; only tokens of set B can change."""
         length = ops.maximum(ops.reduce_l2(keys, [2], True), np.float32(1e-12))
         keys = ops.divide(keys, length)
-        top = ops.topk(ops.matmul(self._a(keys), self._b(keys), False, True), 1, -1, "max", "none")
+        scores = ops.matmul(self._a(keys), self._b(keys), False, True)
+        if penalty is not None:
+            scores = ops.subtract(scores, self._a(penalty))
+            scores = ops.subtract(scores, ops.transpose(self._b(penalty), [0, 2, 1]))
+        top = ops.topk(scores, 1, -1, "max", "none")
         best, partner = top.outputs()  # [B, A, 1]
         order = ops.topk(best, best.shape[1], 1, "max", "value").output(1)
         chosen = ops.slice(order, [0], [removed], [1], [1])

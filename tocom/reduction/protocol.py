@@ -31,6 +31,7 @@ class Unit(Enum):
 
     REMOVED = "removed"  #: tokens that go
     KEPT = "kept"  #: patch tokens that are left
+    ONCE = "once"  #: whether to act; the method overrides `leaving`
 
 
 class Tokens(NamedTuple):
@@ -141,6 +142,8 @@ class Method(ABC):
             attention (if it is proportional) and in the mean of all tokens.
         needs_class: whether it reads the attention of the class token.
         by_picture: whether pictures decide how many tokens leave, up to a bound.
+        looks_back: whether it reads the attention of the block before, and so leaves the first
+            block alone.
     """
 
     name: ClassVar[str]
@@ -149,6 +152,7 @@ class Method(ABC):
     sizes: ClassVar[bool] = False
     needs_class: ClassVar[bool] = False
     by_picture: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
 
     def refuse(self, model: VisionTransformer) -> str | None:
         """Return why a backbone cannot have the method; None if it can."""
@@ -170,6 +174,23 @@ class Method(ABC):
     def fewest(self, patches: int) -> int:
         """Return the fewest of `patches` tokens that it can leave in one block."""
         return min(1, patches)
+
+    def amounts(self, strength: float, depth: int, patches: int) -> tuple[int, ...]:
+        """Return its usual schedule: what it does in each of `depth` blocks.
+
+        By default as many tokens go in every block if amounts are tokens that go; else a share
+        stays at each of three stages, at the start of the second, third and last quarter.
+
+        Args:
+            strength: 0 keeps everything, 1 as little as can be.
+            depth: number of blocks.
+            patches: patch tokens that enter the first block.
+        """
+        if self.unit is Unit.REMOVED:
+            return (round(strength * patches / 2),) * depth
+        stages = [depth // 4, depth // 2, 3 * depth // 4]
+        left = {at: int(patches * (1 - strength) ** (i + 1)) for i, at in enumerate(stages)}
+        return tuple(max(1, left[i]) if i in left else 0 for i in range(depth))
 
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Return the tokens that are left, and where all went if `cut.trace` asks for it.

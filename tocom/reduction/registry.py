@@ -5,6 +5,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.grid import ATME, Pattern
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -13,6 +15,10 @@ METHODS: dict[str, type[Method]] = {
     each.name: each
     for each in (
         ToMe,
+        KMedoids,
+        DPCKNN,
+        Pattern,
+        ATME,
     )
 }  # fmt: skip
 

@@ -31,7 +31,10 @@ ARGUMENTS = [
 MODEL = bundled_folder("deit_tiny_caltech101")
 
 expect.set_options(timeout=20_000)  # a busy machine is no fault of the page
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+in_browser = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="needs a chromium on the PATH: apt install chromium (Debian), or chromium-browser",
+)
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,9 @@ def test_answers_come_while_images_still_arrive(settings, photo):
     converse(create_app(settings), talk)
 
 
-def test_no_more_images_are_read_than_are_worked_on(settings, photo, held):
+def test_no_more_images_are_read_than_are_worked_on(settings, photo, held, monkeypatch):
+    monkeypatch.setattr("server.web.ahead.AHEAD", 0)
+
     async def talk(app):
         batch = Conversation(app)
         for _ in range(5):
@@ -220,9 +222,10 @@ def test_no_more_images_are_read_than_are_worked_on(settings, photo, held):
         for done in range(1, 6):
             assert await asyncio.to_thread(held.begun.acquire, timeout=60)
             await settle()
-            # Two in the engine and, from the third on, one in hand that waits for its place.
+            # Two in the engine and, from the third on, one in hand that waits for its place, and
+            # one ahead.
             assert app.state.serving.engine.load().taken == min(2, 6 - done)
-            assert batch.to_read.qsize() == max(0, 4 - done)
+            assert batch.to_read.qsize() == max(0, 3 - done)
             held.go.release()
             assert (await batch.hear())["done"] == done
         assert await batch.hear() is None
@@ -239,6 +242,7 @@ async def settle() -> None:
 
 def test_reading_stops_when_enough_is_unread(settings, photo, monkeypatch):
     monkeypatch.setattr("server.v1.stream.UNREAD", 3)
+    monkeypatch.setattr("server.web.ahead.AHEAD", 0)
 
     async def talk(app):
         batch = Conversation(app)
@@ -248,8 +252,8 @@ def test_reading_stops_when_enough_is_unread(settings, photo, monkeypatch):
         for _ in range(9):
             batch.say(b"broken\n")
         await settle()
-        # Three that nobody has heard of, and one in hand.
-        assert batch.to_read.qsize() == 9 - 4
+        # Three that nobody has heard of, one in hand and one ahead.
+        assert batch.to_read.qsize() == 9 - 5
         batch.say(b"", more_body=False)
         batch.listening.set()
         assert [(await batch.hear())["done"] for _ in range(9)] == list(range(2, 11))
@@ -273,6 +277,26 @@ def test_a_client_that_goes_gives_its_images_up(settings, photo, held, early):
     assert held.count == 1
 
 
+def test_a_client_that_goes_while_its_images_wait_for_room(settings, photo, held):
+    """Nothing of its request is read then, as its window is full."""
+
+    async def talk(app):
+        batch = Conversation(app)
+        for _ in range(5):
+            batch.say(line(photo))
+        assert await asyncio.to_thread(held.begun.acquire, timeout=60)
+        await settle()
+        assert app.state.serving.engine.load().taken == 2
+        batch.go()
+        await batch.task
+        assert app.state.serving.engine.load().taken == 0
+        held.go.release()
+
+    small = settings.model_copy(update={"batch_window": 2, "decode_threads": 1})
+    converse(create_app(small), talk)
+    assert held.count == 1
+
+
 def test_a_client_that_goes_after_the_first_line(settings, photo, held):
     async def talk(app):
         batch = Conversation(app)
@@ -283,6 +307,7 @@ def test_a_client_that_goes_after_the_first_line(settings, photo, held):
         assert await batch.hear() is None
         await batch.task
         assert app.state.serving.engine.load().taken == 0
+        held.go.release()
 
     converse(create_app(settings.model_copy(update={"decode_threads": 1})), talk)
 

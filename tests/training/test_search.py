@@ -1,0 +1,118 @@
+"""Searching ladders: nested rungs within their budgets, better than where it began, resumable."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.ladder import read_ladder
+from tocom import ConfigError, ReductionError, cost, load_backbone
+from training import search as module
+from training.search import search
+from training.search_config import LadderSearchConfig
+
+SHARES = (0.95, 0.85, 0.75)
+
+
+def config(pictures: Path, model_folder: Path, **changes: Any) -> LadderSearchConfig:
+    return LadderSearchConfig.model_validate(
+        {
+            "backbone": {"name": str(model_folder)},
+            "pictures": [{"path": str(pictures)}],
+            "search_on": 6,
+            "judge_on": 4,
+            "shares": SHARES,
+            "tries": 8,
+            "batch_size": 3,
+            "save_every": 3,
+            "workers": 0,
+        }
+        | changes
+    )
+
+
+@pytest.mark.parametrize("method", ["tome"])
+def test_rungs_are_within_their_budgets_and_nested(
+    method: str, pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    path = search(config(pictures, model_folder, method=method), tmp_path)
+    model, ladder = load_backbone(str(model_folder)).model, read_ladder(path).ladder()
+    costs = [cost(model, rung, ladder=ladder) for rung in range(4)]
+    for share, rung in zip(SHARES, costs[1:], strict=True):
+        assert rung.macs <= share * costs[0].macs
+    for dearer, cheaper in pairwise(costs):
+        assert cheaper.macs < dearer.macs
+        # What a rung leaves after each block is no less than the next one's.
+        pairs = zip(dearer.plan.tokens, cheaper.plan.tokens, strict=True)
+        assert all(more >= fewer for more, fewer in pairs)
+
+
+def test_what_is_kept_is_never_worse_and_the_evidence_says_what_was_found(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    few = read_ladder(search(config(pictures, model_folder, tries=1), tmp_path / "few"))
+    many = read_ladder(search(config(pictures, model_folder, tries=40), tmp_path / "many"))
+    cheapest = [info.evidence["rows"][-1]["kl_search"] for info in (few, many)]
+    assert cheapest[1] <= cheapest[0]
+    rows = many.evidence["rows"]
+    assert [row["rung"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["kl"] == 0
+    assert rows[0]["agreement"] == 1
+    assert many.evidence["searched_on"] == 6
+    assert many.evidence["judged_on"] == 4
+    text = (tmp_path / "many" / "search.md").read_text()
+    assert f"| {rows[3]['share']:.3f} |" in text
+    assert (tmp_path / "many" / "search.png").stat().st_size > 0
+
+
+def test_a_killed_search_goes_on_to_the_same_ladder(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search(config(pictures, model_folder), tmp_path / "whole").read_text()
+    run, tries = module.Search._change, []
+
+    def killed(*arguments: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 13:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(module.Search, "_change", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(config(pictures, model_folder), tmp_path / "part")
+    state = json.loads((tmp_path / "part" / "state.json").read_text())
+    assert 0 < sum(found["tries"] for found in state.values()) < 13
+    assert search(config(pictures, model_folder), tmp_path / "part").read_text() == whole
+    # A finished one is returned as it is.
+    assert search(config(pictures, model_folder), tmp_path / "part").read_text() == whole
+
+
+def test_options_are_searched_along(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
+    values = {"importance": [0.0, 0.05, 5.0]}
+    info = read_ladder(search(config(pictures, model_folder, try_options=values), tmp_path))
+    assert info.method.options["importance"] in values["importance"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "magic"}, ReductionError, "there is no method 'magic'"),
+        ({"options": {"x": 1}}, ReductionError, "has no option 'x'"),
+        ({"try_options": {"importance": [-1]}}, ReductionError, "must be a number of 0 or more"),
+        ({"shares": [0.5, 0.1]}, ConfigError, r"cannot go below 0\.\d+ of the multiply-adds"),
+        ({"search_on": 10**6}, ConfigError, "ask for 1000004 pictures, there are"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_runs(
+    changes: dict[str, Any], error: type[Exception], message: str,
+    pictures: Path, model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=message):
+        search(config(pictures, model_folder, **changes), tmp_path / "run")
+
+
+def test_shares_fall(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="shares must fall from rung to rung"):
+        config(pictures, model_folder, shares=[0.5, 0.9])

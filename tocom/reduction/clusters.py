@@ -1,0 +1,228 @@
+"""Clusters of patch tokens: each is replaced by its medoid or by its mean.
+
+Works on any tokens [B, N, C] in its functions; the classes keep the prefix tokens out of it.
+Distances are Euclidean and in fp32. How close decisions were is not measured.
+
+Letters: B images, N tokens in, K clusters.
+Reference: Which Tokens to Use?, arXiv:2308.04657, section 3; DPC-KNN as in Token Clustering
+Transformer, arXiv:2204.08680, section 3.2.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tocom.errors import ReductionError
+from tocom.merging import full_precision
+from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+
+UPDATES = ("textbook", "reference")
+
+
+@dataclass(frozen=True)
+class KMedoids(Method):
+    """Keep the medoids of K clusters; the tokens that received most attention are the first.
+
+    Acts on the input of a block and reads the attention of the block before.
+
+    Attributes:
+        iterations: how often tokens are assigned and medoids updated.
+        update: which token of a cluster is its medoid, see `k_medoids`.
+    """
+
+    name: ClassVar = "kmedoids"
+    place: ClassVar = Place.INPUT
+    unit: ClassVar = Unit.KEPT
+    looks_back: ClassVar = True
+
+    iterations: int = 3
+    update: str = "textbook"
+
+    def __post_init__(self) -> None:
+        """Raise ReductionError if an option has a value that it cannot have."""
+        _check_whole("kmedoids", "iterations", self.iterations, least=0)
+        if self.update not in UPDATES:
+            raise ReductionError(
+                f"the update of 'kmedoids' is one of {', '.join(UPDATES)}, got {self.update!r}"
+            )
+
+    def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
+        """Cluster the patch tokens and keep the medoids."""
+        assert seen is not None
+        x, prefix = tokens.x, cut.prefix
+        weight = seen.received[:, prefix:]
+        start = highest(weight, cut.leaving - prefix)
+        distance = _between_patches(x, prefix)
+        medoids, cluster = k_medoids(distance, weight, start, self.iterations, self.update)
+        kept = x[:, prefix:].gather(1, medoids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        return _joined(x, kept, cluster, cut)
+
+    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+        """Of the attention that is received and of the distances."""
+        return 2 * tokens**2 * width
+
+
+@dataclass(frozen=True)
+class DPCKNN(Method):
+    """Replace clusters around peaks of density by their means; acts on the input of a block.
+
+    All tokens weigh the same in a mean, also those that are means already.
+
+    Attributes:
+        neighbours: how many tokens, itself included, tell how dense it is around a token.
+    """
+
+    name: ClassVar = "dpcknn"
+    place: ClassVar = Place.INPUT
+    unit: ClassVar = Unit.KEPT
+
+    neighbours: int = 5
+
+    def __post_init__(self) -> None:
+        """Raise ReductionError if the option has a value that it cannot have."""
+        _check_whole("dpcknn", "neighbours", self.neighbours, least=1)
+
+    def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
+        """Cluster the patch tokens and keep the means."""
+        x, prefix = tokens.x, cut.prefix
+        clusters = cut.leaving - prefix
+        # Per channel, so that a density means the same at any width.
+        distance = _between_patches(x, prefix) * x.shape[2] ** -0.5
+        cluster = nearest(distance, density_peaks(distance, clusters, self.neighbours))
+        return _joined(x, cluster_means(x[:, prefix:], cluster, clusters), cluster, cut)
+
+    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+        """Of the distances."""
+        return tokens**2 * width
+
+
+def distances(x: Tensor) -> Tensor:
+    """Return the distances [B, N, N], in fp32, of tokens x [B, N, C]; 0 of each to itself."""
+    with full_precision(x.device):
+        x = x.detach().float()
+        # As if from their mean: what tokens have in common would cost digits.
+        x = x - x.mean(dim=1, keepdim=True)
+        product = x @ x.transpose(1, 2)
+    length = x.square().sum(dim=2)
+    squared = length.unsqueeze(1) + length.unsqueeze(2) - 2 * product
+    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return squared.clamp(min=0).sqrt().masked_fill(itself, 0)
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Return the `count` tokens of highest score [B, N], falling; of equals the first."""
+    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def nearest(distance: Tensor, centres: Tensor) -> Tensor:
+    """Return the cluster [B, N] of each token: that of the nearest centre, of a centre its own.
+
+    Args:
+        distance: [B, N, N] from token to token.
+        centres: [B, K] tokens, each once.
+    """
+    batch, clusters = centres.shape
+    columns = centres.unsqueeze(1).expand(-1, distance.shape[1], -1)
+    cluster = distance.gather(2, columns).argmin(dim=2)
+    own = torch.arange(clusters, device=centres.device).expand(batch, clusters)
+    return cluster.scatter(1, centres, own)
+
+
+def k_medoids(
+    distance: Tensor, weight: Tensor, start: Tensor, iterations: int, update: str = "textbook"
+) -> tuple[Tensor, Tensor]:
+    """Return the medoids [B, K] and the cluster [B, N] of each token.
+
+    Args:
+        distance: [B, N, N] from token to token.
+        weight: [B, N] how much each token counts.
+        start: [B, K] the first medoids, each token once.
+        iterations: how often tokens are assigned and medoids updated.
+        update: `"textbook"`: the medoid is the token of a cluster of least weighted distance to
+            the tokens of the cluster; `"reference"`: that of least distance to all tokens of the
+            image, times its own weight, as the paper's code has it.
+    """
+    medoids, cluster = start, nearest(distance, start)
+    clusters = torch.arange(start.shape[1], device=start.device).unsqueeze(1)
+    for _ in range(iterations):
+        if update == "textbook":
+            apart = cluster.unsqueeze(1) != cluster.unsqueeze(2)
+            badness = (distance * weight.unsqueeze(1)).masked_fill(apart, 0).sum(dim=2)
+        else:
+            badness = distance.sum(dim=2) * weight
+        outside = cluster.unsqueeze(1) != clusters  # [B, K, N]
+        medoids = badness.unsqueeze(1).masked_fill(outside, torch.inf).argmin(dim=2)
+        cluster = nearest(distance, medoids)
+    return medoids, cluster
+
+
+def density_peaks(
+    distance: Tensor, count: int, neighbours: int = 5, noise: Tensor | None = None
+) -> Tensor:
+    """Return the tokens [B, K] that are dense and far from all that are denser, the best first.
+
+    Args:
+        distance: [B, N, N] from token to token.
+        count: K.
+        neighbours: how many of the nearest tokens, itself included, tell how dense it is around
+            a token: exp(-mean of their squared distances).
+        noise: [B, N] in [0, 1), of which 1e-6 times is added to the densities; None: none.
+    """
+    near = distance.topk(min(neighbours, distance.shape[2]), dim=2, largest=False).values
+    # In logarithms, in which no density is too small to be told from 0.
+    density = -near.square().mean(dim=2)
+    if noise is not None:
+        density = (density.exp() + 1e-6 * noise).log()
+    denser = density.unsqueeze(1) > density.unsqueeze(2)  # [B, N, N] the second than the first
+    apart = distance.masked_fill(~denser, torch.inf).amin(dim=2)
+    # The densest has none to be far from.
+    apart = apart.minimum(distance.amax(dim=(1, 2)).unsqueeze(1))
+    return highest(density + apart.log(), count)
+
+
+def cluster_means(x: Tensor, cluster: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
+    """Return the weighted mean [B, K, C] of each cluster, in the dtype of x.
+
+    Args:
+        x: [B, N, C] tokens.
+        cluster: [B, N] of each token; none is empty.
+        count: K.
+        weight: [B, N, 1] above 0; None: all weigh the same.
+    """
+    batch, _, width = x.shape
+    image = torch.arange(batch, device=x.device).unsqueeze(1)
+    # Whole rows, which a CPU adds up faster than scatter_add does.
+    into = (cluster + count * image).flatten()
+    weights = torch.ones_like(x[..., :1], dtype=torch.float32) if weight is None else weight.float()
+    total = weights.new_zeros(batch * count, 1).index_add(0, into, weights.flatten(0, 1))
+    share = weights.flatten(0, 1) / total.index_select(0, into)
+    rows = x.flatten(0, 1) * share
+    means = rows.new_zeros(batch * count, width).index_add(0, into, rows)
+    return means.to(x.dtype).view(batch, count, width)
+
+
+def _between_patches(x: Tensor, prefix: int) -> Tensor:
+    """Return the distances of the tokens behind the prefix.
+
+    Of all tokens, and cut after that: a few rows are no more work than a copy of the others.
+    """
+    return distances(x)[:, prefix:, prefix:]
+
+
+def _joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens, Fate | None]:
+    """Return the prefix tokens of x with what is kept of its clusters, and where all went."""
+    prefix = cut.prefix
+    tokens = Tokens(torch.cat([x[:, :prefix], kept], dim=1))
+    if not cut.trace:
+        return tokens, None
+    front = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
+    return tokens, Fate(torch.cat([front, prefix + cluster], dim=1))
+
+
+def _check_whole(method: str, option: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ReductionError(
+            f"{option} of {method!r} must be a whole number of {least} or more, got {value!r}"
+        )

@@ -1,0 +1,389 @@
+"""Searching a ladder for a backbone on pictures without labels.
+
+Each rung gets the amounts, block by block, whose answers are closest to rung 0's, by KL divergence,
+at a given share of its multiply-adds. The cheapest rung is searched first; each dearer one starts
+from it and never leaves a block fewer tokens than the cheaper ones do, so that neighbours stay
+alike. What comes out: `ladder.json` with its evidence, `search.md` and plots.
+
+A search is a walk: tokens are moved from one block to another, and a change that lowers the
+divergence on the search pictures is kept. Other pictures judge what it found. All draws follow from
+the seed, the rung and the number of the try: a killed search goes on to the same ladder.
+"""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adapters.durable import replace_file
+from adapters.ladder import LadderInfo, write_ladder
+from tocom import Backbone, ConfigError, Ladder, Variant, cost
+from tocom.reduction import Method, Unit, method_of
+from tocom.vit import embed, outputs
+from training.measuring import claim, compare, load_model, refuse_processes
+from training.pictures.batches import evaluation_batches
+from training.pictures.sets import open_pictures
+from training.plot import plot_search
+from training.search_config import LadderSearchConfig
+
+#: Tokens that one change moves.
+_MOVES = (1, 1, 2, 3, 4, 8)
+#: A try is given up after a batch if it is worse so far by this share, which falls with the root
+#: of the batches seen: a few pictures say little.
+_HOPELESS = 0.12
+
+#: Tokens removed in each block.
+Removed = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best of a rung so far.
+
+    Attributes:
+        removed: patch tokens that each block removes.
+        loss: mean KL divergence from rung 0 on the search pictures, in nats, and what each place
+            of reduction adds to it.
+        tries: made so far.
+        options: of the method, those that were searched.
+    """
+
+    removed: Removed
+    loss: float
+    tries: int = 0
+    options: dict[str, float] = field(default_factory=dict)
+
+
+def search(config: LadderSearchConfig, folder: Path) -> Path:
+    """Search a ladder and return the path of `ladder.json`.
+
+    A folder that holds a part of the search is gone on with; one that holds all is returned.
+
+    Raises:
+        BackboneError, ConfigError, DataError, ReductionError: before any compute is spent.
+    """
+    refuse_processes("search")
+    backbone = load_model(config.backbone, config.task)
+    method = method_of(config.method, config.options)
+    for option, values in config.try_options.items():
+        for value in values:
+            method_of(config.method, {**config.options, option: value})
+    if (reason := method.refuse(backbone.model)) is not None:
+        raise ConfigError(reason)
+    path = folder / "ladder.json"
+    if claim(folder, path.name, config, backbone, None):
+        return path
+    searched = Search(backbone, config, method, folder)
+    searched.run()
+    info = LadderInfo.of(searched.ladder(), searched.evidence())
+    (folder / "search.md").write_text(table(info), encoding="utf-8")
+    plot_search(info.evidence, folder)
+    # Last: who finds it finds the table.
+    return write_ladder(info, path)
+
+
+class Shown:
+    """Pictures, embedded, and what rung 0 answers."""
+
+    def __init__(self, backbone: Backbone, config: LadderSearchConfig, keys: list[tuple[int, int]]):
+        """Embed the pictures at `keys` (set, position) once."""
+        self.backbone = backbone
+        batches = evaluation_batches(
+            backbone, config.pictures, keys, config.batch_size, config.workers
+        )
+        device = backbone.model.patch_embed.proj.weight.device
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        with torch.inference_mode():
+            for images, _ in batches:
+                tokens = embed(backbone.model, images.to(device))
+                stock = outputs(backbone.model, tokens, Variant(0, None, backbone.adapter)).logits
+                self.batches.append((tokens, stock))
+
+    @torch.inference_mode()
+    def figures(self, ladder: Ladder, rung: int, hopeless: Sequence[float] = ()) -> Tensor:
+        """Return top-1 (0), agreement and KL of each picture [P, 3] at a rung.
+
+        Args:
+            ladder, rung: what runs.
+            hopeless: mean KL after each batch from which on the rest is not run.
+        """
+        variant = Variant(rung, None, self.backbone.adapter, ladder=ladder)
+        done: list[Tensor] = []
+        for i, (tokens, stock) in enumerate(self.batches):
+            answer = outputs(self.backbone.model, tokens, variant).logits
+            done.append(compare(answer, stock, None).cpu())
+            if i < len(hopeless) and float(torch.cat(done)[:, 2].mean()) > hopeless[i]:
+                break
+        return torch.cat(done)
+
+
+class Search:
+    """A walk for each rung, the cheapest first."""
+
+    def __init__(
+        self, backbone: Backbone, config: LadderSearchConfig, method: Method, folder: Path
+    ) -> None:
+        """Draw and embed the pictures; read what was found before."""
+        self.backbone, self.config, self.method = backbone, config, method
+        self.patches: int = backbone.model.patch_embed.num_patches
+        self.depth = len(backbone.model.blocks)
+        self.state = folder / "state.json"
+        search, judge = _draw(config)
+        self.pictures, self.judges = Shown(backbone, config, search), Shown(backbone, config, judge)
+        self.found: dict[int, Found] = {}
+        if self.state.exists():
+            said = json.loads(self.state.read_text(encoding="utf-8"))
+            for rung, each in said.items():
+                self.found[int(rung)] = Found(**each | {"removed": tuple(each["removed"])})
+        if self.found:
+            self._take(next(iter(self.found.values())).options)
+        self.whole = cost(backbone.model).macs
+        least = self._macs((self.patches,) * self.depth) / self.whole
+        if config.shares[-1] < least:
+            raise ConfigError(
+                f"shares: the method {method.name!r} cannot go below {least:.3f} of the "
+                f"multiply-adds of this model, got {config.shares[-1]}"
+            )
+
+    def run(self) -> None:
+        """Search all rungs."""
+        rungs = range(len(self.config.shares), 0, -1)
+        done = sum(found.tries for found in self.found.values())
+        with tqdm(
+            total=self.config.tries * len(rungs), initial=done, unit="try", dynamic_ncols=True
+        ) as bar:
+            for rung in rungs:
+                self._walk(rung, bar)
+
+    def ladder(self, *removed: Removed) -> Ladder:
+        """Return the ladder of all that was found, or of other rungs."""
+        rungs = removed or tuple(found.removed for _, found in sorted(self.found.items()))
+        amounts = ((0,) * self.depth, *(self._amounts(rung) for rung in rungs))
+        return Ladder(self.config.name, self.method, amounts, self.patches)
+
+    def evidence(self) -> dict[str, Any]:
+        """Measure all rungs on pictures that the search has not seen."""
+        ladder = self.ladder()
+        rows = []
+        for rung in range(len(self.found) + 1):
+            figures = self.judges.figures(ladder, rung)
+            counted = cost(self.backbone.model, rung, ladder=ladder)
+            row = {
+                "rung": rung,
+                "macs": counted.macs,
+                "share": counted.macs / self.whole,
+                "tokens": list(counted.plan.tokens),
+                "kl": float(figures[:, 2].mean()),
+                "agreement": float(figures[:, 1].mean()),
+            }
+            if rung:
+                row["kl_search"] = self._kl(self.pictures.figures(ladder, rung))
+            rows.append(row)
+        return {
+            "architecture": self.backbone.architecture,
+            "weights_digest": self.backbone.digest,
+            "pictures": [Path(each.path).name for each in self.config.pictures],
+            "searched_on": len(torch.cat([stock for _, stock in self.pictures.batches])),
+            "judged_on": len(torch.cat([stock for _, stock in self.judges.batches])),
+            "tries": self.config.tries,
+            "seed": self.config.seed,
+            "rows": rows,
+        }
+
+    def _walk(self, rung: int, bar: Any) -> None:
+        """Search one rung; those that are cheaper were found."""
+        target = self.config.shares[rung - 1] * self.whole
+        cheaper = self.found.get(rung + 1)
+        best = self.found.get(rung)
+        if best is None:
+            start = self._start(cheaper, target)
+            if cheaper is None:
+                self._choose_options(start)
+            best = Found(start, self._loss(start, self._figures(start)), 0, self._options())
+        hopeless = self._hopeless(self._figures(best.removed))
+        while best.tries < self.config.tries:
+            rng = random.Random(f"{self.config.seed}/{rung}/{best.tries}")
+            change = self._change(rng, best.removed, cheaper, target)
+            best = replace(best, tries=best.tries + 1)
+            if change is not None and change != best.removed:
+                figures = self._figures(change, hopeless)
+                if (loss := self._loss(change, figures)) < best.loss:
+                    best = replace(best, removed=change, loss=loss)
+                    hopeless = self._hopeless(figures)
+            bar.update()
+            bar.set_postfix_str(f"rung {rung}: {best.loss:.4f}", refresh=False)
+            if best.tries % self.config.save_every == 0 or best.tries == self.config.tries:
+                self.found[rung] = best
+                self._save()
+            if cheaper is None and best.tries == self.config.tries // 2:
+                self._choose_options(best.removed)
+                figures = self._figures(best.removed)
+                loss = self._loss(best.removed, figures)
+                best = replace(best, loss=loss, options=self._options())
+                hopeless = self._hopeless(figures)
+        self.found[rung] = best
+
+    def _start(self, cheaper: Found | None, target: float) -> Removed:
+        """Return where a walk begins: the cheaper rung with less of it, or the same everywhere."""
+        shape = (self.patches,) * self.depth if cheaper is None else cheaper.removed
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            scaled = self._clipped(tuple(round(middle * each) for each in shape))
+            low, high = (low, middle) if self._macs(scaled) < target else (middle, high)
+        scaled = self._fit(random.Random(0), tuple(round(high * each) for each in shape), target)
+        return scaled if cheaper is None else _nested(scaled, cheaper.removed)
+
+    def _choose_options(self, removed: Removed) -> None:
+        """Take the best of the values to try, one option after the other."""
+        for option, values in self.config.try_options.items():
+            losses = {}
+            for value in values:
+                self._take({option: value})
+                losses[value] = self._loss(removed, self._figures(removed))
+            self._take({option: min(losses, key=losses.__getitem__)})
+
+    def _take(self, options: dict[str, float]) -> None:
+        now = asdict(self.method)  # type: ignore[call-overload]
+        self.method = method_of(self.config.method, now | options)
+
+    def _options(self) -> dict[str, float]:
+        now = asdict(self.method)  # type: ignore[call-overload]
+        return {option: now[option] for option in self.config.try_options}
+
+    def _change(
+        self, rng: random.Random, removed: Removed, cheaper: Found | None, target: float
+    ) -> Removed | None:
+        """Return a neighbour that costs as much; None if the draw leads to none."""
+        amounts = list(removed)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            from_block, to_block = rng.sample(range(self.depth), 2)
+            # Now and then a place goes altogether, for each place costs time.
+            moved = amounts[from_block] if rng.random() < 0.1 else rng.choice(_MOVES)
+            moved = min(moved, amounts[from_block])
+            amounts[from_block] -= moved
+            amounts[to_block] += moved
+        changed = self._fit(rng, tuple(amounts), target)
+        if cheaper is not None:
+            changed = _nested(changed, cheaper.removed)
+        return changed if self._macs(changed) <= target else None
+
+    def _fit(self, rng: random.Random, removed: Removed, target: float) -> Removed:
+        """Return the same with one block's amount changed so that it just costs `target`."""
+        blocks = [i for i in range(self.depth) if removed[i]] or list(range(self.depth))
+        for block in rng.sample(blocks, len(blocks)):
+            before, after = removed[:block], removed[block + 1 :]
+            low, high = 0, self.patches
+            while low < high:
+                middle = (low + high) // 2
+                if self._macs((*before, middle, *after)) <= target:
+                    high = middle
+                else:
+                    low = middle + 1
+            fitted = (*before, self._clipped((*before, low, *after))[block], *after)
+            if self._macs(fitted) <= target:
+                return self._clipped(fitted)
+        return removed
+
+    def _clipped(self, removed: Removed) -> Removed:
+        """Return what is really removed."""
+        plan = self.ladder(removed).plan(
+            1, self.depth, self.patches + self.backbone.model.num_prefix_tokens,
+            self.backbone.model.num_prefix_tokens, self.backbone.model.patch_embed.grid_size,
+        )  # fmt: skip
+        return plan.removed
+
+    def _macs(self, removed: Removed) -> int:
+        return cost(self.backbone.model, 1, ladder=self.ladder(removed)).macs
+
+    def _amounts(self, removed: Removed) -> tuple[int, ...]:
+        """Return the amounts of a rung in the method's unit."""
+        if self.method.unit is Unit.REMOVED:
+            return removed
+        left, amounts = self.patches, []
+        for each in removed:
+            left -= each
+            amounts.append(left if each else 0)
+        return tuple(amounts)
+
+    def _figures(self, removed: Removed, hopeless: Sequence[float] = ()) -> Tensor:
+        return self.pictures.figures(self.ladder(removed), 1, hopeless)
+
+    def _loss(self, removed: Removed, figures: Tensor) -> float:
+        """Return the loss of a rung; infinite if it was given up."""
+        if len(figures) < self.config.search_on:
+            return math.inf
+        return self._kl(figures) * (1 + self.config.place_cost * sum(map(bool, removed)))
+
+    def _hopeless(self, figures: Tensor) -> list[float]:
+        """Return the means after each batch from which on a try is given up."""
+        means: list[float] = []
+        seen = 0
+        for tokens, _ in self.pictures.batches:
+            seen += len(tokens)
+            slack = 1 + _HOPELESS / math.sqrt(len(means) + 1)
+            means.append(slack * self._kl(figures[:seen]))
+        return means
+
+    @staticmethod
+    def _kl(figures: Tensor) -> float:
+        return float(figures[:, 2].mean())
+
+    def _save(self) -> None:
+        said = {str(rung): asdict(found) for rung, found in self.found.items()}
+        replace_file(self.state, json.dumps(said) + "\n")
+
+
+def _nested(removed: Removed, cheaper: Removed) -> Removed:
+    """Return `removed` with no fewer tokens after each block than `cheaper` leaves."""
+    taken, most, nested = 0, 0, []
+    for each, other in zip(removed, cheaper, strict=True):
+        most += other
+        nested.append(min(each, most - taken))
+        taken += nested[-1]
+    return tuple(nested)
+
+
+def _draw(config: LadderSearchConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the keys (set, position) of pictures to search and to judge on, none in both."""
+    sizes = [len(open_pictures(each)) for each in config.pictures]
+    keys = [(i, j) for i, size in enumerate(sizes) for j in range(size)]
+    wanted = config.search_on + config.judge_on
+    if wanted > len(keys):
+        raise ConfigError(
+            f"search_on and judge_on ask for {wanted} pictures, there are {len(keys)}"
+        )
+    # Each set gives as many, as far as it has them.
+    rng = random.Random(config.seed)
+    by_set = [rng.sample(range(size), size) for size in sizes]
+    drawn = sorted((place, i, j) for i, order in enumerate(by_set) for place, j in enumerate(order))
+    chosen = [(i, j) for _, i, j in drawn[:wanted]]
+    rng.shuffle(chosen)
+    return chosen[: config.search_on], chosen[config.search_on :]
+
+
+def table(info: LadderInfo) -> str:
+    """Return the rungs and their figures as Markdown."""
+    evidence: Any = info.evidence
+    lines = [
+        f"# {info.name}",
+        "",
+        f"{evidence['architecture']}, method {info.method.name} {dict(info.method.options)}; "
+        f"judged on {evidence['judged_on']} pictures that the search has not seen.",
+        "",
+        "| rung | share of multiply-adds | GMACs | KL | agreement, % | removed or kept, by block |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, rung in zip(evidence["rows"], info.rungs or (), strict=True):
+        lines.append(
+            f"| {row['rung']} | {row['share']:.3f} | {row['macs'] / 1e9:.3f} | {row['kl']:.4f} | "
+            f"{100 * row['agreement']:.1f} | {' '.join(map(str, rung))} |"
+        )
+    return "\n".join([*lines, ""])

@@ -1,0 +1,49 @@
+"""The recipe of `tocom-train search`."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from training.config import BackboneConfig, Name, PicturesConfig, Recipe
+
+
+class LadderSearchConfig(Recipe):
+    """`tocom-train search`: a ladder for a backbone, from pictures without labels."""
+
+    name: Name = "ladder"
+    backbone: BackboneConfig
+    task: str | None = Field(
+        None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
+    )
+    pictures: tuple[PicturesConfig, ...] = Field(
+        min_length=1, description="sets that give as many pictures each, as far as they have them"
+    )
+    search_on: int = Field(192, gt=0, description="pictures that the search looks at")
+    judge_on: int = Field(384, gt=0, description="other pictures, which judge what it found")
+    method: str = "tome"
+    options: dict[str, bool | int | float | str] = Field({}, description="of the method")
+    try_options: dict[str, tuple[float, ...]] = Field(
+        {}, description="options of the method to search: their values"
+    )
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5),
+        min_length=1,
+        description="multiply-adds of rungs 1, 2, ... as shares of rung 0's, falling",
+    )
+    tries: int = Field(300, gt=0, description="changes that are tried for each rung")
+    place_cost: float = Field(
+        0.005,
+        ge=0,
+        description="share of the KL that each block that acts adds to it: places cost time",
+    )
+    seed: int = 0
+    batch_size: int = Field(32, gt=0)
+    workers: int = Field(1, ge=0, description="processes that decode pictures")
+    save_every: int = Field(10, gt=0, description="tries between two saves")
+
+    @field_validator("shares")
+    @classmethod
+    def _falling(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if list(shares) != sorted(set(shares), reverse=True):
+            raise ValueError("shares must fall from rung to rung")
+        return shares
