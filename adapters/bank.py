@@ -1,9 +1,10 @@
 """Banks of plug-ins: one low-rank pair per step of the rate ladder, layer and target.
 
-Format 1 is a folder with `bank.json` and `plugins.safetensors`; nothing in it is
-executable. Loading is strict and whole: a fault is named, nothing is half-loaded. Saving is
-atomic: a crash leaves no half-written folder under its name. A bank knows neither the
-arithmetic of rates (`compose`) nor where banks are kept (`store`, `hub`).
+A bank is a folder with `bank.json` and `plugins.safetensors`; nothing in it is executable. In
+format 1 its rates are those of the paper's ladder, format 2 says of which. Loading is strict and
+whole: a fault is named, nothing is half-loaded. Saving is atomic: a crash leaves no half-written
+folder under its name. A bank knows neither the arithmetic of rates (`compose`) nor where banks are
+kept (`store`, `hub`).
 
 Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 """
@@ -11,18 +12,18 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import FailFast, Field, field_validator
+from pydantic import FailFast, Field, field_validator, model_validator
 from torch import Tensor
 
 from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
-from adapters.schema import BackboneInfo, Count, Geometry, Notes, Strict
-from tocom import Backbone, BankError
+from adapters.ladder import Embedded, ladder_of, part_of, tuned_on_another
+from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
+from tocom import Backbone, BankError, Ladder, ReductionError
 from tocom.delta import TARGETS
 
-NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
 #: A real `bank.json` has some kilobytes, notes included.
 MAX_INFO_BYTES: Final = 2**20
 FILES: Final = "bank.json", "plugins.safetensors"
@@ -31,10 +32,15 @@ FILES: Final = "bank.json", "plugins.safetensors"
 class BankInfo(Strict):
     """Everything in `bank.json`."""
 
-    format_version: Literal[1] = VERSION
+    format_version: Literal[1, 2] = VERSION
     name: str = Field(pattern=f"^{NAME}$")
     backbone: BackboneInfo
-    method: Literal["tome"] = "tome"
+    method: str = Field("tome", description="how tokens are reduced")
+    ladder: Embedded | None = Field(
+        None,
+        exclude_if=lambda ladder: ladder is None,
+        description="what the rates mean, in format 2; in format 1 it is the paper's",
+    )
     max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
     rank: Count = Field(description="width of one step's low-rank pair")
     targets: Annotated[
@@ -54,12 +60,32 @@ class BankInfo(Strict):
             raise ValueError(f"each target may stand once, got {', '.join(targets)}")
         return targets
 
+    @model_validator(mode="after")
+    def _of_one_ladder(self) -> "BankInfo":
+        if self.format_version == 1 and self.ladder is not None:
+            raise ValueError("a bank of format 1 has no ladder of its own: it is the paper's")
+        if self.format_version == 2 and self.ladder is None:
+            raise ValueError("a bank of format 2 must say its ladder")
+        ladder = ladder_of(self.ladder, self.backbone.geometry.depth)
+        if self.method != ladder.method.name:
+            raise ValueError(
+                f"the method of the ladder {ladder.name!r} is {ladder.method.name!r}, not "
+                f"{self.method!r:.100}"
+            )
+        if ladder.top not in (None, self.max_rate):
+            raise ValueError(
+                f"max_rate must be the last rung of the ladder {ladder.name!r}, {ladder.top}, got "
+                f"{self.max_rate}"
+            )
+        return self
+
 
 class Bank:
     """A bank in memory.
 
     Attributes:
         info: what `bank.json` says, its digest included.
+        ladder: what its rates mean.
         tensors: `blocks.{i}.attn.q.A` [R, k, in] and `.B` [R, out, k], and so on for each target;
             step i→i+1 stands at index i. On the CPU, fp32 or fp16.
     """
@@ -72,6 +98,7 @@ class Bank:
                 or the entry of `info` that no `bank.json` can hold.
         """
         self.info, self.tensors = _FORMAT.own(info, tensors)
+        self.ladder = ladder_of(self.info.ladder, self.info.backbone.geometry.depth)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Bank":
@@ -104,13 +131,15 @@ class Bank:
         """
         return _FORMAT.save(Path(folder), self.info, self.tensors)
 
-    def check_fits(self, backbone: Backbone) -> None:
-        """Raise BankError unless the bank's geometry is the model's.
+    def check_fits(self, backbone: Backbone, source: int | None = None) -> None:
+        """Raise BankError unless the bank is for such models, tuned at `source` of its ladder.
 
-        Warns if the model neither has the weights that the bank was distilled on nor says that
+        See `check_geometry` and `check_source`; `source` is by default the model's own. Warns if
+        the model neither has the weights that the bank was distilled on nor says that
         it was tuned from them: a bank of an unrelated model of the same shape repairs nothing.
         """
         self.check_geometry(backbone)
+        self.check_source(backbone, backbone.source if source is None else source)
         if not self.distilled_on(backbone):
             warnings.warn(
                 f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
@@ -119,7 +148,7 @@ class Bank:
             )
 
     def check_geometry(self, backbone: Backbone) -> None:
-        """Raise BankError unless the bank's geometry is the model's."""
+        """Raise BankError unless the bank's geometry is the model's and it can run the ladder."""
         own, other = self.info.backbone.geometry, Geometry.of(backbone.model)
         if own != other:
             differing = ", ".join(
@@ -130,6 +159,19 @@ class Bank:
             raise BankError(
                 f"bank {self.info.name!r} is for {self.info.backbone.architecture} and does not "
                 f"fit {backbone.name}: {differing}"
+            )
+        try:
+            self.ladder.check(backbone.model)
+        except ReductionError as error:
+            raise BankError(
+                f"bank {self.info.name!r} does not fit {backbone.name}: {error}"
+            ) from error
+
+    def check_source(self, backbone: Backbone, source: int) -> None:
+        """Raise BankError if a model was tuned on another ladder, unless `source` is 0."""
+        if (reason := tuned_on_another(backbone, source, self.ladder)) is not None:
+            raise BankError(
+                f"bank {self.info.name!r} is for the ladder {self.ladder.name!r}: {reason}"
             )
 
     def distilled_on(self, backbone: Backbone) -> bool:
@@ -151,6 +193,13 @@ class Bank:
     def parameters(self) -> int:
         """Number of values in the bank."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def ladder_entries(ladder: Ladder) -> dict[str, Any]:
+    """Return the entries of `BankInfo` by which a bank is one for `ladder`."""
+    if (part := part_of(ladder)) is None:
+        return {}
+    return {"format_version": 2, "method": ladder.method.name, "ladder": part}
 
 
 def read_info(folder: Path) -> BankInfo:
@@ -187,4 +236,5 @@ _FORMAT = Format(
     covered=("format_version", "name", "method", "max_rate", "rank", "targets", "scale"),
     fault=BankError,
     max_info_bytes=MAX_INFO_BYTES,
+    versions=(1, 2),
 )

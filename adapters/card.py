@@ -14,6 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError
 
 from adapters.bank import Bank
+from adapters.ladder import digest
+from tocom import TOME
 
 _TAGS = ["tocom", "token-merging", "token-compensation", "vision-transformer", "low-rank"]
 _HUB_BACKBONE = re.compile(r"(?:hf-hub:(?=[^/]+/)|(?=timm/))([\w.-]+/[\w.-]+)(?:@.+)?", re.ASCII)
@@ -98,6 +100,8 @@ def facts(bank: Bank) -> Iterator[tuple[str, str]]:
         f"patch {_pixels(geometry.patch)} px",
     )
     yield "rates", f"0..{info.max_rate} of {info.method}"
+    if info.ladder is not None:
+        yield "ladder", f"{info.ladder.name}, {digest(bank.ladder)[:12]}"
     yield "rank", f"{info.rank} a step"
     yield "targets", ", ".join(info.targets)
     yield "scale", f"{info.scale:g}"
@@ -120,7 +124,7 @@ def _introduction(bank: Bank) -> str:
 # {info.name}
 
 A bank of plug-ins for timm's `{info.backbone.architecture}`.
-Merging tokens makes the model cheaper, at any rate from 0 to {info.max_rate} tokens per block;
+{_cheaper(bank)}
 the bank repairs what that costs. It holds one small low-rank step for each unit of rate. From these
 the change of weights is composed that lets a model tuned at one rate run at another, without
 training. It fits the backbone and every model that was tuned from it.
@@ -131,12 +135,25 @@ Papers: [Token Compensator](https://arxiv.org/abs/2408.06798),
 [Token Merging](https://arxiv.org/abs/2210.09461)."""
 
 
+def _cheaper(bank: Bank) -> str:
+    ladder, top = bank.ladder, bank.info.max_rate
+    if ladder == TOME:
+        return (
+            f"Merging tokens makes the model cheaper, at any rate from 0 to {top} tokens per block;"
+        )
+    return (
+        f"Reducing tokens by `{ladder.method.name}` makes the model cheaper, at any rate from 0 to "
+        f"{top} of the ladder `{ladder.name}`;"
+    )
+
+
 def _use(bank: Bank, repo_id: str) -> str:
     info = bank.info
     named = info.training.get("backbone")
     backbone = named if _base_model(info.training) else info.backbone.architecture
     height, width = info.backbone.geometry.input
     rate = min(8, info.max_rate)
+    ladder = "" if info.ladder is None else ", ladder=bank.ladder"
     return f"""\
 ## How to use it
 
@@ -158,7 +175,7 @@ bank.check_fits(backbone)
 delta = compose(bank, source=backbone.source, target={rate})
 images = torch.rand(1, 3, {height}, {width})  # prepared as backbone.data_config says
 with torch.inference_mode():
-    logits = tocom.forward(backbone.model, images, rate={rate}, delta=delta)
+    logits = tocom.forward(backbone.model, images, rate={rate}, delta=delta{ladder})
 ```
 
 As a server, where every request chooses its rate:

@@ -33,6 +33,12 @@ _BACKBONE: Final[dict[str, Any]] = {
     "geometry": {"depth", "width", "heads", "hidden", "input", "patch"},
     "digest": True,
 }
+#: What a digest covers of the ladder that a folder is for; what a ladder is called is a name.
+_LADDER: Final[dict[str, Any]] = {
+    "method": {"name", "options"},
+    "patches": True,
+    "rungs": True,
+}
 
 Info = TypeVar("Info", bound=Strict)
 
@@ -46,10 +52,12 @@ class Format(Generic[Info]):
         files: names of the description and of the tensors.
         info: what the description says: `format_version`, `name`, `backbone`, `digest` and more.
         shapes: returns the name and shape of every tensor that there must be.
-        covered: entries that the digest covers, besides `backbone` and the tensors. They are
-            written out, so that a new entry with a default changes no digest that there is.
+        covered: entries that the digest covers, besides `backbone`, `ladder` and the tensors.
+            They are written out, so that a new entry with a default changes no digest that there
+            is.
         fault: the error that is raised.
         max_info_bytes: that the description may have.
+        versions: of the format that are read.
     """
 
     what: str
@@ -59,6 +67,7 @@ class Format(Generic[Info]):
     covered: tuple[str, ...]
     fault: type[TocomError]
     max_info_bytes: int
+    versions: tuple[int, ...] = (VERSION,)
 
     def own(self, info: Info, tensors: Mapping[str, Tensor]) -> tuple[Info, dict[str, Tensor]]:
         """Return the description with its digest, and copies of the tensors on the CPU.
@@ -74,7 +83,7 @@ class Format(Generic[Info]):
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()
         }
-        covered = dict.fromkeys(self.covered, True) | {"backbone": _BACKBONE}
+        covered = dict.fromkeys(self.covered, True) | {"backbone": _BACKBONE, "ladder": _LADDER}
         digest = _digest(info.model_dump(mode="json", include=covered), copies)
         if said["digest"] not in ("", digest):
             raise self.fault(
@@ -142,10 +151,10 @@ class Format(Generic[Info]):
 
     def _validate(self, model: type[Info], said: Any, where: str) -> Info:
         version = said.get("format_version") if isinstance(said, dict) else None
-        if version != VERSION:
+        if version not in self.versions:
             raise self.fault(
                 f"{where} has {self.what} format {version!r:.40}; "
-                f"this version reads format {VERSION}"
+                f"this version reads format {' and '.join(map(str, self.versions))}"
             )
         try:
             return model.model_validate(said)

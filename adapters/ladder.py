@@ -9,16 +9,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from adapters.schema import Notes, Strict, first_fault
-from tocom import Ladder, ReductionError
+from adapters.schema import NAME, Notes, Strict, first_fault
+from tocom import TOME, Backbone, Ladder, ReductionError
 from tocom.reduction import method_of, options_of
 
 #: A ladder of a hundred rungs for a hundred blocks has 50 kB.
 MAX_BYTES = 2**20
-#: What ladders may be called, as banks may.
-NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
 
 
 class MethodInfo(Strict):
@@ -28,27 +26,24 @@ class MethodInfo(Strict):
     options: dict[str, bool | int | float | str] = Field({})
 
 
-class LadderInfo(Strict):
-    """Everything in `ladder.json`."""
+class LadderPart(Strict):
+    """A ladder, as a bank or a task says which one it is for."""
 
-    format_version: Literal[1] = 1
     name: str = Field(pattern=f"^{NAME}$")
     method: MethodInfo
     patches: int = Field(ge=0, lt=2**31, description="patches of the pictures it is for")
     rungs: Annotated[tuple[tuple[int, ...], ...], Field(max_length=1000)] | None = Field(
         description="amounts of each rung, block by block; null: r in every block at rate r"
     )
-    evidence: Notes = Field({}, description="how it was found and what was measured")
 
     @classmethod
-    def of(cls, ladder: Ladder, evidence: dict[str, Any] | None = None) -> "LadderInfo":
+    def describe(cls, ladder: Ladder) -> "LadderPart":
         """Describe a ladder."""
         return cls(
             name=ladder.name,
             method=MethodInfo(name=ladder.method.name, options=options_of(ladder.method)),
             patches=ladder.patches,
             rungs=ladder.rungs,
-            evidence=evidence or {},
         )
 
     def ladder(self) -> Ladder:
@@ -59,6 +54,72 @@ class LadderInfo(Strict):
         """
         method = method_of(self.method.name, self.method.options)
         return Ladder(self.name, method, self.rungs, self.patches)
+
+
+def _sound(part: LadderPart) -> LadderPart:
+    part.ladder()
+    return part
+
+
+#: A ladder within another file, checked with it; see `part_of`.
+Embedded = Annotated[LadderPart, AfterValidator(_sound)]
+
+
+class LadderInfo(LadderPart):
+    """Everything in `ladder.json`."""
+
+    format_version: Literal[1] = 1
+    evidence: Notes = Field({}, description="how it was found and what was measured")
+
+    @classmethod
+    def of(cls, ladder: Ladder, evidence: dict[str, Any] | None = None) -> "LadderInfo":
+        """Describe a ladder, with its evidence."""
+        return cls(**dict(LadderPart.describe(ladder)), evidence=evidence or {})
+
+
+def is_papers(ladder: Ladder) -> bool:
+    """Return whether a ladder does what the paper's does, whatever it is called."""
+    return digest(ladder) == digest(TOME)
+
+
+def part_of(ladder: Ladder) -> LadderPart | None:
+    """Return what another file says of its ladder; None: nothing, for it is the paper's."""
+    return None if is_papers(ladder) else LadderPart.describe(ladder)
+
+
+def ladder_of(part: LadderPart | None, depth: int) -> Ladder:
+    """Return the ladder that a file for a model of `depth` blocks says; None: the paper's.
+
+    Raises:
+        ReductionError: if it is for another number of blocks, or is the paper's: that one is not
+            written out, so that all files for it are alike.
+    """
+    if part is None:
+        return TOME
+    ladder = part.ladder()
+    if is_papers(ladder):
+        raise ReductionError(
+            f"the ladder {ladder.name!r} is the paper's, which is that of files that name none"
+        )
+    if ladder.rungs is not None and len(ladder.rungs[0]) != depth:
+        raise ReductionError(
+            f"the ladder {ladder.name!r} is for {len(ladder.rungs[0])} blocks, the backbone has "
+            f"{depth}"
+        )
+    return ladder
+
+
+def tuned_on_another(backbone: Backbone, source: int, ladder: Ladder) -> str | None:
+    """Return why a model cannot run on a ladder as one that was tuned at `source`; None: it can.
+
+    Rung 0 is the stock model on every ladder.
+    """
+    if not source or not backbone.source or digest(ladder) == digest(backbone.ladder):
+        return None
+    return (
+        f"{backbone.name} was tuned at rate {backbone.source} of the ladder "
+        f"{backbone.ladder.name!r}, not of {ladder.name!r}"
+    )
 
 
 def digest(ladder: Ladder) -> str:
@@ -96,7 +157,7 @@ def read_ladder(path: str | Path) -> LadderInfo:
 
 def write_ladder(info: LadderInfo, path: str | Path) -> Path:
     """Write a `ladder.json`: one rung a line."""
-    said = info.model_dump(mode="json")
+    said = {"format_version": info.format_version} | info.model_dump(mode="json")
     rungs = said.pop("rungs")
     text = json.dumps(said | {"rungs": "@"}, indent=2)
     if rungs is None:

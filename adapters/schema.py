@@ -7,6 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tocom import Backbone
 
+#: What banks, tasks and ladders may be called.
+NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
 #: Levels of lists and objects within notes. A trainer's have six.
 MAX_DEPTH = 32
 
@@ -87,4 +89,5 @@ class BackboneInfo(Strict):
 def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])):.200}: {first['msg']}"
+    where = "".join(f"{part}." for part in first["loc"])[:-1]
+    return f"{where:.200}: {first['msg']}" if where else str(first["msg"])

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import hub
-from adapters.bank import FILES, NAME, Bank
+from adapters.bank import FILES, Bank
 from adapters.durable import replace_file, sync
+from adapters.schema import NAME
 from tocom import BankError, StoreError, bundled_folder
 from tocom.backbones import BUNDLED
 

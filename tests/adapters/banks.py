@@ -4,11 +4,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from adapters import BackboneInfo, Bank, BankInfo, Geometry
-from adapters.bank import tensor_shapes
-from tocom import Backbone
+from adapters.bank import ladder_entries, tensor_shapes
+from tocom import TOME, Backbone, Ladder
+from tocom.reduction import ToMe
 
 ALL_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 GEOMETRY = Geometry(depth=2, width=4, heads=2, hidden=6, input=(8, 8), patch=(4, 4))
+
+
+#: Three rungs above the stock model, for the two blocks and four patches of `GEOMETRY`.
+RUNGS = Ladder("uneven", ToMe(), ((0, 0), (0, 1), (1, 1), (2, 1)), 4)
 
 
 def backbone_of(model: VisionTransformer, name: str = "small") -> Backbone:
@@ -21,9 +26,11 @@ def random_bank(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     name: str = "tiny",
+    ladder: Ladder = TOME,
 ) -> Bank:
     """Make a bank of three steps of rank 2 for `backbone`, or for one that nobody has."""
     info = BankInfo(
+        **ladder_entries(ladder),
         name=name,
         backbone=backbone or BackboneInfo(architecture="none", geometry=GEOMETRY, digest="0" * 64),
         max_rate=3,

@@ -147,7 +147,9 @@ def test_faulty_tensors_are_refused(folder, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "bank format 2; this version reads format 1"),
+        ({"format_version": 3}, "bank format 3; this version reads format 1 and 2"),
+        ({"format_version": 2}, "a bank of format 2 must say its ladder"),
+        ({"method": "magic"}, "the method of the ladder 'tome' is 'tome', not 'magic'"),
         ({"format_version": None}, "bank format None"),
         ({"digest": ""}, "has no digest"),
         ({"digest": "f" * 64}, "says ffffffffffff, is "),
