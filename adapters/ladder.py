@@ -124,8 +124,16 @@ def tuned_on_another(backbone: Backbone, source: int, ladder: Ladder) -> str | N
 
 def digest(ladder: Ladder) -> str:
     """Return the SHA-256 of what a ladder does, whatever it is called."""
+    # An option that a method gets one day leaves the digests that there are: only what is not at
+    # its default counts. Whole numbers are numbers.
+    usual = options_of(type(ladder.method)())
+    options = {
+        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in options_of(ladder.method).items()
+        if value != usual[name]
+    }
     said = {
-        "method": {"name": ladder.method.name, "options": options_of(ladder.method)},
+        "method": {"name": ladder.method.name, "options": options},
         "patches": ladder.patches,
         "rungs": ladder.rungs,
     }
