@@ -31,6 +31,7 @@ from server.web.access import Access, require_api_key, require_known_key
 from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.problems import add_handlers
 from server.web.serving import Serving
+from tocom import TOME
 from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,11 @@ def warm_up(serving: Serving) -> None:
     """
     sizes = sorted({1, serving.settings.max_batch})
     said = time.monotonic()
-    for model in serving.models.all():
+    handles = [each for model in serving.models.all() for each in model.ladders]
+    for model in handles:
         # From the highest, whose delta is the dearest one if it cannot be folded for want of room.
         rates = range(model.max_rate, -1, -1)
+        name = f"{model.name} on {model.ladder.name}" if model.ladder != TOME else model.name
         for done, rate in enumerate(rates, start=1):
             if serving.stopping.is_set():
                 return
@@ -146,8 +149,8 @@ def warm_up(serving: Serving) -> None:
             serving.engine.call(prepare).result()
             if time.monotonic() - said > PROGRESS:
                 said = time.monotonic()
-                logger.info("model %s: %d of %d rates are warm", model.name, done, len(rates))
+                logger.info("model %s: %d of %d rates are warm", name, done, len(rates))
         # Where batches run, as graphs may already measure there.
         serving.engine.call(partial(model.controller.times.settle, rates, sizes)).result()
-        logger.info("model %s is warm: rates 0 to %d", model.name, model.max_rate)
+        logger.info("model %s is warm: rates 0 to %d", name, model.max_rate)
     serving.warm.set()

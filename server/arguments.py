@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 #: What may be said of a model besides its name and backbone.
-MODEL_KEYS = ("task", "bank", "architecture", "source")
+MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME=BACKBONE[,KEY=VALUE...]",
         help="model to serve instead of the bundled one; may be repeated; keys: "
-        f"{', '.join(MODEL_KEYS)}; "
+        f"{', '.join(MODEL_KEYS)}, of which ladder may be repeated; "
         "e.g. imagenet=timm/deit_tiny_patch16_224.fb_in1k,bank=bundled:deit_tiny_bank",
     )
     whole = argparse.ArgumentParser(
@@ -38,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("classify", parents=[common], help="tell what photographs show")
     command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
-    command.add_argument("--rate", default="0", help="tokens merged per block (default: 0)")
+    command.add_argument(
+        "--rate",
+        default="0",
+        help="rate on the default ladder: of `tome`, tokens merged per block (default: 0)",
+    )
     command.add_argument("--top-k", type=int, metavar="K", help="predictions for each")
     command.add_argument("--json", action="store_true", help="a line of JSON for each")
     command.set_defaults(command="classify")

@@ -9,11 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 import server.timm_without_dynamo  # noqa: F401  # isort: split
+from adapters import BankInfo
 from server import offline, process
 from server.arguments import MODEL_KEYS
+from server.models.served import ServedModel
 from server.settings import Settings, load_settings
 from server.web.serving import Serving
-from tocom import BackboneError, ConfigError, TocomError, bundled_folder
+from tocom import TOME, BackboneError, ConfigError, TocomError, bundled_folder
 from tocom.allocator import keep_freed_memory
 
 #: Options that are settings.
@@ -40,11 +42,12 @@ def _settings(parsed: argparse.Namespace) -> Settings:
     return load_settings(**given)
 
 
-def _parse_model(text: str) -> dict[str, str]:
+def _parse_model(text: str) -> dict[str, str | list[str]]:
     """Read `NAME=BACKBONE[,KEY=VALUE...]`; what the values mean is the settings' matter."""
     first, *rest = text.split(",")
     name, _, backbone = first.partition("=")
-    model = {"name": name, "backbone": backbone}
+    model: dict[str, str | list[str]] = {"name": name, "backbone": backbone}
+    ladders = []
     for part in rest:
         key, _, value = part.partition("=")
         if key not in MODEL_KEYS or not value:
@@ -52,7 +55,12 @@ def _parse_model(text: str) -> dict[str, str]:
                 f"--model {text}: expected KEY=VALUE with one of {', '.join(MODEL_KEYS)}, "
                 f"got {part!r}"
             )
-        model[key] = value
+        if key == "ladder":
+            ladders.append(value)
+        else:
+            model[key] = value
+    if ladders:
+        model["ladders"] = ladders
     if not name or not backbone:
         raise ConfigError(f"--model {text}: expected NAME=BACKBONE")
     return model
@@ -65,8 +73,8 @@ def _check(settings: Settings, _: argparse.Namespace) -> int:
         memory = f"{checked.weights / 1e6:.1f} MB"
         if checked.folded:
             memory += f", {checked.folded / 1e6:.1f} MB more once every rate was asked for"
-        bank = f"{model.bank.info.name}@{model.bank.info.digest[:12]}" if model.bank else "none"
-        rows.append((model.name, model.backbone.name, f"0..{model.max_rate}", bank, memory))
+        bank = f"{info.name}@{info.digest[:12]}" if (info := _bank(model)) else "none"
+        rows.append((model.name, model.backbone.name, _rates(model, ".."), bank, memory))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -117,8 +125,8 @@ def _greet(serving: Serving, address: str) -> None:
     models = serving.models.all()
     print(f"Serving on {address} (Ctrl-C ends it)")
     for model in models:
-        bank = f"bank {model.bank.info.name}" if model.bank else "no bank"
-        print(f"  model   {model.name}: rates 0 to {model.max_rate}, {bank}")
+        bank = f"bank {info.name}" if (info := _bank(model)) else "no bank"
+        print(f"  model   {model.name}: rates {_rates(model, ' to ')}, {bank}")
     rate = min(8, models[0].max_rate)
     print(f"  page    {address}/")
     print(f"  docs    {address}/docs")
@@ -126,6 +134,18 @@ def _greet(serving: Serving, address: str) -> None:
         f"  try it  curl -F file=@{shlex.quote(str(_sample()))} '{address}/v1/classify?rate={rate}'"
     )
     sys.stdout.flush()
+
+
+def _rates(model: ServedModel, to: str) -> str:
+    """Say which rates a model runs at, and on which ladders if there are more than the paper's."""
+    if model.ladders == (model,) and model.ladder == TOME:
+        return f"0{to}{model.max_rate}"
+    return ", ".join(f"0{to}{each.max_rate} on {each.ladder.name}" for each in model.ladders)
+
+
+def _bank(model: ServedModel) -> BankInfo | None:
+    bank = model.repaired.bank
+    return None if bank is None else bank.info
 
 
 def _sample() -> Path:

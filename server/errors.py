@@ -51,6 +51,13 @@ class UnknownModelError(ServerError):
     title = "Unknown model"
 
 
+class UnknownLadderError(ServerError):
+    """A ladder that the model is not served on."""
+
+    status = 404
+    title = "Unknown ladder"
+
+
 class UnknownBankError(ServerError):
     """A bank that cannot be had here."""
 

@@ -33,19 +33,20 @@ class Checked:
 
 
 def check(settings: Settings) -> Iterator[Checked]:
-    """Load all models and run each at its lowest and its highest rate.
+    """Load all models and run each at the lowest and the highest rate of its ladders.
 
     Raises:
         TocomError: if one cannot be loaded.
     """
     for model in load_models(settings):
-        for rate in (0, model.max_rate):
-            _run(model.at(rate, compensate=True), torch.zeros(model.input_size))
+        for each in model.ladders:
+            for rate in (0, each.max_rate):
+                _run(each.at(rate, compensate=True), torch.zeros(model.input_size))
         tensors = [*model.backbone.model.parameters(), *model.backbone.model.buffers()]
         folded = 0
-        if model.bank is not None:
-            rates = [rate for rate in range(model.max_rate + 1) if rate != model.source]
-            deltas = [model.delta(rate) for rate in rates]
+        if (repaired := model.repaired).bank is not None:
+            rates = [rate for rate in range(repaired.max_rate + 1) if rate != repaired.source]
+            deltas = [repaired.delta(rate) for rate in rates]
             folded = sum(delta.nbytes for delta in deltas if isinstance(delta, FoldedWeights))
         yield Checked(model, sum(tensor.nbytes for tensor in tensors), folded)
 

@@ -117,8 +117,7 @@ class Replica:
         self._banks: Banks = self._app.state.banks
         self._app.state.banks = _FixedBanks(self._serving.models, Store(settings.store))
         self._configured = {
-            model.name: model.bank.info.digest if model.bank else None
-            for model in self._serving.models.all()
+            model.name: model.repaired.bank_digest for model in self._serving.models.all()
         }
         replica = serve.get_replica_context().replica_id.unique_id
         self._app.add_middleware(_Behind, replica=replica)

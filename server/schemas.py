@@ -12,7 +12,7 @@ class Prediction(BaseModel):
 
 
 class Tokens(BaseModel):
-    """How many tokens there are along the forward."""
+    """How many tokens there are along the forward; at most, where pictures decide that."""
 
     input: int = Field(description="tokens that enter the first block")
     blocks: list[int] = Field(description="tokens that leave each block")
@@ -29,32 +29,41 @@ class Timings(BaseModel):
 
 
 class MergeMap(BaseModel):
-    """Which patches of the image became one token."""
+    """What became of the patches of the image."""
 
     grid: tuple[int, int] = Field(description="patches down and across")
     tokens: list[int] = Field(
-        description="for each patch, row by row, the number of the final token that holds it"
+        description="for each patch, row by row, the number of the final token that holds it: its "
+        "own alone if it was kept, one with others if it was merged; -1: it was dropped"
     )
+    dropped: int = Field(default=0, description="patches that were dropped")
 
 
 class ImageAnswer(BaseModel):
     """What every answer to an image says: what ran, why and what it cost."""
 
     model: str
-    asked_rate: str = Field(description="what the request asked for: a rate, or auto")
-    rate: int = Field(description="rate that the model ran at")
+    ladder: str = Field(description="what rates mean: the model's ladder that it ran on")
+    method: str = Field(description="how tokens were reduced")
+    asked_rate: str = Field(description="what the request asked for: a rate, `auto` or `budget`")
+    asked_budget: float | None = Field(description="the budget; null if none was asked for")
+    rate: int = Field(description="rate that the model ran at: the rung of the ladder")
     reason: str = Field(
         description="`asked`, or why auto chose it: `quality` is the lowest allowed; a higher one "
         "was needed for the `deadline`, the `backlog` or the `load`, or shortly before (`cooling`)"
     )
-    source_rate: int = Field(description="rate that the model was tuned at")
+    source_rate: int = Field(
+        description="rate that the model was tuned at; 0 if that was on another ladder"
+    )
     compensate: bool = Field(description="whether a delta was applied")
     tokens: Tokens
     macs: int = Field(description="multiply-adds of one image")
     macs_ratio: float = Field(description="multiply-adds compared to rate 0")
     timings_ms: Timings
     batch_size: int = Field(description="images that ran together")
-    bank_digest: str | None = Field(description="content of the model's bank; null without one")
+    bank_digest: str | None = Field(
+        description="content of the model's bank for the ladder; null without one"
+    )
     request_id: str
 
 
@@ -115,6 +124,34 @@ class BankSummary(BaseModel):
     digest: str
 
 
+class Rung(BaseModel):
+    """A rate of a ladder: what it does, costs and is worth."""
+
+    rate: int
+    tokens: list[int] = Field(
+        description="tokens that leave each block; at most, where pictures decide that"
+    )
+    macs: int = Field(description="multiply-adds of one image")
+    share: float = Field(description="multiply-adds compared to rate 0: the least `budget` for it")
+    top1: float | None = Field(default=None, description="percent; null if it was not measured")
+    agreement: float | None = Field(default=None, description="percent of answers as at rate 0")
+    kl: float | None = Field(default=None, description="KL divergence from rate 0, in nats")
+
+
+class LadderSummary(BaseModel):
+    """A ladder that a model is served on: what its rates mean."""
+
+    name: str
+    method: str = Field(description="how tokens are reduced")
+    options: dict[str, bool | int | float | str] = Field(description="of the method")
+    max_rate: int
+    source_rate: int = Field(
+        description="rate that the model was tuned at; 0 if that was on another ladder"
+    )
+    bank: BankSummary | None = Field(description="what makes up for its rates; null: nothing does")
+    rungs: list[Rung]
+
+
 class ModelSummary(BaseModel):
     """A served model."""
 
@@ -124,8 +161,9 @@ class ModelSummary(BaseModel):
     classes: int
     source_rate: int
     max_rate: int
-    bank: BankSummary | None
-    rates: list[RateCost]
+    bank: BankSummary | None = Field(description="for one of its ladders")
+    rates: list[RateCost] = Field(description="those of the default ladder")
+    ladders: list[LadderSummary] = Field(description="the default one first")
 
 
 class Figures(BaseModel):
@@ -224,7 +262,9 @@ class ModelStatus(BaseModel):
 
     name: str
     queued: int = Field(description="images that wait for their batch")
-    auto_rate: int = Field(description="rate that auto chose last; 0 at first")
+    auto_rate: int = Field(
+        description="rate that auto chose last on the default ladder; 0 at first"
+    )
     bank_digest: str | None
 
 

@@ -58,6 +58,12 @@ class ModelSettings(BaseModel):
     source: int | None = Field(
         default=None, ge=0, description="rate that the model was tuned at; default: what it says"
     )
+    ladders: tuple[str, ...] = Field(
+        default=(),
+        description="what rates may mean, the default first: ladder.json files or their folders, "
+        "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
+        "bank's, without a bank `tome`",
+    )
 
 
 BUNDLED_MODEL = ModelSettings(

@@ -96,7 +96,7 @@ class Banks:
         self._models = models
         self._store = store
         self._swapped = swapped
-        self._configured = [model.bank for model in models.all() if model.bank]
+        self._configured = [model.repaired.bank for model in models.all() if model.repaired.bank]
         self._changing = threading.Lock()
 
     def all(self) -> list[Known]:
@@ -143,7 +143,7 @@ class Banks:
 
     def users(self, digest: str) -> list[str]:
         """Return the names of the models that are served with a bank."""
-        return [model.name for model in self._models.all() if model.bank_digest == digest]
+        return [model.name for model in self._models.all() if model.repaired.bank_digest == digest]
 
     def add(self, info: bytes, plugins: bytes) -> tuple[Known, bool]:
         """Publish a bank in the store, once it is found to be whole.
@@ -206,8 +206,8 @@ class Banks:
         with self._changing:
             old = self._models.get(name)
             bank = self.find(reference)
-            if bank.info.digest == old.bank_digest:
-                return Change(old.bank_digest, old)
+            if bank.info.digest == old.repaired.bank_digest:
+                return Change(bank.info.digest, old)
             return self._swap(old, bank.load)
 
     def detach(self, name: str) -> Change:
@@ -234,9 +234,10 @@ class Banks:
             new = old.with_bank(load())
             # Before it is seen: no request shall wait for weights to be folded. High rates first,
             # as their deltas have the highest rank: if room ends, others run low-rank.
-            for rate in reversed(range(new.max_rate + 1)):
-                if new.at(rate, compensate=True).compensate:
-                    new.delta(rate)
+            repaired = new.repaired
+            for rate in reversed(range(repaired.max_rate + 1)):
+                if repaired.at(rate, compensate=True).compensate:
+                    repaired.delta(rate)
             self._models.replace(new)
             result = "ok"
         except StoreError as error:  # gone since it was found
@@ -246,8 +247,9 @@ class Banks:
         finally:
             if self._swapped:
                 self._swapped(result)
-        logger.info("model %s: bank %s, before %s", new.name, new.bank_digest, old.bank_digest)
-        return Change(old.bank_digest, new)
+        before, after = old.repaired.bank_digest, repaired.bank_digest
+        logger.info("model %s: bank %s, before %s", new.name, after, before)
+        return Change(before, new)
 
 
 def _same(bank: Bank) -> Bank:

@@ -189,7 +189,7 @@ def _detail(bank: Known, banks: Banks) -> BankDetail:
 
 
 def _change(change: Change) -> BankChange:
-    model, bank = change.model, change.model.bank
+    model, bank = change.model, change.model.repaired.bank
     warning = None
     if bank is not None and not bank.distilled_on(model.backbone):
         warning = (

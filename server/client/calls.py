@@ -48,6 +48,8 @@ class RateOptions(TypedDict, total=False):
     """Which model to ask, at which rate and by when; all as the server's parameters."""
 
     rate: int | Literal["auto"]
+    budget: float | None
+    ladder: str | None
     min_rate: int | None
     max_rate: int | None
     deadline_ms: int | None

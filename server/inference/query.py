@@ -1,8 +1,14 @@
 """The parameters of requests that run a model."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 AUTO = "auto"
+BUDGET = "budget"
+
+#: A share of rate 0's multiply-adds. Which can be had, the model says better than a description.
+Share = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 
 
 class RateQuery(BaseModel):
@@ -18,6 +24,18 @@ class RateQuery(BaseModel):
         "the deadline",
         examples=["8"],
     )
+    budget: Share | None = Field(
+        default=None,
+        description="in place of `rate`: the lowest rate that takes at most this share of the "
+        "multiply-adds of rate 0",
+        examples=[0.75],
+    )
+    ladder: str | None = Field(
+        default=None,
+        description="which of the model's ladders rates are of; default: its first. On any but "
+        "`tome`, rates are its rungs from 0, the stock model, to its `max_rate`",
+        examples=["tome"],
+    )
     min_rate: int | None = Field(
         default=None, ge=0, description="lowest rate that `auto` may choose"
     )
@@ -31,6 +49,11 @@ class RateQuery(BaseModel):
     compensate: bool = Field(
         default=True, description="make up for the difference of rates with the model's bank"
     )
+
+    @property
+    def asked(self) -> str:
+        """What was asked for: a rate, `auto` or `budget`."""
+        return self.rate if self.budget is None else BUDGET
 
 
 class ClassifyQuery(RateQuery):

@@ -60,6 +60,7 @@ class Ran:
         """What logs, headers, metrics and traces say of it."""
         return {
             "model": self.model.name,
+            "ladder": self.model.ladder.name,
             "rate": self.rate,
             "reason": self.reason,
             "bank_digest": self.bank_digest,

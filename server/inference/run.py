@@ -59,16 +59,29 @@ def work_for(
     """Return the work that a request asks for.
 
     Raises:
+        UnknownLadderError: if the model has no such ladder.
         RateError: if the model does not run at the rate.
-        ParameterError: if `auto` is not to be had, or not in the range that is asked for.
+        ParameterError: if `auto` is not to be had, or not in the range that is asked for, or no
+            rate is within the budget, or both are there.
     """
+    model = model.on(query.ladder)
     bounds = {"min_rate": query.min_rate, "max_rate": query.max_rate}
-    if query.rate != AUTO:
+    if query.budget is not None and "rate" in query.model_fields_set:
+        raise ParameterError(
+            f"rate and budget both say how much an image may cost: only one may be there, got "
+            f"rate={query.rate[:40]!r} and budget={query.budget:g}"
+        )
+    if query.asked != AUTO:
         for name, value in bounds.items():
             if value is not None:
-                raise ParameterError(
-                    f"{name} is for rate=auto, and the rate is {query.rate[:40]!r}"
+                got = (
+                    f"the rate is {query.rate[:40]!r}"
+                    if query.budget is None
+                    else "this has a budget"
                 )
+                raise ParameterError(f"{name} is for rate=auto, and {got}")
+        if query.budget is not None:
+            return model.at(model.within(query.budget), query.compensate, trace)
         return model.at(model.parse_rate(query.rate), query.compensate, trace)
     if not settings.auto:
         raise ParameterError("this server does not choose rates: ask for an exact one")
@@ -88,6 +101,12 @@ def work_for(
             f"{settings.auto_min_rate} to {highest}"
         )
     return AutoWork(model, low, high, query.compensate and model.bank is not None, trace)
+
+
+def noted(work: RateWork | AutoWork) -> dict[str, str | int]:
+    """Return what is noted of work before it runs."""
+    rate = AUTO if work.rate is None else work.rate
+    return {"model": work.model.name, "ladder": work.model.ladder.name, "rate": rate}
 
 
 def top_k(asked: int | None, model: ServedModel, settings: Settings) -> int:

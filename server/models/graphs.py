@@ -2,9 +2,9 @@
 
 A forward runs eagerly at first. Once that has taken longer than compiling does, a thread compiles
 a graph beside the service; where batches run, it is tried and kept if it is faster. A graph is for
-one rate and one number of images: a batch is cut into pieces of those numbers. Who waits for an
-answer meanwhile should not notice: one graph is made at a time, with pauses, and tried in single
-runs between batches.
+one rate of a ladder and one number of images: a batch is cut into pieces of those numbers. Who
+waits for an answer meanwhile should not notice: one graph is made at a time, with pauses, and
+tried in single runs between batches. Which methods have graphs is the engine's matter.
 """
 
 import logging
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from server.engine.threads import Team
 from server.errors import UnavailableError
-from tocom import Delta, Variant
+from tocom import TOME, Delta, Variant
 from tocom.vit import Outputs, embed, outputs
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,12 @@ class Forward(NamedTuple):
         """Run images [B, 3, H, W], from any device, eagerly."""
         device = self.model.patch_embed.proj.weight.device
         return outputs(self.model, embed(self.model, images.to(device)), self.variant)
+
+    @property
+    def name(self) -> str:
+        """How the log calls it."""
+        ladder = self.variant.ladder
+        return f"rate {self.variant.rate}" + ("" if ladder == TOME else f" of {ladder.name}")
 
     @property
     def is_folded(self) -> bool:
@@ -134,7 +140,7 @@ class Graphs:
                 try:
                     done.append(cell.graph(rest[:size], forward.variant))
                 except Exception:
-                    logger.exception("rate %d runs eagerly: its graph failed", forward.variant.rate)
+                    logger.exception("%s runs eagerly: its graph failed", forward.name)
                     cell.graph, cell.eager = None, True
                     break
                 rest = rest[size:]
@@ -154,7 +160,7 @@ class Graphs:
     def _cell(self, forward: Forward, size: int) -> _Cell:
         model, variant = forward
         bottleneck = variant.adapter and variant.adapter.bottleneck
-        key = model, variant.rate, variant.proportional, bottleneck, size
+        key = model, variant.ladder, variant.rate, variant.proportional, bottleneck, size
         return self._cells.setdefault(key, _Cell())
 
     def _is_worth_it(self, cell: _Cell) -> bool:
@@ -188,8 +194,9 @@ class Graphs:
         """Compile a graph, beside the service, and take it if it is faster."""
         began = self._clock()
         try:
-            if (reason := engine.unsupported(forward.model)) is not None:
-                logger.info("rate %d runs eagerly: %s", forward.variant.rate, reason)
+            reason = engine.unsupported(forward.model, forward.variant.ladder.method)
+            if reason is not None:
+                logger.info("%s runs eagerly: %s", forward.name, reason)
                 cell.eager = True
                 return
             graph = engine.Graph(*forward, size, self.team.threads, self._dtype)
@@ -201,7 +208,7 @@ class Graphs:
                     for measure in self._call(faster).result():
                         self._call(measure).result()
         except Exception:  # whatever it is, the service goes on without the graph
-            logger.exception("rate %d runs eagerly: its graph cannot be had", forward.variant.rate)
+            logger.exception("%s runs eagerly: its graph cannot be had", forward.name)
             cell.eager = True
         finally:
             self._pause = self._clock() + PAUSE * (self._clock() - began)
@@ -222,8 +229,8 @@ class Graphs:
         if not cell.eager:
             cell.graph, cell.used = graph, self._clock()
         logger.info(
-            "rate %d, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
-            forward.variant.rate, size, 1000 * took, 1000 * cell.seconds,
+            "%s, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
+            forward.name, size, 1000 * took, 1000 * cell.seconds,
             "stays eager" if cell.eager else "compiled from now on",
         )  # fmt: skip
 

@@ -2,22 +2,24 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 
-from adapters import Store, open_bank, open_task
+from adapters import Bank, Store, open_bank, open_task
 from adapters.schema import first_fault
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
 from server.models.graphs import Graphs
+from server.models.ladders import are_same, open_ladders
 from server.models.served import ServedModel
 from server.models.weights import Backbones
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
-from tocom import Backbone, ConfigError, cost
+from tocom import TOME, Backbone, ConfigError, Ladder, cost
 
 logger = logging.getLogger(__name__)
 
@@ -85,20 +87,48 @@ def load_model(
             f"model {settings.name!r}: {settings.backbone} has no classification head; "
             "tune it on a task first"
         )
-    size = backbone.input_size[1:]
-    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size).macs)
-    return ServedModel(
-        name=settings.name,
-        backbone=backbone,
-        bank=open_bank(settings.bank, store) if settings.bank is not None else None,
-        source=backbone.source if settings.source is None else settings.source,
-        transform=create_transform(**backbone.data_config, is_training=False),
-        controller=Controller(times, max_batch, slo),
-        deltas=deltas,
-        graphs=backbones.graphs,
-        task=task.info if task is not None else None,
-        evaluation=_evaluation(settings.name, backbone),
+    bank = open_bank(settings.bank, store) if settings.bank is not None else None
+    opened = open_ladders(settings, backbone, bank)
+    tuned_on = _tuned_on(settings, bank, opened[0].ladder)
+    source = backbone.source if settings.source is None else settings.source
+    if source and not any(are_same(each.ladder, tuned_on) for each in opened):
+        raise ConfigError(
+            f"model {settings.name!r} was tuned at rate {source} of the ladder {tuned_on.name!r}: "
+            "name that among its ladders, too, or say source, a rate of its own"
+        )
+    transform = create_transform(**backbone.data_config, is_training=False)
+    evaluation = _evaluation(settings.name, backbone)
+    first, *others = (
+        ServedModel(
+            name=settings.name,
+            backbone=backbone,
+            bank=None,
+            source=source if are_same(each.ladder, tuned_on) else 0,
+            transform=transform,
+            controller=_controller(backbone, each.ladder, max_batch, slo),
+            deltas=deltas,
+            graphs=backbones.graphs,
+            task=task.info if task is not None else None,
+            evaluation=evaluation,
+            ladder=each.ladder,
+            evidence=each.evidence,
+        )
+        for each in opened
     )
+    return replace(first, others=tuple(others)).with_bank(bank)
+
+
+def _controller(backbone: Backbone, ladder: Ladder, max_batch: int, slo: float) -> Controller:
+    size = backbone.input_size[1:]
+    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size, ladder=ladder).macs)
+    return Controller(times, max_batch, slo)
+
+
+def _tuned_on(settings: ModelSettings, bank: Bank | None, first: Ladder) -> Ladder:
+    """Return the ladder that the model's source rate is of."""
+    if settings.source is None:
+        return TOME
+    return first if bank is None else bank.ladder
 
 
 def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:

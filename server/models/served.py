@@ -1,14 +1,15 @@
 """Served models: immutable handles of a backbone, its bank and what a request needs of both.
 
-A handle never changes; what it makes on demand (the delta for a rate) is kept, for all
-threads. Where a handle ends, requests that run on it still end on it.
+A handle is for one ladder: a model that is served on several has a handle for each. It never
+changes; what it makes on demand (the delta for a rate) is kept, for all threads. Where a handle
+ends, requests that run on it still end on it.
 """
 
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -18,14 +19,18 @@ from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
 from server.engine.rates import Controller
+from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
+from server.models.ladders import are_same
 from server.models.weights import Deltas
 from server.schemas import Evaluation
 from tocom import (
+    TOME,
     AnyDelta,
     Backbone,
     ConfigError,
     Cost,
+    Ladder,
     RateError,
     Variant,
     cost,
@@ -37,23 +42,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model as it is served; equal to itself only.
+    """A model as it is served on a ladder; equal to itself only.
 
     Attributes:
         name: how requests call it.
         backbone: the stock model.
-        bank: what makes up for a rate it was not tuned at; None: it runs without.
-        source: the rate that it was tuned at.
+        bank: what makes up for a rate it was not tuned at; None: it runs without. A bank is for
+            one ladder: on its others a model has none.
+        source: the rate of the ladder that it was tuned at; 0 if it was tuned on another one.
         transform: from an RGB picture to the image [3, H, W] that the model wants.
         controller: chooses rates for it where requests leave that to the server.
         deltas: for any rate, which models on one backbone share.
         graphs: compiled forwards, which all models of a server share.
         evaluation: what was measured of it, if its folder says so.
         task: the task that was put on the backbone, if any.
+        ladder: what its rates mean.
+        evidence: what was measured of the ladder, as its file tells it.
+        others: the same model on its other ladders; the handle of the default one has them.
 
     Raises:
         BankError: if the bank is for another backbone.
-        ConfigError: if the bank does not reach the rate that the model was tuned at.
     """
 
     name: str
@@ -66,6 +74,9 @@ class ServedModel:
     graphs: Graphs
     evaluation: Evaluation | None = None
     task: TaskInfo | None = None
+    ladder: Ladder = TOME
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple["ServedModel", ...] = ()
     _made: dict[int, AnyDelta] = field(init=False, default_factory=dict, repr=False)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)
 
@@ -79,23 +90,49 @@ class ServedModel:
                     "from that backbone, useless for another",
                     self.bank.info.name, self.backbone.name,
                 )  # fmt: skip
-        if self.source > self.max_rate:
-            raise ConfigError(
-                f"model {self.name!r}: its source rate must be in 0..{self.max_rate}, got "
-                f"{self.source}"
-            )
         _ = self.calibration  # what it warns of is said when the model is loaded
 
     @property
     def max_rate(self) -> int:
         """The highest rate that requests may ask for."""
+        if self.ladder.top is not None:
+            return self.ladder.top
         return self.bank.info.max_rate if self.bank else self.backbone.max_rate
+
+    @property
+    def ladders(self) -> tuple["ServedModel", ...]:
+        """It on all of its ladders, the default one first."""
+        return self, *self.others
+
+    def on(self, ladder: str | None) -> "ServedModel":
+        """Return it on the ladder of a name; None: on its default one.
+
+        Raises:
+            UnknownLadderError: naming those that there are.
+        """
+        if ladder is None:
+            return self
+        for each in self.ladders:
+            if each.ladder.name == ladder:
+                return each
+        there = ", ".join(each.ladder.name for each in self.ladders)
+        raise UnknownLadderError(
+            f"the model {self.name!r} has no ladder {ladder[:100]!r}; there are: {there}"
+        )
+
+    @property
+    def repaired(self) -> "ServedModel":
+        """It on the ladder of its bank; on its default one if it has no bank."""
+        return next((each for each in self.ladders if each.bank is not None), self)
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
         """What an image costs, at index r at rate r."""
         size = self.backbone.input_size[1:]
-        return tuple(cost(self.backbone.model, rate, size) for rate in range(self.max_rate + 1))
+        return tuple(
+            cost(self.backbone.model, rate, size, ladder=self.ladder)
+            for rate in range(self.max_rate + 1)
+        )
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -112,9 +149,32 @@ class ServedModel:
         if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= self.max_rate:
             return int(text)
         raise RateError(
-            f"the model {self.name!r} runs at the rates 0 to {self.max_rate}, whole numbers, or "
-            f"auto; got rate={text[:40]!r}"
+            f"the model {self.name!r} runs at the rates 0 to {self.max_rate}{self.of_ladder}, "
+            f"whole numbers, or auto; got rate={text[:40]!r}"
         )
+
+    def within(self, budget: float) -> int:
+        """Return the lowest rate that takes at most a share of the multiply-adds of rate 0.
+
+        Raises:
+            ParameterError: naming what is allowed, if no rate does, or it is no such share.
+        """
+        shares = [self.share(rate) for rate in range(self.max_rate + 1)]
+        if 0 < budget <= 1:
+            for rate, share in enumerate(shares):
+                if share <= budget:
+                    return rate
+        least = min(shares)
+        raise ParameterError(
+            f"a budget is a share of the multiply-adds of rate 0, at most 1; the cheapest rate of "
+            f"the model {self.name!r}, {shares.index(least)}{self.of_ladder}, takes "
+            f"{math.ceil(10_000 * least) / 10_000:g} of them; got budget={budget:g}"
+        )
+
+    @property
+    def of_ladder(self) -> str:
+        """How messages name its ladder; the paper's needs no name."""
+        return "" if self.ladder == TOME else f" of the ladder {self.ladder.name!r}"
 
     def at(self, rate: int, compensate: bool, trace: bool = False) -> "RateWork":
         """Return the work of a forward at `rate`, in 0..max_rate.
@@ -128,9 +188,39 @@ class ServedModel:
     def with_bank(self, bank: Bank | None) -> "ServedModel":
         """Return a handle of the same model with another bank, or without one.
 
-        Weights and what is known of their speed are shared. Errors are those of the class.
+        Its ladders stay; the bank is for one of them. Weights and what is known of their speed
+        are shared.
+
+        Raises:
+            BankError: if the bank is for another backbone.
+            ConfigError: if it is for none of the ladders, or for another one than the model was
+                tuned on, or does not reach the rate that it was tuned at.
         """
-        return replace(self, bank=bank)
+        own = [bank is not None and are_same(each.ladder, bank.ladder) for each in self.ladders]
+        if bank is not None and not any(own):
+            there = ", ".join(each.ladder.name for each in self.ladders)
+            raise ConfigError(
+                f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, on which the "
+                f"model {self.name!r} is not served; its ladders are: {there}"
+            )
+        for each, has_bank in zip(self.ladders, own, strict=True):
+            if each.source and bank is not None and not has_bank:
+                raise ConfigError(
+                    f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, and the "
+                    f"model {self.name!r} was tuned on another one, {each.ladder.name!r}, at rate "
+                    f"{each.source}"
+                )
+        first, *others = (
+            replace(each, bank=bank if has_bank else None)
+            for each, has_bank in zip(self.ladders, own, strict=True)
+        )
+        for each in (first, *others):
+            if each.source > each.max_rate:
+                raise ConfigError(
+                    f"model {self.name!r}: its source rate must be in 0..{each.max_rate}, got "
+                    f"{each.source}"
+                )
+        return replace(first, others=tuple(others))
 
     def delta(self, rate: int) -> AnyDelta:
         """Return Δ(source→rate): made once, then kept."""
@@ -141,9 +231,13 @@ class ServedModel:
                 self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
             return self._made[rate]
 
-    def macs_ratio(self, rate: int) -> float:
+    def share(self, rate: int) -> float:
         """Return the multiply-adds of an image at a rate, compared to rate 0."""
-        return round(self.costs[rate].macs / self.costs[0].macs, 4)
+        return self.costs[rate].macs / self.costs[0].macs
+
+    def macs_ratio(self, rate: int) -> float:
+        """Return the share as answers tell it."""
+        return round(self.share(rate), 4)
 
     @property
     def bank_digest(self) -> str | None:
@@ -183,12 +277,12 @@ class Output(NamedTuple):
 
     logits: Tensor  # [C] fp32
     features: Tensor  # [D] fp32, what the head reads
-    source: Tensor | None  # [N] final token that holds each input token; None: not traced
+    source: Tensor | None  # [N] final token that holds each input token, -1: none; None: no trace
 
 
 @dataclass(frozen=True)
 class RateWork:
-    """One model at one rate, with or without its delta: what the engine batches by."""
+    """One model at one rate of a ladder, with or without its delta: what the engine batches by."""
 
     model: ServedModel
     rate: int
@@ -223,10 +317,17 @@ class RateWork:
         if self.trace:
             with self.model.graphs.team:
                 on_device = images.to(self.model.device)
-                traced = trace(model, on_device, self.rate, delta, adapter=adapter)
+                traced = trace(
+                    model,
+                    on_device,
+                    self.rate,
+                    delta,
+                    adapter=adapter,
+                    ladder=self.model.ladder,
+                )
             features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:
-            forward = Forward(model, Variant(self.rate, delta, adapter))
+            forward = Forward(model, Variant(self.rate, delta, adapter, ladder=self.model.ladder))
             features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
         rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
         return [Output(*row) for row in rows]

@@ -1,7 +1,7 @@
 """What the server counts, for Prometheus.
 
 The engine tells what happened to images, the request log what became of requests. No label comes
-from outside: a model is one that is served, a rate one that it runs at.
+from outside: a model is one that is served, a ladder one of its own, a rate one that it runs at.
 
 Does not name clients or images.
 """
@@ -24,6 +24,9 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 RATES = (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
+
+#: What says at which rate something ran, and of what.
+LABELS = ["model", "ladder", "rate"]
 
 #: Seconds over which images a second are counted.
 WINDOW = 10.0
@@ -57,11 +60,11 @@ class Metrics:
             registry=self.registry,
             buckets=sorted({*SECONDS, slo}),
         )
-        self._requests = counter("requests", "Requests for inference.", ["model", "rate", "code"])
+        self._requests = counter("requests", "Requests for inference.", [*LABELS, "code"])
         self._durations = seconds(
             "request_duration_seconds",
             "From a request's headers to its answer.",
-            ["model", "rate"],
+            LABELS,
         )
         self.inflight = Gauge(
             "inflight_requests",
@@ -70,14 +73,14 @@ class Metrics:
             registry=self.registry,
         )
         self._rejected = counter("rejected", "Requests that were refused unread.", ["reason"])
-        self._images = counter("images", "Images that ran.", ["model", "rate"])
+        self._images = counter("images", "Images that ran.", LABELS)
         self._tokens = counter(
-            "tokens", "Tokens that entered a block, of all blocks and images.", ["model"]
+            "tokens", "Tokens that entered a block, of all blocks and images.", ["model", "ladder"]
         )
         self._auto = Histogram(
             "auto_rate",
             "Rate at which images ran whose rate was left to the server.",
-            ["model"],
+            ["model", "ladder"],
             namespace="tocom",
             registry=self.registry,
             buckets=RATES,
@@ -112,8 +115,9 @@ class Metrics:
         for result in ("ok", "failed"):
             self._swaps.labels(result)
         for model in self._models.all():
-            self._auto.labels(model.name)
-            self._tokens.labels(model.name)
+            for each in model.ladders:
+                self._auto.labels(each.name, each.ladder.name)
+                self._tokens.labels(each.name, each.ladder.name)
 
     def decoded(self, work: Work, seconds: float) -> None:
         """Count an image that was prepared."""
@@ -124,19 +128,19 @@ class Metrics:
     ) -> None:
         """Count a batch."""
         assert isinstance(work, RateWork)
-        model = work.model.name
+        model = work.model.name, work.model.ladder.name
         plan = work.model.costs[work.rate].plan
         self._recent.add(images, self._clock(), WINDOW)
         self._batches.observe(images)
         self._stages.labels("inference").observe(seconds)
-        self._images.labels(model, work.rate).inc(images)
-        self._tokens.labels(model).inc(images * (plan.tokens_in + sum(plan.tokens[:-1])))
+        self._images.labels(*model, work.rate).inc(images)
+        self._tokens.labels(*model).inc(images * (plan.tokens_in + sum(plan.tokens[:-1])))
         for waited in queued:
             self._queued.observe(waited)
         if reason != "asked":
             self._decisions.labels(reason).inc()
             for _ in range(images):
-                self._auto.labels(model).observe(work.rate)
+                self._auto.labels(*model).observe(work.rate)
 
     def failed(self, work: Work, stage: str) -> None:
         """Count an image whose decoding or inference raised."""
@@ -151,24 +155,31 @@ class Metrics:
         self._cancelled.inc()
 
     def answered(
-        self, model: str | None, rate: int | str | None, code: int, seconds: float | None
+        self,
+        model: str | None,
+        ladder: str | None,
+        rate: int | str | None,
+        code: int,
+        seconds: float | None,
     ) -> None:
         """Count a request for inference.
 
         Args:
             model: its name; None: the request did not come that far.
+            ladder: the name of the model's ladder that it ran, or was to run, on.
             rate: that ran; what was asked for, or None, if nothing did.
             code: HTTP status of the answer.
             seconds: that it took; None if that tells nothing, as of a refusal or a long stream.
         """
-        rates = {each.name: each.max_rate for each in self._models.all()}
-        if model not in rates:
-            model, rate = "", ""
-        elif str(rate) not in {"auto", *map(str, range(rates[model] + 1))}:
+        handles = [each for served in self._models.all() for each in served.ladders]
+        highest = {(each.name, each.ladder.name): each.max_rate for each in handles}
+        if model is None or ladder is None or (model, ladder) not in highest:
+            model, ladder, rate = "", "", ""
+        elif str(rate) not in {"auto", *map(str, range(highest[model, ladder] + 1))}:
             rate = ""
-        self._requests.labels(model, rate, code).inc()
+        self._requests.labels(model, ladder, rate, code).inc()
         if seconds is not None:
-            self._durations.labels(model, rate).observe(seconds)
+            self._durations.labels(model, ladder, rate).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """Count a request that was refused; `reason` is one of a few."""

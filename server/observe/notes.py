@@ -25,8 +25,9 @@ def note(request: Request, **notes: str | float | None) -> None:
 
     Args:
         request: the request.
-        notes: any, for the log line. Of use beyond it are `model`, `rate`, `reason`,
-            `bank_digest`, `batch_size`, the times of STAGES and `error`, the kind of a problem.
+        notes: any, for the log line. Of use beyond it are `model`, `ladder`, `rate`,
+            `reason`, `bank_digest`, `batch_size`, the times of STAGES and `error`, the kind of a
+            problem.
     """
     notes_of(request.scope).update(notes)
 

@@ -65,7 +65,8 @@ class RequestLog:
         notes = notes_of(scope)
         # Refusals are quick: among the answers they would make a full server look like a fast one.
         took = seconds if "inference_ms" in notes else None
-        self.metrics.answered(notes.get("model"), notes.get("rate"), status, took)
+        model, ladder = notes.get("model"), notes.get("ladder")
+        self.metrics.answered(model, ladder, notes.get("rate"), status, took)
         if status in REFUSALS:
             kind = notes.get("error") or HTTPStatus(status).phrase
             self.metrics.rejected(kind.lower().replace(" ", "_"))

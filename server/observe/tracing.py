@@ -22,7 +22,9 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 #: What may be noted of a request and belongs into its span.
-ATTRIBUTES = ("model", "rate", "reason", "bank_digest", "batch_size", "error", *STAGES.values())
+ATTRIBUTES = (
+    "model", "ladder", "rate", "reason", "bank_digest", "batch_size", "error", *STAGES.values(),
+)  # fmt: skip
 
 
 def provider(settings: Settings) -> TracerProvider | None:

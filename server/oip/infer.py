@@ -14,7 +14,7 @@ from torch import Tensor
 from server.engine.job import Answer
 from server.errors import ImageError
 from server.inference.ran import Ran
-from server.inference.run import Deadline, answer_all, work_for
+from server.inference.run import Deadline, answer_all, noted, work_for
 from server.models.served import ServedModel
 from server.observe.notes import INFERENCE, note
 from server.oip import tensors
@@ -100,7 +100,7 @@ async def _run(
     question, images = await asyncio.to_thread(_understand, request, sent, model, settings)
     query = question.parameters
     work = work_for(model, query, settings)
-    note(request, model=model.name, rate=query.rate)  # once it is known to be one
+    note(request, **noted(work))  # once it is known to be one
     asked = tensors.wanted(question, model)
     charge(request, len(images) - 1)
     deadline = Deadline(engine, query.deadline_ms, settings, arrived)

@@ -114,9 +114,13 @@ async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
         ]
 
     settings = serving.settings
-    told: dict[str, int | str] = {"max_rate": model.max_rate, "source_rate": model.source}
-    if model.bank is not None:
-        told["bank_digest"] = model.bank.info.digest
+    told: dict[str, int | str] = {
+        "max_rate": model.max_rate,
+        "source_rate": model.source,
+        "ladders": ",".join(each.ladder.name for each in model.ladders),
+    }
+    if (digest := model.repaired.bank_digest) is not None:
+        told["bank_digest"] = digest
     return ModelConfig(
         name=model.name,
         platform=PLATFORM,

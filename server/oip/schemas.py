@@ -155,7 +155,9 @@ class InferResponse(BaseModel):
     model_name: str
     model_version: str = VERSION
     id: str | None = Field(default=None, description="the request's, if it had one")
-    parameters: dict[str, int | bool | str] = Field(description="what ran, why and its cost")
+    parameters: dict[str, int | float | bool | str] = Field(
+        description="what ran, why and its cost"
+    )
     outputs: list[ResponseOutput]
 
 

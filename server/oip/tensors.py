@@ -164,16 +164,19 @@ def telling(answers: Sequence[Answer]) -> Answer:
     return max(answers, key=lambda each: each.work.rate)
 
 
-def parameters(answers: Sequence[Answer]) -> dict[str, int | bool | str]:
+def parameters(answers: Sequence[Answer]) -> dict[str, int | float | bool | str]:
     """Return what ran, why and at which cost; `rates` in the images' order if they differ."""
     ran = Ran.of(telling(answers))
-    told: dict[str, int | bool | str] = {
+    told: dict[str, int | float | bool | str] = {
+        "ladder": ran.model.ladder.name,
+        "method": ran.model.ladder.method.name,
         "rate": ran.rate,
         "reason": ran.reason,
         "source_rate": ran.model.source,
         "compensate": ran.compensate,
         "tokens": ran.cost.plan.tokens[-1],
         "macs": ran.cost.macs,
+        "macs_ratio": ran.macs_ratio,
         "batch_size": ran.batch_size,
     }
     if ran.bank_digest is not None:

@@ -1,27 +1,32 @@
 """From what models and engine say to the shapes that go over the wire."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from server.engine.job import Answer
-from server.inference.query import ClassifyQuery, EmbedQuery
+from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran, milliseconds
 from server.models.served import ServedModel
 from server.schemas import (
     BankSummary,
     Classification,
     Embedding,
+    LadderSummary,
     MergeMap,
     ModelDetail,
     ModelSummary,
     Prediction,
     RateCost,
+    Rung,
     TaskSummary,
     Timings,
     Tokens,
 )
+from tocom.reduction import options_of
 
 
 def classification(
@@ -39,7 +44,7 @@ def classification(
     ran, output = Ran.of(answer), answer.output
     described = Classification(
         predictions=predictions(output.logits, ran.model, top_k),
-        **_common(ran, query.rate, seconds, request_id),
+        **_common(ran, query, seconds, request_id),
     )
     if query.logits:
         described.logits = output.logits.tolist()
@@ -56,7 +61,7 @@ def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str
     return Embedding(
         embedding=features.tolist(),
         normalized=query.normalize,
-        **_common(Ran.of(answer), query.rate, seconds, request_id),
+        **_common(Ran.of(answer), query, seconds, request_id),
     )
 
 
@@ -70,12 +75,15 @@ def predictions(logits: Tensor, model: ServedModel, top_k: int) -> list[Predicti
     ]
 
 
-def _common(ran: Ran, asked_rate: str, seconds: float, request_id: str) -> dict[str, Any]:
+def _common(ran: Ran, query: RateQuery, seconds: float, request_id: str) -> dict[str, Any]:
     """Return the fields that every answer to an image has."""
     plan = ran.cost.plan
     return {
         "model": ran.model.name,
-        "asked_rate": asked_rate,
+        "ladder": ran.model.ladder.name,
+        "method": ran.model.ladder.method.name,
+        "asked_rate": query.asked,
+        "asked_budget": query.budget,
         "rate": ran.rate,
         "reason": ran.reason,
         "source_rate": ran.model.source,
@@ -104,7 +112,7 @@ def summary(model: ServedModel) -> ModelSummary:
         classes=len(model.backbone.class_names),
         source_rate=model.source,
         max_rate=model.max_rate,
-        bank=_bank(model),
+        bank=_bank(model.repaired),
         rates=[
             RateCost(
                 rate=rate,
@@ -114,12 +122,51 @@ def summary(model: ServedModel) -> ModelSummary:
             )
             for rate, cost in enumerate(model.costs)
         ],
+        ladders=[_ladder(each) for each in model.ladders],
     )
+
+
+def _ladder(model: ServedModel) -> LadderSummary:
+    """Describe the ladder of a handle."""
+    measured = _measured(model.evidence)
+    return LadderSummary(
+        name=model.ladder.name,
+        method=model.ladder.method.name,
+        options=options_of(model.ladder.method),
+        max_rate=model.max_rate,
+        source_rate=model.source,
+        bank=_bank(model),
+        rungs=[
+            Rung(
+                rate=rate,
+                tokens=list(cost.plan.tokens),
+                macs=cost.macs,
+                share=model.share(rate),
+                **measured.get(rate, {}),
+            )
+            for rate, cost in enumerate(model.costs)
+        ],
+    )
+
+
+def _measured(evidence: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """Return the figures of each rung, as `tocom-train search` writes them; notes are free."""
+    rows = evidence.get("rows")
+    found: dict[int, dict[str, float]] = {}
+    for row in rows if isinstance(rows, list | tuple) else ():
+        if isinstance(row, dict) and type(rung := row.get("rung")) is int:
+            found[rung] = {
+                # Shares there, percent here, as in evaluations.
+                name: value if name == "kl" else 100 * value
+                for name in ("top1", "agreement", "kl")
+                if isinstance(value := row.get(name), int | float) and math.isfinite(value)
+            }
+    return found
 
 
 def detail(model: ServedModel) -> ModelDetail:
     """Describe a model by itself."""
-    config = model.backbone.data_config
+    config, calibration = model.backbone.data_config, model.repaired.calibration
     return ModelDetail(
         **summary(model).model_dump(),
         weights_digest=model.backbone.digest,
@@ -129,7 +176,7 @@ def detail(model: ServedModel) -> ModelDetail:
         crop_mode=config["crop_mode"],
         mean=list(config["mean"]),
         std=list(config["std"]),
-        multiplier=model.calibration.multiplier if model.calibration else None,
+        multiplier=calibration.multiplier if calibration else None,
         evaluation=model.evaluation,
         task=_task(model),
     )
@@ -147,10 +194,10 @@ def _task(model: ServedModel) -> TaskSummary | None:
 
 
 def _merge_map(model: ServedModel, source: Tensor) -> MergeMap:
-    """Describe which patches became one token, of source [N]: prefix tokens left out."""
+    """Describe where patches went, of source [N]: prefix tokens left out."""
     height, width = model.grid
-    patches = source[source.numel() - height * width :]
-    return MergeMap(grid=(height, width), tokens=patches.tolist())
+    tokens = source[source.numel() - height * width :].tolist()
+    return MergeMap(grid=(height, width), tokens=tokens, dropped=tokens.count(-1))
 
 
 def _bank(model: ServedModel) -> BankSummary | None:

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery
-from server.inference.run import top_k, work_for
+from server.inference.run import noted, top_k, work_for
 from server.observe.notes import INFERENCE, note
 from server.schemas import BatchLine
 from server.v1 import answers, uploads
@@ -70,7 +70,7 @@ async def classify_batch(
     clock = serving.engine.clock
     deadline = math.inf if query.deadline_ms is None else clock() + query.deadline_ms / 1000
     stream = Stream(request, serving, model, work, deadline)
-    note(request, model=model.name, rate=query.rate)
+    note(request, **noted(work))
 
     def describe(outcome: Outcome) -> bytes:
         line = BatchLine(

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran
-from server.inference.run import Deadline, answer_all, top_k, work_for
+from server.inference.run import Deadline, answer_all, noted, top_k, work_for
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.observe.notes import INFERENCE, note
@@ -103,7 +103,7 @@ async def _ask(
     settings, engine = serving.settings, serving.engine
     deadline = Deadline(engine, query.deadline_ms, settings)
     work = work_for(model, query, settings, trace)
-    note(request, model=model.name, rate=query.rate)
+    note(request, **noted(work))
     engine.check_room()  # before the body is read: what cannot be taken need not be sent
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)

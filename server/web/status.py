@@ -66,7 +66,7 @@ def describe(serving: Serving) -> Status:
                 name=model.name,
                 queued=queued[model.name],
                 auto_rate=model.controller.rate,
-                bank_digest=model.bank_digest,
+                bank_digest=model.repaired.bank_digest,
             )
             for model in serving.models.all()
         ],

@@ -38,6 +38,8 @@ def test_the_interface_is_described(client):
     asked = {each["name"]: each for each in classify["parameters"] if each["in"] == "query"}
     assert set(asked) == {
         "rate",
+        "budget",
+        "ladder",
         "min_rate",
         "max_rate",
         "deadline_ms",

@@ -42,7 +42,7 @@ def series(app):
     """The labels of every series of a server to which everything has happened."""
     serving = app.state.serving
     metrics, model = serving.metrics, serving.models.get(None)
-    metrics.answered(model.name, 0, 200, 0.1)
+    metrics.answered(model.name, model.ladder.name, 0, 200, 0.1)
     metrics.ran(model.at(0, True), "quality", 1, 0.1, [0])
     metrics.rejected("queue_full")
     text = generate_latest(metrics.registry) + generate_latest(State(serving))

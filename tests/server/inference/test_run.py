@@ -69,7 +69,7 @@ def test_the_merge_map(client, served, photo):
     body = ask(client, photo, rate=4, merge_map=True).json()
     image = served.transform(decode(photo, FAR))[None]
     source = served.at(4, True, trace=True)(image)[0].source
-    assert body["merge_map"] == {"grid": [4, 4], "tokens": source[1:].tolist()}
+    assert body["merge_map"] == {"grid": [4, 4], "tokens": source[1:].tolist(), "dropped": 0}
     assert len(set(body["merge_map"]["tokens"])) == body["tokens"]["final"] - 1
     assert "merge_map" not in ask(client, photo, rate=4).json()
 

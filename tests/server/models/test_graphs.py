@@ -14,7 +14,7 @@ from server.models.graphs import IDLE, WORTH, Forward, Graphs
 from server.models.loading import load_models
 from tests.server.conftest import picture, png
 from tests.tocom_models import pictures, small_model
-from tocom import Variant
+from tocom import TOME, Variant
 from tocom.vit import embed, outputs
 
 
@@ -33,7 +33,7 @@ class Double:
         self.made = []
         self.ran = []
 
-    def unsupported(self, model):
+    def unsupported(self, model, method):
         return self.reason
 
     def Graph(self, model, variant, images, threads, dtype):  # noqa: N802
@@ -252,7 +252,7 @@ def test_a_server_answers_by_graphs_what_it_answers_eagerly(eager_is_slow, setti
     """With OpenVINO itself, five images at once: in which batches they run is not said."""
     files = [("file", (f"{seed}.png", png(picture(seed)))) for seed in range(5)]
     answers = []
-    for limit, wanted in ((0, set()), (99, {(3, True, None, 1)})):
+    for limit, wanted in ((0, set()), (99, {(TOME, 3, True, None, 1)})):
         app = create_app(settings.model_copy(update={"max_graphs": limit}))
         with TestClient(app) as client:
             cells = app.state.serving.models.get(None).graphs._cells

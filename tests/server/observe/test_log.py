@@ -20,7 +20,7 @@ from server.observe.requests import RequestLog
 from server.settings import Settings
 from server.web.middleware import RequestId
 
-NOTES = {"model": "tiny", "rate": 2, "reason": "load", "batch_size": 4}
+NOTES = {"model": "tiny", "ladder": "tome", "rate": 2, "reason": "load", "batch_size": 4}
 TIMES = {"decode_ms": 3.5, "queue_ms": 0.25, "inference_ms": 9.0}
 
 
@@ -104,7 +104,7 @@ def test_a_request_is_one_line(client, written):
     line = re.sub(r"duration_ms=[\d.]+", "duration_ms=1", written())
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO ", line)
     assert line.endswith(
-        " INFO POST /classify 200 duration_ms=1 request_id=abc model=tiny rate=2 reason=load "
+        " INFO POST /classify 200 duration_ms=1 request_id=abc model=tiny ladder=tome rate=2 reason=load "
         "batch_size=4 decode_ms=3.5 queue_ms=0.25 inference_ms=9.0\n"
     )
 
@@ -157,7 +157,7 @@ def test_an_exception_is_part_of_its_object(written):
 def test_a_request_that_the_server_fails_on_is_logged_as_such(client, metrics, written):
     client.post("/classify?fail=yes")
     assert json.loads(written())["status"] == 500
-    labels = {"model": "", "rate": "", "code": "500"}
+    labels = {"model": "", "ladder": "", "rate": "", "code": "500"}
     assert metrics.registry.get_sample_value("tocom_requests_total", labels) == 1
 
 
@@ -193,10 +193,11 @@ def test_a_refusal_is_counted_by_its_kind_and_not_timed(client, metrics):
     client.post("/classify?fail=full")
     value = metrics.registry.get_sample_value
     assert value("tocom_rejected_total", {"reason": "queue_full"}) == 1
-    assert value("tocom_requests_total", {"model": "", "rate": "", "code": "503"}) == 1
+    nothing = {"model": "", "ladder": "", "rate": ""}
+    assert value("tocom_requests_total", nothing | {"code": "503"}) == 1
     timed = "tocom_request_duration_seconds_count"
-    assert value(timed, {"model": "tiny", "rate": "2"}) == 1
-    assert value(timed, {"model": "", "rate": ""}) is None
+    assert value(timed, {"model": "tiny", "ladder": "tome", "rate": "2"}) == 1
+    assert value(timed, nothing) is None
 
 
 @pytest.mark.parametrize(

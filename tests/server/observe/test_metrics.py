@@ -10,6 +10,8 @@ from server.models.served import AutoWork
 from server.observe.metrics import Metrics
 from tests.server.conftest import MAX_RATE
 
+TINY = {"model": "tiny", "ladder": "tome"}
+
 
 class Clock:
     now = 0.0
@@ -35,10 +37,10 @@ def value(metrics, name, **labels):
 def test_a_batch_counts_its_images_and_their_tokens(metrics, served):
     metrics.ran(served.at(0, True), "asked", 2, 0.01, [0.1, 0.3])
     metrics.ran(served.at(2, True), "asked", 3, 0.01, [0, 0, 0])
-    assert value(metrics, "images_total", model="tiny", rate="0") == 2
-    assert value(metrics, "images_total", model="tiny", rate="2") == 3
+    assert value(metrics, "images_total", **TINY, rate="0") == 2
+    assert value(metrics, "images_total", **TINY, rate="2") == 3
     # 16 patches and a class token enter the first of 3 blocks; 2 go in each.
-    assert value(metrics, "tokens_total", model="tiny") == 2 * (3 * 17) + 3 * (17 + 15 + 13)
+    assert value(metrics, "tokens_total", **TINY) == 2 * (3 * 17) + 3 * (17 + 15 + 13)
     assert value(metrics, "batch_size_sum") == 5
     assert value(metrics, "batch_size_count") == 2
     assert value(metrics, "queue_duration_seconds_count") == 5
@@ -53,8 +55,8 @@ def test_only_rates_that_the_server_chose_are_its_decisions(metrics, served):
     assert value(metrics, "rate_decisions_total", reason="load") == 2
     assert value(metrics, "rate_decisions_total", reason="quality") == 0
     assert value(metrics, "rate_decisions_total", reason="asked") is None
-    assert value(metrics, "auto_rate_count", model="tiny") == 4
-    assert value(metrics, "auto_rate_sum", model="tiny") == 1 + 3 * 5
+    assert value(metrics, "auto_rate_count", **TINY) == 4
+    assert value(metrics, "auto_rate_sum", **TINY) == 1 + 3 * 5
 
 
 def test_what_does_not_come_out_is_counted_by_its_stage(metrics, served):
@@ -72,34 +74,35 @@ def test_what_does_not_come_out_is_counted_by_its_stage(metrics, served):
 
 
 def test_a_request_is_counted_by_model_rate_and_code(metrics):
-    metrics.answered("tiny", 3, 200, 0.15)
-    metrics.answered("tiny", "auto", 503, None)
-    assert value(metrics, "requests_total", model="tiny", rate="3", code="200") == 1
-    assert value(metrics, "requests_total", model="tiny", rate="auto", code="503") == 1
-    assert value(metrics, "request_duration_seconds_count", model="tiny", rate="3") == 1
-    assert value(metrics, "request_duration_seconds_count", model="tiny", rate="auto") is None
+    metrics.answered("tiny", "tome", 3, 200, 0.15)
+    metrics.answered("tiny", "tome", "auto", 503, None)
+    assert value(metrics, "requests_total", **TINY, rate="3", code="200") == 1
+    assert value(metrics, "requests_total", **TINY, rate="auto", code="503") == 1
+    assert value(metrics, "request_duration_seconds_count", **TINY, rate="3") == 1
+    assert value(metrics, "request_duration_seconds_count", **TINY, rate="auto") is None
 
 
 def test_the_objective_is_a_bound_of_the_histogram(metrics):
-    metrics.answered("tiny", 3, 200, 0.15)
-    metrics.answered("tiny", 3, 200, 0.25)
-    labels = {"model": "tiny", "rate": "3"}
+    metrics.answered("tiny", "tome", 3, 200, 0.15)
+    metrics.answered("tiny", "tome", 3, 200, 0.25)
+    labels = TINY | {"rate": "3"}
     assert value(metrics, "request_duration_seconds_bucket", le="0.2", **labels) == 1
 
 
 @pytest.mark.parametrize(
-    ("model", "rate", "counted"),
+    ("model", "ladder", "rate", "counted"),
     [
-        ("nix", 3, ("", "")),
-        (None, None, ("", "")),
-        ("tiny", None, ("tiny", "")),
-        ("tiny", MAX_RATE + 1, ("tiny", "")),
-        ("tiny", "03", ("tiny", "")),
+        ("nix", "tome", 3, ("", "", "")),
+        ("tiny", "nix", 3, ("", "", "")),
+        (None, None, None, ("", "", "")),
+        ("tiny", "tome", None, ("tiny", "tome", "")),
+        ("tiny", "tome", MAX_RATE + 1, ("tiny", "tome", "")),
+        ("tiny", "tome", "03", ("tiny", "tome", "")),
     ],
 )
-def test_what_is_not_served_makes_no_series_of_its_own(metrics, model, rate, counted):
-    metrics.answered(model, rate, 422, 0.1)
-    labels = dict(zip(("model", "rate"), counted, strict=True))
+def test_what_is_not_served_makes_no_series_of_its_own(metrics, model, ladder, rate, counted):
+    metrics.answered(model, ladder, rate, 422, 0.1)
+    labels = dict(zip(("model", "ladder", "rate"), counted, strict=True))
     assert value(metrics, "requests_total", code="422", **labels) == 1
 
 
@@ -140,12 +143,12 @@ def test_prometheus_reads_what_the_server_did_and_is(settings, photo):
         client.get("/nix")
         after = samples(client)
         digest = client.get("/v1/models/tiny").json()["bank"]["digest"]
-    assert after["tocom_requests_total", "200", "tiny", "2"] == 1
-    assert after["tocom_requests_total", "200", "bare", "0"] == 1
+    assert after["tocom_requests_total", "200", "tome", "tiny", "2"] == 1
+    assert after["tocom_requests_total", "200", "tome", "bare", "0"] == 1
     assert sum(v for key, v in after.items() if key[0] == "tocom_requests_total") == 3
-    assert after["tocom_images_total", "tiny", "2"] == 1
-    assert after["tocom_auto_rate_count", "bare"] == 1
-    assert after["tocom_auto_rate_count", "tiny"] == 0
+    assert after["tocom_images_total", "tome", "tiny", "2"] == 1
+    assert after["tocom_auto_rate_count", "tome", "bare"] == 1
+    assert after["tocom_auto_rate_count", "tome", "tiny"] == 0
     assert after["tocom_model_info", digest, "tiny"] == 1
     assert after["tocom_model_info", "", "bare"] == 1
     assert after["tocom_queue_depth", "tiny"] == 0

@@ -85,6 +85,7 @@ def test_model_config(triton, served, version):
     assert config["parameters"] == {
         "max_rate": {"string_value": str(MAX_RATE)},
         "source_rate": {"string_value": "0"},
+        "ladders": {"string_value": "tome"},
         "bank_digest": {"string_value": served.bank.info.digest},
     }
 
@@ -151,12 +152,15 @@ def test_a_request_chooses_its_rate(triton, served, rate, compensate):
     about = told(result)
     assert 1 <= about.pop("batch_size") <= len(PICTURES)
     assert about == {
+        "ladder": "tome",
+        "method": "tome",
         "rate": 3,
         "reason": "asked",
         "source_rate": 0,
         "compensate": compensate,
         "tokens": cost.plan.tokens[-1],
         "macs": cost.macs,
+        "macs_ratio": served.macs_ratio(3),
         "bank_digest": served.bank.info.digest,
     }
 

@@ -1,0 +1,72 @@
+"""The ladders that a model is served on, as its settings name them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapters import Bank
+from adapters.ladder import digest, read_ladder
+from server.settings import ModelSettings
+from tocom import TOME, Backbone, ConfigError, Ladder, ReductionError
+
+#: What stands for a ladder that is in no file of its own.
+PAPERS, OF_BANK = "tome", "bank"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A ladder and what was measured of it.
+
+    Attributes:
+        ladder: the ladder.
+        evidence: what its file tells of it.
+    """
+
+    ladder: Ladder
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_ladders(
+    settings: ModelSettings, backbone: Backbone, bank: Bank | None
+) -> tuple[Opened, ...]:
+    """Return the ladders of a model, the default one first.
+
+    Raises:
+        ConfigError: if one cannot be read, the backbone cannot have it, or two are alike.
+    """
+    names = settings.ladders or (PAPERS if bank is None else OF_BANK,)
+    opened: list[Opened] = []
+    for name in names:
+        try:
+            new = _open(name, bank)
+            new.ladder.check(backbone.model)
+        except ReductionError as error:
+            raise ConfigError(f"model {settings.name!r}: {error}") from error
+        for other in opened:
+            if new.ladder.name == other.ladder.name:
+                raise ConfigError(
+                    f"model {settings.name!r}: two of its ladders are called {new.ladder.name!r}"
+                )
+            if are_same(new.ladder, other.ladder):
+                raise ConfigError(
+                    f"model {settings.name!r}: its ladders {other.ladder.name!r} and "
+                    f"{new.ladder.name!r} are the same"
+                )
+        opened.append(new)
+    return tuple(opened)
+
+
+def _open(name: str, bank: Bank | None) -> Opened:
+    if name == PAPERS:
+        return Opened(TOME)
+    if name != OF_BANK:
+        info = read_ladder(name)
+        return Opened(info.ladder(), info.evidence)
+    if bank is None:
+        raise ReductionError(f"the ladder {OF_BANK!r} is that of its bank, and it has none")
+    return Opened(bank.ladder)
+
+
+def are_same(one: Ladder, other: Ladder) -> bool:
+    """Return whether two ladders do the same, whatever they are called."""
+    return digest(one) == digest(other)
