@@ -15,7 +15,7 @@ from server.errors import DeadlineError, ParameterError
 from server.inference.query import AUTO, RateQuery
 from server.models.served import AutoWork, RateWork, ServedModel
 from server.settings import Settings
-from tocom import TocomError
+from tocom import TOME, TocomError
 
 
 class Deadline:
@@ -74,21 +74,21 @@ def work_for(
     if query.asked != AUTO:
         for name, value in bounds.items():
             if value is not None:
-                got = (
-                    f"the rate is {query.rate[:40]!r}"
-                    if query.budget is None
-                    else "this has a budget"
-                )
+                got = f"the rate is {query.rate[:40]!r}"
+                if query.budget is not None:
+                    got = "this asks for a budget"
                 raise ParameterError(f"{name} is for rate=auto, and {got}")
-        if query.budget is not None:
-            return model.at(model.within(query.budget), query.compensate, trace)
-        return model.at(model.parse_rate(query.rate), query.compensate, trace)
+        budget = query.budget
+        rate = model.parse_rate(query.rate) if budget is None else model.within(budget)
+        return model.at(rate, query.compensate, trace)
     if not settings.auto:
         raise ParameterError("this server does not choose rates: ask for an exact one")
+    on = "" if model.ladder == TOME else f" on the ladder {model.ladder.name!r}"
     for name, value in bounds.items():
         if value is not None and value > model.max_rate:
             raise ParameterError(
-                f"{name} must be in 0..{model.max_rate} for the model {model.name!r}, got {value}"
+                f"{name} must be in 0..{model.max_rate} for the model {model.name!r}{on}, got "
+                f"{value}"
             )
     highest = model.max_rate
     if settings.auto_max_rate is not None:

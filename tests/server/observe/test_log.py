@@ -105,8 +105,7 @@ def test_a_request_is_one_line(client, written):
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO ", line)
     assert line.endswith(
         " INFO POST /classify 200 duration_ms=1 request_id=abc model=tiny ladder=tome rate=2 "
-        "reason=load "
-        "batch_size=4 decode_ms=3.5 queue_ms=0.25 inference_ms=9.0\n"
+        "reason=load batch_size=4 decode_ms=3.5 queue_ms=0.25 inference_ms=9.0\n"
     )
 
 
