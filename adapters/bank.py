@@ -19,9 +19,9 @@ from torch import Tensor
 
 from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
-from adapters.ladder import Embedded, LadderPart, is_papers
+from adapters.ladder import Embedded, ladder_of, part_of, tuned_on_another
 from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
-from tocom import TOME, Backbone, BankError, Ladder, ReductionError
+from tocom import Backbone, BankError, Ladder, ReductionError
 from tocom.delta import TARGETS
 
 #: A real `bank.json` has some kilobytes, notes included.
@@ -66,25 +66,16 @@ class BankInfo(Strict):
             raise ValueError("a bank of format 1 has no ladder of its own: it is the paper's")
         if self.format_version == 2 and self.ladder is None:
             raise ValueError("a bank of format 2 must say its ladder")
-        ladder = TOME if self.ladder is None else self.ladder.ladder()
+        ladder = ladder_of(self.ladder, self.backbone.geometry.depth)
         if self.method != ladder.method.name:
             raise ValueError(
                 f"the method of the ladder {ladder.name!r} is {ladder.method.name!r}, not "
                 f"{self.method!r:.100}"
             )
-        if self.ladder is not None and is_papers(ladder):
-            raise ValueError("a bank for the paper's ladder is of format 1")
-        if ladder.rungs is None:
-            return self
-        if ladder.top != self.max_rate:
+        if ladder.top not in (None, self.max_rate):
             raise ValueError(
                 f"max_rate must be the last rung of the ladder {ladder.name!r}, {ladder.top}, got "
                 f"{self.max_rate}"
-            )
-        if len(ladder.rungs[0]) != (depth := self.backbone.geometry.depth):
-            raise ValueError(
-                f"the ladder {ladder.name!r} is for {len(ladder.rungs[0])} blocks, the backbone "
-                f"has {depth}"
             )
         return self
 
@@ -107,7 +98,7 @@ class Bank:
                 or the entry of `info` that no `bank.json` can hold.
         """
         self.info, self.tensors = _FORMAT.own(info, tensors)
-        self.ladder = TOME if self.info.ladder is None else self.info.ladder.ladder()
+        self.ladder = ladder_of(self.info.ladder, self.info.backbone.geometry.depth)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Bank":
@@ -140,13 +131,15 @@ class Bank:
         """
         return _FORMAT.save(Path(folder), self.info, self.tensors)
 
-    def check_fits(self, backbone: Backbone) -> None:
-        """Raise BankError unless the bank's geometry is the model's and it can run the ladder.
+    def check_fits(self, backbone: Backbone, source: int | None = None) -> None:
+        """Raise BankError unless the bank is for such models, tuned at `source` of its ladder.
 
-        Warns if the model neither has the weights that the bank was distilled on nor says that
+        See `check_geometry` and `check_source`; `source` is by default the model's own. Warns if
+        the model neither has the weights that the bank was distilled on nor says that
         it was tuned from them: a bank of an unrelated model of the same shape repairs nothing.
         """
         self.check_geometry(backbone)
+        self.check_source(backbone, backbone.source if source is None else source)
         if not self.distilled_on(backbone):
             warnings.warn(
                 f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
@@ -174,6 +167,13 @@ class Bank:
                 f"bank {self.info.name!r} does not fit {backbone.name}: {error}"
             ) from error
 
+    def check_source(self, backbone: Backbone, source: int) -> None:
+        """Raise BankError if a model was tuned on another ladder, unless `source` is 0."""
+        if (reason := tuned_on_another(backbone, source, self.ladder)) is not None:
+            raise BankError(
+                f"bank {self.info.name!r} is for the ladder {self.ladder.name!r}: {reason}"
+            )
+
     def distilled_on(self, backbone: Backbone) -> bool:
         """Tell whether a model has the weights it was distilled on, or was tuned from them."""
         return self.info.backbone.digest in (backbone.tuned_from, backbone.digest)
@@ -197,9 +197,8 @@ class Bank:
 
 def ladder_entries(ladder: Ladder) -> dict[str, Any]:
     """Return the entries of `BankInfo` by which a bank is one for `ladder`."""
-    if is_papers(ladder):
+    if (part := part_of(ladder)) is None:
         return {}
-    part = LadderPart.describe(ladder)
     return {"format_version": 2, "method": ladder.method.name, "ladder": part}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from adapters.card import facts, model_card, notes
 from adapters.export import export_model
 from adapters.hub import push_bank
+from adapters.ladder import read_ladder
 from adapters.peft import export_peft
 from adapters.reference import REFERENCE_MAX_RATE, import_reference
 from adapters.schema import BackboneInfo
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--bank", help=f"{_BANK}; default: it runs without compensation")
     command.add_argument("--task", metavar="FOLDER", help="task to put on the model")
     command.add_argument("--source", type=int, help="rate it was tuned at; default: its own")
+    command.add_argument(
+        "--ladder",
+        metavar="FILE",
+        help="ladder.json that the rates are of; default: the bank's, or else the task's",
+    )
     command.add_argument("--architecture", help="timm's name, if MODEL is a .safetensors file")
     command.set_defaults(run=_export_model)
 
@@ -186,7 +192,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         backbone = open_task(arguments.task).on(backbone)
     bank = open_bank(arguments.bank, arguments.store) if arguments.bank is not None else None
-    print(export_model(backbone, arguments.rate, arguments.output, bank, arguments.source))
+    ladder = read_ladder(arguments.ladder).ladder() if arguments.ladder is not None else None
+    print(export_model(backbone, arguments.rate, arguments.output, bank, arguments.source, ladder))
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from adapters.bank import Bank
 from adapters.compose import compose
 from adapters.durable import new_files
-from tocom import Backbone, ConfigError, FoldedWeights, RateError, TocomError, Variant, fold
+from adapters.ladder import digest, tuned_on_another
+from tocom import (
+    Backbone,
+    ConfigError,
+    FoldedWeights,
+    Ladder,
+    RateError,
+    TocomError,
+    Variant,
+    fold,
+)
 from tocom.vit import embed, outputs
 
 #: Suffix -> what writes such a file.
@@ -31,6 +41,7 @@ def export_model(
     path: str | Path,
     bank: Bank | None = None,
     source: int | None = None,
+    ladder: Ladder | None = None,
 ) -> Path:
     """Write a model at `rate` as a file that answers as `tocom.forward` does.
 
@@ -40,30 +51,35 @@ def export_model(
 
     Args:
         backbone: the model, in fp32 on the CPU; its branches, if a task has any, go with it.
-        rate: tokens merged per block.
+        rate: a rung of the ladder; on the paper's, tokens merged per block.
         path: the new file, whole or not at all: `.onnx`, with `.onnx.data` beside it if it has
             more than 2 GB; or `.xml`, with `.bin` beside it.
         bank: what Δ(source→rate) is composed of, with the multiplier that was searched for the
             model if there is one; None: the model runs without.
         source: rate that the model was tuned at; None: the backbone's own.
+        ladder: what the rates mean; None: as the bank says, or else the backbone.
 
     Raises:
         RateError: if a rate is out of range.
-        BankError: if the bank is of another geometry.
+        BankError: if the bank is of another geometry, or for another ladder than the model.
+        ReductionError: if the model cannot run the ladder.
         BackboneError: if the model's configuration and its weights want other pictures.
-        ConfigError: if the suffix is another.
+        ConfigError: if the suffix is another, the ladder is neither the bank's nor the model's, or
+            its method cannot be in a file.
         TocomError: if a file exists or the extra is not installed.
     """
     path = Path(path)
     _import_writers(path)
     source = backbone.source if source is None else source
-    scale, folded = _fold(backbone, source, rate, bank)
+    ladder = _ladder(backbone, source, bank, ladder)
+    scale, folded = _fold(backbone, source, rate, bank, ladder)
     example = torch.zeros(2, *backbone.input_size)  # of one image, its 1 would be a constant
     used = {"name": bank.info.name, "digest": bank.info.digest, "scale": scale} if bank else None
     about = _describe(backbone) | {"source": source, "rate": rate, "bank": used}
+    about |= {"method": ladder.method.name, "ladder": ladder.name, "ladder_digest": digest(ladder)}
     with new_files(*(path.with_suffix(suffix) for suffix in _FILES[path.suffix])) as beside:
         graph = (beside / path.name).with_suffix(".onnx")
-        _write_onnx(_AtRate(backbone, rate, folded), example, graph, json.dumps(about))
+        _write_onnx(_AtRate(backbone, rate, folded, ladder), example, graph, json.dumps(about))
         if path.suffix == ".xml":
             _write_ir(graph, beside / path.name, json.dumps(about))
     return path
@@ -72,9 +88,12 @@ def export_model(
 class _AtRate(nn.Module):
     """The forward at one rate with its delta: a module that takes images alone."""
 
-    def __init__(self, backbone: Backbone, rate: int, folded: FoldedWeights | None) -> None:
+    def __init__(
+        self, backbone: Backbone, rate: int, folded: FoldedWeights | None, ladder: Ladder
+    ) -> None:
         super().__init__()
-        self.model, self.variant = backbone.model, Variant(rate, folded, backbone.adapter)
+        self.model = backbone.model
+        self.variant = Variant(rate, folded, backbone.adapter, ladder=ladder)
         self.names = ("logits", "features") if backbone.model.num_classes else ("features",)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -96,19 +115,38 @@ def _import_writers(path: Path) -> None:
         ) from error
 
 
+def _ladder(backbone: Backbone, source: int, bank: Bank | None, asked: Ladder | None) -> Ladder:
+    """Return the ladder that the model runs on, by a method that can be in a file."""
+    ladder = asked or (bank.ladder if bank else backbone.ladder)
+    if bank and digest(ladder) != digest(bank.ladder):
+        raise ConfigError(
+            f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, not for "
+            f"{ladder.name!r}"
+        )
+    if not bank and (reason := tuned_on_another(backbone, source, ladder)) is not None:
+        raise ConfigError(reason)
+    ladder.check(backbone.model)
+    if ladder.method.by_picture:
+        raise ConfigError(
+            f"the method {ladder.method.name!r} decides by picture how many tokens are left, which "
+            "no file can: export a ladder of another method"
+        )
+    return ladder
+
+
 def _fold(
-    backbone: Backbone, source: int, rate: int, bank: Bank | None
+    backbone: Backbone, source: int, rate: int, bank: Bank | None, ladder: Ladder
 ) -> tuple[float | None, FoldedWeights | None]:
     """Return the multiplier of Δ(source→rate) and the weights that have it folded in."""
     if bank is None:
         for what, value in (("source", source), ("target", rate)):
-            if not 0 <= value <= backbone.max_rate:
+            highest = backbone.max_rate if ladder.top is None else ladder.top
+            if not 0 <= value <= highest:
                 raise RateError(
-                    f"{backbone.name}: the {what} rate must be in 0..{backbone.max_rate}, "
-                    f"got {value!r}"
+                    f"{backbone.name}: the {what} rate must be in 0..{highest}, got {value!r}"
                 )
         return None, None
-    bank.check_fits(backbone)
+    bank.check_fits(backbone, source)
     scale = bank.multiplier(backbone, source, rate)
     return scale, fold(backbone.model, compose(bank, source, rate, scale))
 
@@ -129,15 +167,21 @@ def _describe(backbone: Backbone) -> dict[str, Any]:
 def _write_onnx(module: _AtRate, example: Tensor, path: Path, about: str) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    program = torch.onnx.export(
-        module.eval(),
-        (example,),
-        dynamo=True,
-        dynamic_shapes={"images": {0: "batch"}},
-        input_names=["images"],
-        output_names=module.names,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes={"images": {0: "batch"}},
+            input_names=["images"],
+            output_names=module.names,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(
+            f"torch cannot export the method {module.variant.ladder.method.name!r}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
     assert program is not None
     # The exporter notes for each node which lines made it: paths of this machine.
     ClearMetadataAndDocStringPass()(program.model)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from adapters.schema import NAME, Notes, Strict, first_fault
-from tocom import TOME, Ladder, ReductionError
+from tocom import TOME, Backbone, Ladder, ReductionError
 from tocom.reduction import method_of, options_of
 
 #: A ladder of a hundred rungs for a hundred blocks has 50 kB.
@@ -61,7 +61,7 @@ def _sound(part: LadderPart) -> LadderPart:
     return part
 
 
-#: A ladder within another file, checked with it.
+#: A ladder within another file, checked with it; see `part_of`.
 Embedded = Annotated[LadderPart, AfterValidator(_sound)]
 
 
@@ -82,10 +82,58 @@ def is_papers(ladder: Ladder) -> bool:
     return digest(ladder) == digest(TOME)
 
 
+def part_of(ladder: Ladder) -> LadderPart | None:
+    """Return what another file says of its ladder; None: nothing, for it is the paper's."""
+    return None if is_papers(ladder) else LadderPart.describe(ladder)
+
+
+def ladder_of(part: LadderPart | None, depth: int) -> Ladder:
+    """Return the ladder that a file for a model of `depth` blocks says; None: the paper's.
+
+    Raises:
+        ReductionError: if it is for another number of blocks, or is the paper's: that one is not
+            written out, so that all files for it are alike.
+    """
+    if part is None:
+        return TOME
+    ladder = part.ladder()
+    if is_papers(ladder):
+        raise ReductionError(
+            f"the ladder {ladder.name!r} is the paper's, which is that of files that name none"
+        )
+    if ladder.rungs is not None and len(ladder.rungs[0]) != depth:
+        raise ReductionError(
+            f"the ladder {ladder.name!r} is for {len(ladder.rungs[0])} blocks, the backbone has "
+            f"{depth}"
+        )
+    return ladder
+
+
+def tuned_on_another(backbone: Backbone, source: int, ladder: Ladder) -> str | None:
+    """Return why a model cannot run on a ladder as one that was tuned at `source`; None: it can.
+
+    Rung 0 is the stock model on every ladder.
+    """
+    if not source or not backbone.source or digest(ladder) == digest(backbone.ladder):
+        return None
+    return (
+        f"{backbone.name} was tuned at rate {backbone.source} of the ladder "
+        f"{backbone.ladder.name!r}, not of {ladder.name!r}"
+    )
+
+
 def digest(ladder: Ladder) -> str:
     """Return the SHA-256 of what a ladder does, whatever it is called."""
+    # An option that a method gets one day leaves the digests that there are: only what is not at
+    # its default counts. Whole numbers are numbers.
+    usual = options_of(type(ladder.method)())
+    options = {
+        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in options_of(ladder.method).items()
+        if value != usual[name]
+    }
     said = {
-        "method": {"name": ladder.method.name, "options": options_of(ladder.method)},
+        "method": {"name": ladder.method.name, "options": options},
         "patches": ladder.patches,
         "rungs": ladder.rungs,
     }

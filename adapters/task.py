@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field
+from pydantic import FailFast, Field, model_validator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters.adaptformer import adapter
 from adapters.format import VERSION, Format
+from adapters.ladder import Embedded, ladder_of
 from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
-from tocom import Adapter, Backbone, TaskError, bundled_folder
+from tocom import Adapter, Backbone, ReductionError, TaskError, bundled_folder
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
@@ -35,6 +36,11 @@ class TaskInfo(Strict):
     method: Literal["adaptformer", "lora", "linear"]
     backbone: BackboneInfo = Field(description="the model that it was tuned on")
     source: int = Field(ge=0, lt=2**31, description="rate that it was tuned at")
+    ladder: Embedded | None = Field(
+        None,
+        exclude_if=lambda ladder: ladder is None,
+        description="what that rate means; without it, it is the paper's ladder",
+    )
     class_names: Annotated[tuple[str, ...], Field(min_length=1), FailFast()]
     heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
     rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
@@ -48,12 +54,23 @@ class TaskInfo(Strict):
     calibration: Notes | None = None
     digest: str = Field("", description="SHA-256 of the tensors and what gives them meaning")
 
+    @model_validator(mode="after")
+    def _of_its_ladder(self) -> "TaskInfo":
+        ladder = ladder_of(self.ladder, self.backbone.geometry.depth)
+        if ladder.top is not None and self.source > ladder.top:
+            raise ValueError(
+                f"source must be a rung of the ladder {ladder.name!r}, in 0..{ladder.top}, got "
+                f"{self.source}"
+            )
+        return self
+
 
 class TaskModel:
     """A task model in memory.
 
     Attributes:
         info: what `task.json` says, its digest included.
+        ladder: what the rate means that it was tuned at.
         tensors: `head.weight` [C, D] and `head.bias` [C]; AdaptFormer's `adaptformer.down`
             [L, K, D] and `.up` [L, D, K]; LoRA's `lora.blocks.{i}.attn.qkv.A` [K, in] and `.B`
             [out, K]. On the CPU, fp32 or fp16.
@@ -75,6 +92,7 @@ class TaskModel:
                 f"{info.method} cannot have {', '.join(info.layers) or 'none'}"
             )
         self.info, self.tensors = _FORMAT.own(info, tensors)
+        self.ladder = ladder_of(self.info.ladder, self.info.backbone.geometry.depth)
 
     @classmethod
     def load(cls, folder: str | Path) -> "TaskModel":
@@ -100,7 +118,7 @@ class TaskModel:
             backbone: the model that it was tuned on, as it was then.
 
         Raises:
-            TaskError: if it is another one.
+            TaskError: if it is another one, or cannot have the method of the ladder.
         """
         self.check_fits(backbone)
         info = self.info
@@ -124,6 +142,7 @@ class TaskModel:
             name=info.name,
             class_names=info.class_names,
             source=info.source,
+            ladder=self.ladder,
             tuned_from=backbone.tuned_from or backbone.digest,
             calibration=info.calibration,
             evaluation=info.evaluation,
@@ -140,6 +159,12 @@ class TaskModel:
                 f"{own.digest[:12]}; {backbone.name} is {backbone.architecture} with the weights "
                 f"{backbone.digest[:12]}"
             )
+        try:
+            self.ladder.check(backbone.model)
+        except ReductionError as error:
+            raise TaskError(
+                f"task {self.info.name!r} does not fit {backbone.name}: {error}"
+            ) from error
 
     @property
     def parameters(self) -> int:

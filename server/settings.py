@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         default=16,
         ge=0,
         description="forwards kept compiled by OpenVINO, where that is installed, of those that "
-        "run often and are faster so; 60 to 100 MB each; 0: none",
+        "run often and are faster so; 60 to 150 MB each; 0: none",
     )
     graph_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

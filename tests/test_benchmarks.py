@@ -31,7 +31,11 @@ from benchmarks.load import (
 )
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text())
+PROGRAMS = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
+    if "def main(" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

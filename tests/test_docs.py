@@ -29,6 +29,8 @@ from training.config import (
     VtabConfig,
 )
 from training.evaluate import table
+from training.ladders.compare_config import CompareConfig
+from training.ladders.search_config import LadderSearchConfig
 from training.presets import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,8 @@ RECIPES = {
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
     "vtab": VtabConfig,
+    "search": LadderSearchConfig,
+    "compare": CompareConfig,
 }
 
 

@@ -22,7 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tocom.adapter import Adapter
-from tocom.errors import BackboneError
+from tocom.errors import BackboneError, ReductionError
+from tocom.ladder import TOME, Ladder
+from tocom.reduction import method_of
 from tocom.supported import check_supported
 
 BUNDLED = "bundled:"
@@ -38,6 +40,7 @@ class Backbone:
         architecture: timm's name of it, such as `deit_tiny_patch16_224`.
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
+        ladder: what that rate means.
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
         calibration: the multiplier that was searched for it, as its folder says; None: nothing.
         evaluation: what was measured of it, likewise.
@@ -55,6 +58,7 @@ class Backbone:
     evaluation: Any = None
     adapter: Adapter | None = None
     task_digest: str = ""
+    ladder: Ladder = TOME
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -191,10 +195,25 @@ def _origin(folder: Path) -> dict[str, Any]:
         raise BackboneError(f"{folder}: source_rate must be a whole number from 0, got {source!r}")
     return {
         "source": source,
+        "ladder": _ladder(config.get("ladder"), folder),
         "tuned_from": str(config.get("backbone_digest", "")),
         "calibration": config.get("calibration"),
         "evaluation": config.get("evaluation"),
     }
+
+
+def _ladder(said: Any, folder: Path) -> Ladder:
+    """Return the ladder of a source rate, as `ladder.json` has it; None: the paper's."""
+    if said is None:
+        return TOME
+    try:
+        method = method_of(said["method"]["name"], said["method"].get("options"))
+        rungs = None if said["rungs"] is None else tuple(map(tuple, said["rungs"]))
+        return Ladder(str(said["name"]), method, rungs, said["patches"])
+    except (AttributeError, KeyError, TypeError, ReductionError) as error:
+        raise BackboneError(
+            f"{folder}: the ladder in config.json cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _load_file(path: Path, architecture: str | None) -> VisionTransformer:

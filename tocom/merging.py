@@ -7,7 +7,6 @@ Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tocom.errors import RateError, ShapeError
+from tocom.precision import unrounded
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Match:
         kept: [B, M] the input position from which each output token starts.
         merged: [B, r] input positions that are merged away.
         into: [B, r] the output token that each of them joins.
-        margin: [B] by how much cosine similarity the closest decision was taken, at most 2;
-            None unless asked for. Near 0, rounding may decide otherwise.
+        margin: [B] by how much similarity the closest decision was taken, at most 2; None
+            unless asked for. Near 0, rounding may decide otherwise.
     """
 
     kept: Tensor
@@ -45,7 +45,7 @@ class Match:
 
 
 def match(
-    metric: Tensor, r: int, prefix: int, margin: bool = False, penalty: Tensor | None = None
+    metric: Tensor, r: int, prefix: int, margin: bool = False, bias: Tensor | None = None
 ) -> Match:
     """Bipartite soft matching: pair the `r` most similar tokens of two alternating sets.
 
@@ -57,8 +57,7 @@ def match(
         r: tokens to merge away, in [0, (N - prefix) // 2].
         prefix: tokens at the front that never merge.
         margin: also measure how close the decisions were.
-        penalty: [B, N] what is taken off the similarity of a pair for each of its two tokens, which
-            keeps them from merging; None: nothing.
+        bias: [B, N] what each token adds to the similarity of its pairs; None: nothing.
 
     Returns:
         The match. Output order: prefix tokens, what is left of A in its order (without a prefix
@@ -74,9 +73,9 @@ def match(
             f"{(tokens - prefix) // 2} can merge at once, got {r}"
         )
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
-    scores = _similarity(metric)  # [B, A, B]
-    if penalty is not None:
-        scores = scores - penalty[:, ::2, None] - penalty[:, None, 1::2]
+    scores = similarity(metric)  # [B, A, B]
+    if bias is not None:
+        scores += bias[:, ::2, None] + bias[:, None, 1::2]
     scores[:, :prefix_a] = -torch.inf
     scores[:, :, :prefix_b] = -torch.inf
     best, partner = scores.max(dim=-1)  # [B, A]
@@ -92,17 +91,20 @@ def match(
     kept = torch.cat([front, rest_a, rest_b.expand(batch, -1)], dim=1)
     first_b = prefix + rest_a.shape[1]
     into = first_b + partner.gather(1, chosen) - prefix_b
-    closest = _margin(scores, best, order, r, prefix) if margin else None
-    return Match(kept=kept, merged=2 * chosen, into=into, margin=closest)
+    gap = closest(scores, best, order, r, prefix) if margin else None
+    return Match(kept=kept, merged=2 * chosen, into=into, margin=gap)
 
 
-def merge(x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor]:
+def merge(
+    x: Tensor, size: Tensor | None, match: Match, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Merge tokens: the mean of each group weighted by size; sizes add up.
 
     Args:
         x: [B, N, C] tokens.
         size: [B, N, 1] input tokens that each token stands for; None: one each.
         match: which tokens merge.
+        weight: [B, N, 1] more than 0, weighs in the mean instead of the size; None: the size.
 
     Returns:
         Tokens [B, M, C] in the dtype of x and sizes [B, M, 1] in fp32.
@@ -129,9 +131,17 @@ def merge(x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor]
     sizes = sizes.reshape(batch * tokens, 1)
     kept_sizes, merged_sizes = sizes.index_select(0, kept), sizes.index_select(0, merged)
     total = kept_sizes.index_add(0, into, merged_sizes)
+    kept_weights, merged_weights, whole = kept_sizes, merged_sizes, total
+    if weight is not None:
+        weights = weight.float().reshape(batch * tokens, 1)
+        kept_weights, merged_weights = (
+            weights.index_select(0, kept),
+            weights.index_select(0, merged),
+        )
+        whole = kept_weights.index_add(0, into, merged_weights)
     # What nothing merges into has weight 1 and stays as it is.
-    mean = rows.index_select(0, kept) * (kept_sizes / total)
-    weights = merged_sizes / total.index_select(0, into)
+    mean = rows.index_select(0, kept) * (kept_weights / whole)
+    weights = merged_weights / whole.index_select(0, into)
     mean.index_add_(0, into, rows.index_select(0, merged) * weights)
     return mean.to(x.dtype).view(batch, left, width), total.view(batch, left, 1)
 
@@ -147,26 +157,26 @@ def unmerge(x: Tensor, match: Match) -> Tensor:
     return x.gather(1, match.assignment.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which products are not cast to half precision."""
-    kind = device.type
-    # Entered only if need be: on small batches it takes as long as what it is for.
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
-
-
-def _similarity(metric: Tensor) -> Tensor:
-    """Return the cosines of the tokens at even positions with those at odd positions.
+def similarity(metric: Tensor) -> Tensor:
+    """Return the cosines [B, A, B] of the tokens at even positions with those at odd positions.
 
     In fp32 whatever the model's dtype or autocast is: half precision ties what is not tied.
     """
-    with full_precision(metric.device):
+    with unrounded(metric):
         metric = F.normalize(metric.detach().float(), dim=-1)
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 
 
-def _margin(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
-    """Return the smallest gap [B] between what was chosen and what came next."""
+def closest(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) -> Tensor:
+    """Return the smallest gap [B] between what was chosen and what came next, at most 2.
+
+    Args:
+        scores: [B, A, B] of all pairs; -inf: may not be.
+        best: [B, A] the highest of each row.
+        order: [B, A] the rows, the best first.
+        r: rows that are chosen, the first of the order.
+        prefix: without one, the order of the rest is a decision, too.
+    """
     top = scores.topk(min(2, scores.shape[-1]), dim=-1).values
     partner_gap = top[..., 0] - top[..., -1] if top.shape[-1] == 2 else torch.full_like(best, 2.0)
     chosen_gap = partner_gap.gather(1, order[:, :r])

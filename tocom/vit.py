@@ -66,7 +66,8 @@ def forward_features(
 ) -> Tensor:
     """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
 
-    Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first.
+    Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first. Of methods
+    that decide by picture some tokens may be padding; the sizes in `trace` say which.
     """
     variant = Variant(rate, delta, adapter, proportional, ladder)
     final: Tensor = model.norm(_last(run_blocks(model, embed(model, images), variant)).x)
@@ -111,7 +112,7 @@ def trace(
     x = embed(model, images)
     last = _last(run_blocks(model, x, variant, trace=True))
     features, logits, _ = read(model, last.x, last.size)
-    size = x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if last.size is None else last.size
+    size = last.x.new_ones(*last.x.shape[:2], 1).float() if last.size is None else last.size
     assert last.source is not None
     assert last.margin is not None
     return Trace(
@@ -254,7 +255,7 @@ def run_blocks(
         if cut is not None and place is Place.ATTENTION and queries is None:
             chosen = method.choose(tokens, seen, cut)
             fate = chosen.fate(x.shape[1]) if trace else None
-            rows, live = chosen
+            rows, live = chosen.rows, chosen.live
             x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         y = answer(block.attn, f"blocks.{i}.attn", seen, delta, rows)
         tokens = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)

@@ -23,6 +23,7 @@ from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import ConfigError
 from training.config import CalibrateConfig
+from training.ladders.chosen import described, named
 from training.measuring import (
     FoldedDeltas,
     Measurement,
@@ -70,8 +71,8 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     refuse_processes("calibrate")
     backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank)
-    bank.check_fits(backbone)
     source = backbone.source if config.source is None else config.source
+    bank.check_fits(backbone, source)
     targets = _targets(config.targets, bank, source)
     path = folder / "calibration.json"
     if claim(folder, path.name, config, backbone, bank):
@@ -79,6 +80,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     measurement = Measurement(
         backbone, config.pictures, config.batch_size, config.workers,
         labelled=config.measure == "top1", limit=config.limit,
+        ladder=bank.ladder,
     )  # fmt: skip
     search = Search(measurement, bank, source, targets, folder)
     search.run(config.multipliers, config.continuous, config.per_target)
@@ -87,6 +89,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
         "weights_digest": backbone.digest,
         **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest, "scale": bank.info.scale},
+        "ladder": described(bank.ladder),
         "source": source,
         "measure": config.measure,
         "pictures": measurement.described,
@@ -204,7 +207,7 @@ def table(result: dict[str, Any]) -> str:
     own, pictures = result["bank"]["scale"], result["pictures"]
     lines = [
         f"{result['model']}, source {result['source']}, {pictures['count']} pictures of "
-        f"{pictures['name']}: {title} with bank {result['bank']['name']}, "
+        f"{pictures['name']}{named(result)}: {title} with bank {result['bank']['name']}, "
         f"whose own multiplier is {own:g}, for each multiplier and rate.",
         "",
         "| multiplier | " + " | ".join(map(str, places)) + " |",

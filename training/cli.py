@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tocom import TocomError
 from tocom.allocator import keep_freed_memory
-from training.compare_config import CompareConfig
 from training.config import (
     CalibrateConfig,
     DistillConfig,
@@ -16,8 +15,9 @@ from training.config import (
     FinetuneConfig,
     VtabConfig,
 )
+from training.ladders.compare_config import CompareConfig
+from training.ladders.search_config import LadderSearchConfig
 from training.presets import presets, read_recipe
-from training.search_config import LadderSearchConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from training.search import search
+    from training.ladders.search import search
 
     config = read_recipe(LadderSearchConfig, arguments.recipe, arguments.overrides)
     path = search(config, _folder(arguments, config.name))
@@ -121,7 +121,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from training.compare import compare_methods
+    from training.ladders.compare import compare_methods
 
     config = read_recipe(CompareConfig, arguments.recipe, arguments.overrides)
     print(compare_methods(config, _folder(arguments, config.name)))

@@ -3,18 +3,15 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from training.ladders.choice import LadderChoice
+from training.recipe import Recipe
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
 _Rate = Annotated[int, Field(ge=0)]
 _Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Recipe(BaseModel):
-    """Part of a recipe: unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class BackboneConfig(Recipe):
@@ -135,6 +132,10 @@ class DistillConfig(Recipe):
     pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
     unseen: int = Field(
         0, ge=0, description="pictures held out of `pictures`, watched while training"
+    )
+    ladder: LadderChoice = Field(
+        None,
+        description="what the rates mean: tome, the paper's (default); a ladder.json; a method",
     )
     max_rate: int = Field(16, gt=0, description="the bank has rates 0..max_rate")
     beyond: int = Field(
@@ -260,6 +261,11 @@ class FinetuneConfig(Recipe):
     lora: LoraConfig = LoraConfig()
     search: SearchConfig | None = None
     source: int = Field(0, ge=0, description="rate that the model is tuned at")
+    ladder: LadderChoice = Field(
+        None,
+        description="what the source rate means: tome, the paper's (default); a ladder.json; a "
+        "method",
+    )
     resize: Literal["crop", "squash"] = Field(
         "crop",
         description="what is seen of a picture when measuring and serving: the backbone's own "
@@ -307,7 +313,16 @@ class EvaluateConfig(Recipe):
     labelled: bool = Field(True, description="whether the pictures' classes are the model's")
     sources: tuple[_Rate, ...] = Field((), description="default: the rate it was tuned at")
     targets: tuple[_Rate, ...] = Field((), description="default: every rate of the bank")
-    max_rate: int = Field(16, ge=0, description="highest default target where there is no bank")
+    ladder: LadderChoice = Field(
+        None,
+        description="what the rates mean: tome, a ladder.json or a method; default: as the bank "
+        "says, or else the model",
+    )
+    max_rate: int = Field(
+        16,
+        ge=0,
+        description="highest default target where neither a bank nor the ladder's rungs say it",
+    )
     batch_size: int = Field(50, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")
 
@@ -371,6 +386,9 @@ class VtabConfig(Recipe):
     sources: tuple[_Rate, ...] = Field((0,), min_length=1)
     targets: tuple[_Rate, ...] = Field((0, 4, 8, 12, 16), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
+    ladder: LadderChoice = Field(
+        None, description="what the rates mean; default: as the fine-tuning's recipe says"
+    )
     bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
     limit: int | None = Field(
         None, gt=0, description="so many test pictures to measure on; default: all"

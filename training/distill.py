@@ -11,6 +11,7 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import BackboneInfo, Bank, BankInfo
-from adapters.bank import tensor_shapes
+from adapters.bank import ladder_entries, tensor_shapes
 from adapters.compose import compose_steps
 from adapters.task import share
-from tocom import Backbone, ConfigError, Delta, Variant, load_backbone
+from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
+from training.ladders.chosen import chosen_ladder
 from training.losses import kd_loss, token_error
 from training.pictures.augment import mixing, train_transform
 from training.pictures.batches import Pictures, evaluation_batches
@@ -90,7 +92,14 @@ class Distillation:
                 f"{backbone.name} has no head, so there are no logits to learn from; "
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
+        self.ladder = chosen_ladder(config.ladder, backbone.model)
+        if self.ladder.top is not None and config.highest > self.ladder.top:
+            raise ConfigError(
+                f"max_rate ({config.max_rate}) + beyond ({config.beyond}) must be a rung of the "
+                f"ladder {self.ladder.name!r}, at most {self.ladder.top}"
+            )
         info = BankInfo(
+            **ladder_entries(_up_to(self.ladder, config.highest)),
             name=config.name,
             backbone=BackboneInfo.of(backbone),
             max_rate=config.highest,
@@ -129,11 +138,13 @@ class Distillation:
             with torch.no_grad():
                 tokens = embed(self.teacher, part)
             with torch.inference_mode():
-                teacher = outputs(self.teacher, tokens, Variant(source), self.traced)
+                variant = Variant(source, ladder=self.ladder)
+                teacher = outputs(self.teacher, tokens, variant, self.traced)
             teacher = _usable(teacher)
             weight = len(part) / len(images) / self.config.students
             for target in targets:
-                variant = Variant(target, self.module(source, target, self.config.dropout))
+                delta = self.module(source, target, self.config.dropout)
+                variant = Variant(target, delta, ladder=self.ladder)
                 student = outputs(self.student, tokens, variant, self.traced)
                 loss = weight * self._loss(student, teacher)
                 yield loss if self.plain is None else loss / self.plain[source, target]
@@ -154,8 +165,8 @@ class Distillation:
         """Return the loss [source, target] without plug-ins, on the first unseen pictures."""
         images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
         tokens = embed(self.teacher, images)
-        rates = range(self.config.highest + 1)
-        plain = [outputs(self.teacher, tokens, Variant(rate), self.traced) for rate in rates]
+        variants = [Variant(rate, ladder=self.ladder) for rate in range(self.config.highest + 1)]
+        plain = [outputs(self.teacher, tokens, variant, self.traced) for variant in variants]
         losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
         found = torch.tensor(losses)
         # Rates that merge (nearly) alike must not outweigh all others.
@@ -186,7 +197,8 @@ class Distillation:
             losses = {}
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
-                    student = outputs(self.teacher, tokens, Variant(rate, delta))
+                    variant = Variant(rate, delta, ladder=self.ladder)
+                    student = outputs(self.teacher, tokens, variant)
                     if head:
                         loss = kd_loss(student.logits, stock.logits)
                     else:
@@ -243,29 +255,36 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     job = Distillation(backbone, config, [images for images, _ in watched])
     loop.run(accelerator, job, config.loop, config, pictures, keys, folder, config.augment)
     if accelerator.is_main_process:
-        _bank(job.plugins, config, len(seen), folder).save(finished)
+        _bank(job, config, len(seen), folder).save(finished)
     accelerator.wait_for_everyone()
     return finished
 
 
-def _bank(plugins: Plugins, config: DistillConfig, distinct: int, folder: Path) -> Bank:
+def _bank(job: Distillation, config: DistillConfig, distinct: int, folder: Path) -> Bank:
     """Return what was learned up to `max_rate`, in fp16, with notes on how."""
     training = {
-        "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone"}),
+        "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone", "ladder"}),
         "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
         "distinct_pictures": distinct,
         "samples_seen": config.loop.steps * config.loop.batch_size,
         "last": metrics[-1] if (metrics := read_metrics(folder)) else {},
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
-    info = plugins.info.model_copy(update={"max_rate": config.max_rate, "training": training})
+    update = ladder_entries(_up_to(job.ladder, config.max_rate))
+    update |= {"max_rate": config.max_rate, "training": training}
+    info = job.plugins.info.model_copy(update=update)
     if not Path(config.backbone.name).exists():  # a path says nothing elsewhere
         training["backbone"] = config.backbone.name
     tensors = {
         name: tensor[: config.max_rate].detach().cpu().half().contiguous()
-        for name, tensor in plugins.tensors().items()
+        for name, tensor in job.plugins.tensors().items()
     }
     return Bank(info, tensors)
+
+
+def _up_to(ladder: Ladder, top: int) -> Ladder:
+    """Return a ladder that ends at a rung, if it has rungs."""
+    return ladder if ladder.rungs is None else replace(ladder, rungs=ladder.rungs[: top + 1])
 
 
 def _usable(teacher: Outputs) -> Outputs:

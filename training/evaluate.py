@@ -20,6 +20,7 @@ from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import Backbone
 from training.config import EvaluateConfig
+from training.ladders.chosen import described, measured_ladder, named
 from training.measuring import (
     MEASURES,
     FoldedDeltas,
@@ -47,10 +48,11 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     refuse_processes("evaluate")
     backbone = load_model(config.backbone, config.task)
     bank = open_bank(config.bank) if config.bank else None
-    if bank:
-        bank.check_fits(backbone)
-    highest = bank.info.max_rate if bank else config.max_rate
     sources = config.sources or (backbone.source,)
+    if bank:
+        bank.check_fits(backbone, max(sources))
+    ladder = measured_ladder(config.ladder, backbone, bank, sources)
+    highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
     pairs = [(source, target) for source in sources for target in targets]
     scales = _multipliers(backbone, bank, pairs) if bank else {}
@@ -65,12 +67,14 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         config.workers,
         config.labelled,
         config.limit,
+        ladder,
     )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,
         "weights_digest": backbone.digest,
         **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
+        "ladder": described(ladder),
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }
@@ -170,8 +174,8 @@ def table(result: dict[str, Any], targets: Sequence[int] = ()) -> str:
     measures = [measure for measure in MEASURES if measure in rows[0]["plain"]]
     pictures = result["pictures"]
     lines = [
-        f"{result['model']}, {pictures['count']} pictures of {pictures['name']}; plain merging / "
-        "with the bank. Agreement and KL are to the model at its source rate.",
+        f"{result['model']}, {pictures['count']} pictures of {pictures['name']}{named(result)}; "
+        "plain merging / with the bank. Agreement and KL are to the model at its source rate.",
         "",
         "| source | rate | GMACs | tokens left | "
         + " | ".join(_TITLES[name] for name in measures)
@@ -191,8 +195,8 @@ def matrix_table(result: dict[str, Any]) -> str:
     sources, targets = (list(dict.fromkeys(rates)) for rates in zip(*rows, strict=True))
     pictures = result["pictures"]
     lines = [
-        f"{result['model']}, {pictures['count']} pictures of {pictures['name']}; plain merging / "
-        "with the bank, for each source (row) and rate (column)."
+        f"{result['model']}, {pictures['count']} pictures of {pictures['name']}{named(result)}; "
+        "plain merging / with the bank, for each source (row) and rate (column)."
     ]
     for measure in MEASURES:
         if measure not in result["rows"][0]["plain"]:

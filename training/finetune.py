@@ -21,11 +21,13 @@ from timm.models import save_for_hf
 
 from adapters import BackboneInfo, TaskInfo, TaskModel
 from adapters.durable import new_folder, replace_file
+from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig, PicturesConfig
+from training.ladders.chosen import chosen_ladder
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.sets import class_names, open_pictures
@@ -68,7 +70,7 @@ def _make(config: FinetuneConfig, folder: Path, finished: Path) -> None:
     if accelerator.is_main_process:
         notes = _notes(config, backbone, len(keys), folder)
         if config.method == "full":
-            _save_model(config, backbone, described.digest, classes, notes, finished)
+            _save_model(config, job, backbone, described.digest, classes, notes, finished)
         else:
             _save_task(config, job, described, classes, notes, finished)
     accelerator.wait_for_everyone()
@@ -96,9 +98,13 @@ def _check(config: FinetuneConfig) -> list[str]:
     """Return the names of the classes.
 
     Raises:
-        BackboneError, DataError: naming what does not fit together.
+        BackboneError, DataError, RateError, ReductionError: naming what does not fit together.
     """
-    _load(config)
+    backbone = _load(config)
+    ladder = chosen_ladder(config.ladder, backbone.model)
+    Variant(config.source, ladder=ladder).plan(
+        backbone.model, backbone.model.patch_embed.num_patches + backbone.model.num_prefix_tokens
+    )  # refuses a source that the ladder does not have
     names = class_names(open_pictures(config.pictures))
     if config.classes is not None:
         if len(names) > config.classes:
@@ -219,7 +225,8 @@ def _notes(
     config: FinetuneConfig, backbone: Backbone, pictures: int, folder: Path
 ) -> dict[str, Any]:
     """Return what is worth knowing of a run beside what came out."""
-    paths = {"pictures", "test", "backbone", "search"}  # they say nothing elsewhere
+    # Paths say nothing elsewhere; the ladder is said beside the notes.
+    paths = {"pictures", "test", "backbone", "search", "ladder"}
     return {
         "recipe": config.model_dump(mode="json", exclude=paths),
         "backbone": backbone.architecture,
@@ -230,15 +237,18 @@ def _notes(
 
 def _save_model(
     config: FinetuneConfig,
+    job: Finetuning,
     backbone: Backbone,
     tuned_from: str,
     classes: list[str],
     notes: dict[str, Any],
     folder: Path,
 ) -> None:
+    part = part_of(job.ladder)
     said = {
         "label_names": classes,
         "source_rate": config.source,
+        **({} if part is None else {"ladder": part.model_dump(mode="json")}),
         "backbone_digest": tuned_from,
         "training": notes,
     }
@@ -263,6 +273,7 @@ def _save_task(
         method=config.method,
         backbone=backbone,
         source=config.source,
+        ladder=part_of(job.ladder),
         class_names=tuple(classes),
         heads=job.heads,
         rank=rank,
@@ -285,7 +296,7 @@ def _accuracy(
     Raises:
         DataError: if a picture has a class that the model lacks.
     """
-    state, variant = PartialState(), Variant(rate, adapter=backbone.adapter)
+    state, variant = PartialState(), Variant(rate, adapter=backbone.adapter, ladder=backbone.ladder)
     counts = torch.zeros(2, device=state.device)  # right answers, pictures
     for images, labels in evaluation_batches(
         backbone, [part], keys, workers=workers,

@@ -26,9 +26,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from tocom import ConfigError
-from training.config import AugmentConfig, LoopConfig, Recipe
+from training.config import AugmentConfig, LoopConfig
 from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
+from training.recipe import Recipe
 from training.run_folder import RunFolder, TrainingError
 from training.seeds import derive
 

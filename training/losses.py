@@ -44,16 +44,22 @@ def token_error(student: Sequence[State], teacher: Sequence[State]) -> Tensor:
 
 
 def _regroup(state: State, groups: State) -> Tensor:
-    """Return, for each token of `groups`, the mean of what `state` made of its input tokens."""
+    """Return, for each token of `groups`, the mean of what `state` made of its input tokens.
+
+    Where `state` dropped all of them, the token of `groups` itself: there is nothing to compare.
+    """
     assert state.source is not None
     assert groups.source is not None
     (batch, tokens, width), count = state.x.shape, groups.x.shape[1]
     image = torch.arange(batch, device=state.x.device).unsqueeze(1)
     # Whole rows at a time, as tokens are merged.
-    held = (state.source + tokens * image).flatten()
-    into = (groups.source + count * image).flatten()
+    held = (state.source.clamp(min=0) + tokens * image).flatten()
+    # What either side dropped goes to a row of its own, behind all others.
+    dropped = (state.source < 0) | (groups.source < 0)
+    into = (groups.source + count * image).masked_fill(dropped, batch * count).flatten()
     of_inputs = state.x.reshape(batch * tokens, width).index_select(0, held)
-    sums = of_inputs.new_zeros(batch * count, width).index_add_(0, into, of_inputs)
+    sums = of_inputs.new_zeros(batch * count + 1, width).index_add_(0, into, of_inputs)
     # Not bincount, which a GPU waits for.
-    sizes = into.new_zeros(batch * count).index_add_(0, into, torch.ones_like(into))
-    return (sums / sizes.unsqueeze(1)).view(batch, count, width)
+    sizes = into.new_zeros(batch * count + 1).index_add_(0, into, torch.ones_like(into))
+    sums, sizes = sums[:-1].view(batch, count, width), sizes[:-1].view(batch, count, 1)
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1), groups.x)

@@ -21,20 +21,23 @@ from tqdm import tqdm
 from adapters import Bank, compose, open_task
 from adapters.durable import replace_file
 from tocom import (
+    TOME,
     AnyDelta,
     Backbone,
     ConfigError,
     DataError,
     FoldedWeights,
+    Ladder,
     Variant,
     cost,
     fold,
     load_backbone,
 )
 from tocom.vit import embed, outputs
-from training.config import BackboneConfig, PicturesConfig, Recipe
+from training.config import BackboneConfig, PicturesConfig
 from training.pictures.batches import evaluation_batches
 from training.pictures.sets import class_names, open_pictures
+from training.recipe import Recipe
 from training.run_folder import refuse_other_recipe
 
 MEASURES = ("top1", "agreement", "kl")
@@ -52,6 +55,7 @@ class Measurement:
         workers: int,
         labelled: bool,
         limit: int | None = None,
+        ladder: Ladder = TOME,
     ) -> None:
         """Open the pictures.
 
@@ -62,17 +66,18 @@ class Measurement:
             workers: processes that decode pictures.
             labelled: whether the pictures' classes are the model's.
             limit: so many pictures, spread evenly over all; None: all.
+            ladder: what the rates mean.
 
         Raises:
             DataError: if they cannot be read, or have other classes than the model.
         """
-        self.backbone, self.pictures = backbone, pictures
+        self.backbone, self.pictures, self.ladder = backbone, pictures, ladder
         self.batch_size, self.workers = batch_size, workers
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
         self.keys = [(0, i * available // self.count) for i in range(self.count)]
         self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
-        self.cost = functools.cache(functools.partial(cost, backbone.model))
+        self.cost = functools.cache(functools.partial(cost, backbone.model, ladder=ladder))
         self._bar: Any = None
 
     @torch.inference_mode()
@@ -113,7 +118,7 @@ class Measurement:
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
-        variant = Variant(rate, delta, self.backbone.adapter)
+        variant = Variant(rate, delta, self.backbone.adapter, ladder=self.ladder)
         answer = outputs(self.backbone.model, tokens, variant).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer

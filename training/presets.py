@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from tocom import ConfigError
-from training.config import Recipe
+from training.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

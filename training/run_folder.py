@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
-from training.config import LoopConfig, Recipe
+from training.config import LoopConfig
+from training.recipe import Recipe
 
 _KEPT_CHECKPOINTS = 2
 _log = logging.getLogger(__name__)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from adapters import AdaptFormer
 from adapters.task import heads_of
-from tocom import Backbone, ConfigError, Variant
+from tocom import TOME, Backbone, ConfigError, Ladder, Variant
 from tocom.vit import embed, outputs
 from training.config import FinetuneConfig, LoraConfig
+from training.ladders.chosen import chosen_ladder
 from training.pictures.augment import mixing
 from training.seeds import derive
 
@@ -31,12 +32,16 @@ class Tuned(nn.Module):
     """A model at one rate, seen as the parameters that are tuned of it."""
 
     def __init__(
-        self, model: VisionTransformer, rate: int, adapter: AdaptFormer | None = None
+        self,
+        model: VisionTransformer,
+        rate: int,
+        adapter: AdaptFormer | None = None,
+        ladder: Ladder = TOME,
     ) -> None:
         """Take the parameters of `model` that require gradients, and those of `adapter`."""
         super().__init__()
         self._model = (model,)  # in a tuple it is no submodule
-        self.rate = rate
+        self.rate, self.ladder = rate, ladder
         self.adapter = adapter
         self.weights = nn.ParameterDict(
             {
@@ -58,7 +63,8 @@ class Tuned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""
         (model,) = self._model
-        variant = Variant(self.rate, adapter=self.adapter() if self.adapter is not None else None)
+        adapter = self.adapter() if self.adapter is not None else None
+        variant = Variant(self.rate, adapter=adapter, ladder=self.ladder)
         return outputs(model, embed(model, images), variant).logits
 
 
@@ -72,8 +78,10 @@ class Finetuning:
 
         Raises:
             ConfigError: if the method needs what is not installed.
+            ReductionError: if the model cannot run the ladder.
         """
         model = backbone.model
+        self.ladder = chosen_ladder(config.ladder, model)
         torch.manual_seed(derive(config.loop.seed, "init", 0))
         adapter = None
         if config.method == "lora":
@@ -93,7 +101,7 @@ class Finetuning:
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         self.model = model
-        self.module: nn.Module = Tuned(model, config.source, adapter)
+        self.module: nn.Module = Tuned(model, config.source, adapter, self.ladder)
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 
@@ -117,7 +125,9 @@ class Finetuning:
     def tuned(self, backbone: Backbone) -> Backbone:
         """Return the backbone that was given, as it is now, with its branches."""
         adapter = self.module.adapter if isinstance(self.module, Tuned) else None
-        return replace(backbone, adapter=adapter() if adapter is not None else None)
+        return replace(
+            backbone, adapter=adapter() if adapter is not None else None, ladder=self.ladder
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what was tuned, under the names of a task folder, in fp16 on the CPU."""

@@ -229,10 +229,12 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
         f"loop.seed={run.seed}",
     ]
     recipe = read_recipe(FinetuneConfig, config.recipe, given)
-    if recipe.search is None:
+    if recipe.search is not None:
+        given += lists(search_train=tasks.TRAIN, search_validation=tasks.VALIDATION)
+        recipe = read_recipe(FinetuneConfig, config.recipe, given)
+    if config.ladder is None:
         return recipe
-    given += lists(search_train=tasks.TRAIN, search_validation=tasks.VALIDATION)
-    return read_recipe(FinetuneConfig, config.recipe, given)
+    return recipe.model_copy(update={"ladder": config.ladder})
 
 
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
@@ -250,6 +252,7 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
             task=None if full else str(finished),
             model=f"{run.task.name}, source {run.source}",
             bank=config.bank,
+            ladder=recipe.ladder,
             pictures=recipe.test,
             targets=config.targets,
             limit=config.limit,

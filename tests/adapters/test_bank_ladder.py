@@ -8,11 +8,11 @@ import torch
 from adapters import BackboneInfo, Bank, Store, compose, export_peft, model_card
 from adapters.bank import FILES, ladder_entries, read_info
 from adapters.card import facts
-from adapters.ladder import LadderPart, digest
+from adapters.ladder import LadderPart, MethodInfo, digest
 from tests.adapters.banks import RUNGS, backbone_of, random_bank, same
 from tests.tocom_models import pictures, small_model
 from tocom import TOME, BankError, Ladder, RateError, forward
-from tocom.reduction import ToMe
+from tocom.reduction import ToMe, options_of
 
 BANK = random_bank(ladder=RUNGS)
 #: For models of three blocks and sixteen patches.
@@ -32,7 +32,7 @@ def test_a_bank_carries_its_ladder(folder):
     said = json.loads((folder / FILES[0]).read_text())
     assert said["ladder"] == {
         "name": "uneven",
-        "method": {"name": "tome", "options": {}},
+        "method": {"name": "tome", "options": options_of(ToMe())},
         "patches": 4,
         "rungs": [[0, 0], [0, 1], [1, 1], [2, 1]],
     }
@@ -56,7 +56,10 @@ def test_a_ladder_without_rungs_may_be_another():
 
 def test_the_digest_of_format_2_never_changes():
     ones = {name: torch.ones_like(tensor) for name, tensor in BANK.tensors.items()}
-    bank = Bank(BANK.info.model_copy(update={"digest": ""}), ones)
+    # A file says the options that its method had then.
+    part = BANK.info.ladder.model_copy(update={"method": MethodInfo(name="tome")})
+    bank = Bank(BANK.info.model_copy(update={"digest": "", "ladder": part}), ones)
+    assert bank.ladder == RUNGS
     assert bank.info.digest == ("556b1488e99cdf7f61010533d0f8fe5637ecc2bd1c27adca5f4f50cf2a45c8d5")
 
 
@@ -95,7 +98,7 @@ def test_what_does_not_go_with_the_ladder_is_refused(folder, changes, message):
         ({"rungs": [[0, 1], [1, 1]]}, "ladder: .*rung 0 .* must be the stock model"),
         ({"rungs": [[0, 0], [1, 1]]}, "max_rate must be the last rung .* 1, got 3"),
         ({"rungs": [[0]] * 4}, "'uneven' is for 1 blocks, the backbone has 2"),
-        ({"rungs": None, "patches": 0}, "a bank for the paper's ladder is of format 1"),
+        ({"rungs": None, "patches": 0}, "is the paper's, which is that of files that name none"),
         ({"rungs": [[0, 0], [0, 1], [1, 1], [2, 2]]}, "does not match its digest"),
         ({"patches": 16}, "does not match its digest"),
         ({"name": "renamed"}, None),

@@ -14,13 +14,25 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-from adapters import compose, export_model
+from adapters import BackboneInfo, compose, export_model
 from adapters.cli import main
-from tests.adapters.banks import backbone_of
+from adapters.ladder import LadderInfo, digest, write_ladder
+from tests.adapters.banks import backbone_of, random_bank
 from tests.adapters.test_peft import bank_of
 from tests.adapters.test_task import random_task
 from tests.tocom_models import pictures, small_model
-from tocom import Backbone, BackboneError, BankError, ConfigError, RateError, TocomError, forward
+from tocom import (
+    TOME,
+    Backbone,
+    BackboneError,
+    BankError,
+    ConfigError,
+    Ladder,
+    RateError,
+    TocomError,
+    forward,
+)
+from tocom.reduction import ToMe
 
 
 def small_backbone(kind: str = "vit_tiny", **changes: Any) -> Backbone:
@@ -166,3 +178,49 @@ def test_the_command_exports_what_it_is_told(tmp_path, capsys):
     said = about(tmp_path / "model.onnx")
     assert (said["model"], said["source"], said["rate"]) == ("colours", 1, 3)
     assert said["bank"]["digest"] == bank.info.digest
+
+
+UNEVEN = Ladder("uneven", ToMe(), ((0, 0), (2, 0), (1, 5)), 16)
+
+
+def test_a_file_is_on_the_ladder_of_its_bank(tmp_path):
+    backbone = small_backbone()
+    ladder = replace(UNEVEN, rungs=(*UNEVEN.rungs, (5, 5)))
+    bank = random_bank(BackboneInfo.of(backbone), ladder=ladder)
+    path = export_model(backbone, 2, tmp_path / "model.onnx", bank)
+    delta = compose(bank, 0, 2)
+    assert_agrees(path, lambda images: forward(backbone.model, images, 2, delta, ladder=ladder))
+    said = about(path)
+    assert (said["method"], said["ladder"]) == ("tome", "uneven")
+    assert said["ladder_digest"] == digest(ladder)
+    with pytest.raises(ConfigError, match="'tiny' is for the ladder 'uneven', not for 'tome'"):
+        export_model(backbone, 2, tmp_path / "other.onnx", bank, ladder=TOME)
+
+
+def test_ladders_that_no_file_can_have_are_refused(tmp_path, monkeypatch):
+    backbone = small_backbone()
+    path = tmp_path / "model.onnx"
+    with pytest.raises(RateError, match=r"target rate must be in 0\.\.2, got 3"):
+        export_model(backbone, 3, path, ladder=UNEVEN)
+    tuned = replace(backbone, source=1, ladder=UNEVEN)
+    with pytest.raises(ConfigError, match="was tuned at rate 1 of the ladder 'uneven', not of"):
+        export_model(tuned, 2, path, ladder=TOME)
+
+    def broken(*_, **__):
+        raise torch.onnx.OnnxExporterError("no such operator\nand more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.onnx, "export", broken)
+        with pytest.raises(ConfigError, match="cannot export the method 'tome': no such operator$"):
+            export_model(tuned, 2, path)
+    monkeypatch.setattr(ToMe, "by_picture", True)
+    with pytest.raises(ConfigError, match="the method 'tome' decides by picture how many tokens"):
+        export_model(tuned, 2, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ladder_from_the_shell_must_be_for_the_model(tmp_path, capsys):
+    write_ladder(LadderInfo.of(UNEVEN), tmp_path / "ladder.json")
+    command = ["export-model", "bundled:deit_tiny_caltech101", str(tmp_path / "model.onnx")]
+    assert main([*command, "--rate", "1", "--ladder", str(tmp_path)]) == 2
+    assert "'uneven' is for 2 blocks, the model has 12" in capsys.readouterr().err

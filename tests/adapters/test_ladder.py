@@ -20,6 +20,14 @@ def test_what_is_written_is_read(ladder, tmp_path):
     assert info == read_ladder(path)
 
 
+def test_an_option_at_its_default_and_the_form_of_a_number_change_no_digest():
+    one = [Ladder("x", ToMe(importance=value), SMALL.rungs, 16) for value in (1, 1.0)]
+    assert digest(one[0]) == digest(one[1])
+    assert digest(one[0]) != digest(SMALL)
+    # As it was before the method had options.
+    assert digest(TOME).startswith("ff6d7e833ab5582d")
+
+
 def test_the_digest_is_of_what_it_does():
     other = Ladder("other", ToMe(), SMALL.rungs, SMALL.patches)
     assert digest(other) == digest(SMALL)

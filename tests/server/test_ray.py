@@ -181,9 +181,6 @@ def cluster(tiny, other_bank, tmp_path_factory) -> Iterator[Cluster]:
         # Ray keeps a token at home.
         ours = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": ray_folder}
         ours |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-        if sys.dont_write_bytecode:
-            # Five processes import the same: the first one compiles it for all.
-            ours |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
         environment = os.environ | ours
         with subprocess.Popen(
             [SERVE, "run", serve_file(folder, file, {})],

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from tocom import (
+    TOME,
     BackboneError,
+    Ladder,
     UnsupportedModelError,
     bundled_folder,
     forward,
@@ -19,6 +21,7 @@ from tocom import (
     trace,
 )
 from tocom.backbones import weights_digest
+from tocom.reduction import ToMe
 
 TINY = {"img_size": 32, "depth": 2, "num_classes": 7}
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -122,6 +125,22 @@ def test_a_source_that_is_no_rate_is_refused(folder, source):
     rewrite(folder, source_rate=source)
     with pytest.raises(BackboneError, match=rf"source_rate must be a whole .*, got {source!r}"):
         load_backbone(str(folder))
+
+
+def test_config_json_says_the_ladder_of_its_source(folder):
+    assert load_backbone(str(folder)).ladder == TOME
+    said = {"name": "x", "method": {"name": "tome"}, "patches": 4, "rungs": [[0, 0], [1, 0]]}
+    rewrite(folder, source_rate=1, ladder=said)
+    assert load_backbone(str(folder)).ladder == Ladder("x", ToMe(), ((0, 0), (1, 0)), 4)
+    for fault, message in (
+        ({"rungs": [[1]]}, "rung 0 of the ladder 'x' must be the stock model"),
+        ({"rungs": 1}, "TypeError"),
+        ({"method": {"name": "magic"}}, "there is no method 'magic'"),
+        ({"method": {}}, "KeyError"),
+    ):
+        rewrite(folder, ladder=said | fault)
+        with pytest.raises(BackboneError, match=f"ladder in config.json cannot be .*{message}"):
+            load_backbone(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,14 @@ from training.config import (
     FinetuneConfig,
     VtabConfig,
 )
+from training.ladders.search_config import LadderSearchConfig
 from training.presets import presets, read_recipe
 
 KINDS = {
+    "half-the-compute": (
+        LadderSearchConfig,
+        ["backbone.name=x", "pictures=[{path='a.tar'}]"],
+    ),
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "vtab1k-adaptformer": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),

@@ -1,7 +1,11 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.ats import ATS
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
@@ -17,11 +21,15 @@ from tocom.reduction.tome import ToMe
 
 __all__ = [
     "ATME",
+    "ATS",
     "Chosen",
     "Cut",
     "DPCKNN",
+    "DiffRate",
+    "EViT",
     "Fate",
     "KMedoids",
+    "MCTF",
     "METHODS",
     "Method",
     "Pattern",
@@ -29,6 +37,7 @@ __all__ = [
     "Seen",
     "ToMe",
     "Tokens",
+    "TopK",
     "Unit",
     "method_of",
     "options_of",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tocom.errors import ReductionError
-from tocom.merging import full_precision
+from tocom.precision import unrounded
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
 
 UPDATES = ("textbook", "reference")
@@ -100,7 +100,7 @@ class DPCKNN(Method):
 
 def distances(x: Tensor) -> Tensor:
     """Return the distances [B, N, N], in fp32, of tokens x [B, N, C]; 0 of each to itself."""
-    with full_precision(x.device):
+    with unrounded(x):
         x = x.detach().float()
         # As if from their mean: what tokens have in common would cost digits.
         x = x - x.mean(dim=1, keepdim=True)

@@ -114,6 +114,11 @@ class ATME(OnGrid):
                 f"what merges first in 'atme' is one of {', '.join(AXES)}, got {self.first!r}"
             )
 
+    def amounts(self, strength: float, depth: int, patches: int) -> tuple[int, ...]:
+        """Two merges, the second half-way from the first to the end; the earlier, the stronger."""
+        first = round((1 - strength) * depth)
+        return tuple(int(block in (first, (first + depth) // 2)) for block in range(depth))
+
     def leaving(self, amount: int, patches: int, grid: Grid) -> int:
         """Of each pair one."""
         rows, columns = merged_grid(*self._turn(patches, grid))

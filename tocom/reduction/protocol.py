@@ -10,12 +10,13 @@ Letters: B images, N tokens in, M tokens out, H heads, d their width.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+from tocom.precision import unrounded
 
 
 class Place(Enum):
@@ -65,8 +66,9 @@ class Fate(NamedTuple):
 class Chosen(NamedTuple):
     """The tokens that attention answers for."""
 
-    rows: Tensor  # [B, M] their positions, rising; padding repeats a position
+    rows: Tensor  # [B, M] their positions, prefix tokens first; padding repeats a position
     live: Tensor | None = None  # [B, M] False: padding
+    margin: Tensor | None = None  # [B] by how much the closest decision was taken
 
     def fate(self, tokens: int) -> Fate:
         """Return where `tokens` tokens went: whoever is not chosen is dropped."""
@@ -74,7 +76,7 @@ class Chosen(NamedTuple):
         into = self.rows.new_full((batch, tokens + 1), -1)
         rows = self.rows if self.live is None else self.rows.masked_fill(~self.live, tokens)
         out = torch.arange(left, device=rows.device).expand(batch, left)
-        return Fate(into.scatter(1, rows, out)[:, :tokens])
+        return Fate(into.scatter(1, rows, out)[:, :tokens], self.margin)
 
 
 class Cut(NamedTuple):
@@ -90,6 +92,8 @@ class Cut(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What the attention of a block saw, from which methods score tokens.
+
+    What is derived is computed anew each time that it is read.
 
     Attributes:
         q: [B, H, N, d] queries.
@@ -110,23 +114,24 @@ class Seen:
         """[B, N, d] the mean of the keys over the heads, in fp32 whatever the keys are."""
         return self.k.mean(dim=1, dtype=torch.float32)
 
-    @cached_property
+    @property
     def class_rows(self) -> Tensor:
         """[B, H, N] the attention of the class token, in fp32."""
         return self._attention(self.q[:, :, :1]).squeeze(2)
 
-    @cached_property
+    @property
     def class_attention(self) -> Tensor:
         """[B, N] the attention of the class token, mean over the heads, in fp32."""
         return self.class_rows.mean(dim=1)
 
-    @cached_property
+    @property
     def received(self) -> Tensor:
         """[B, N] the attention that each token receives, mean over heads and tokens, in fp32."""
         return self._attention(self.q).mean(dim=(1, 2))
 
     def _attention(self, q: Tensor) -> Tensor:
-        scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
+        with unrounded(q):
+            scores = (q.float() * self.scale) @ self.k.float().transpose(-2, -1)
         return (scores if self.bias is None else scores + self.bias.float()).softmax(dim=-1)
 
 
@@ -188,7 +193,7 @@ class Method(ABC):
         """
         if self.unit is Unit.REMOVED:
             return (round(strength * patches / 2),) * depth
-        stages = [depth // 4, depth // 2, 3 * depth // 4]
+        stages = [max(1, depth // 4), depth // 2, 3 * depth // 4]
         left = {at: int(patches * (1 - strength) ** (i + 1)) for i, at in enumerate(stages)}
         return tuple(max(1, left[i]) if i in left else 0 for i in range(depth))
 

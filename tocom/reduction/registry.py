@@ -5,8 +5,12 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.ats import ATS
+from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
+from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
 
@@ -19,6 +23,11 @@ METHODS: dict[str, type[Method]] = {
         DPCKNN,
         Pattern,
         ATME,
+        MCTF,
+        DiffRate,
+        TopK,
+        EViT,
+        ATS,
     )
 }  # fmt: skip
 

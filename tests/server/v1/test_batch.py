@@ -13,6 +13,7 @@ from server.app import create_app
 from server.settings import ApiKey
 from server.v1.batch import PATH
 from tests.server.conftest import picture, png, problem
+from tests.server.v1.conversation import Conversation, converse, settle
 from tests.server.works import Exact
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -120,60 +121,6 @@ def test_a_body_may_be_larger_than_others(client):
     assert len(answered) == body.count(b"\n")
 
 
-class Conversation:
-    """A request whose body and answer go on at the same time."""
-
-    def __init__(self, app, query: bytes = b"", headers=()):
-        self.to_read: asyncio.Queue = asyncio.Queue()
-        self.listening = asyncio.Event()
-        self.listening.set()
-        self._sent: asyncio.Queue = asyncio.Queue()
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": PATH,
-            "raw_path": PATH.encode(),
-            "root_path": "",
-            "scheme": "http",
-            "query_string": query,
-            "headers": [(b"content-type", b"application/x-ndjson"), *headers],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-        }
-        self.task = asyncio.create_task(app(scope, self.to_read.get, self._send))
-
-    async def _send(self, message) -> None:
-        await self.listening.wait()
-        self._sent.put_nowait(message)
-
-    def say(self, body: bytes, more_body: bool = True) -> None:
-        message = {"type": "http.request", "body": body, "more_body": more_body}
-        self.to_read.put_nowait(message)
-
-    def go(self) -> None:
-        self.to_read.put_nowait({"type": "http.disconnect"})
-
-    async def hear(self) -> dict | None:
-        """Return the next line; None at the end."""
-        message = await asyncio.wait_for(self._sent.get(), 60)
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message = await asyncio.wait_for(self._sent.get(), 60)
-        return json.loads(message["body"]) if message["body"] else None
-
-
-def converse(app, conversation):
-    """Run an application and a conversation with it on one event loop."""
-
-    async def run():
-        async with app.router.lifespan_context(app):
-            await asyncio.wait_for(conversation(app), 60)
-
-    asyncio.run(run())
-
-
 class Held:
     """Lets images be decoded one by one, and counts those that began."""
 
@@ -232,12 +179,6 @@ def test_no_more_images_are_read_than_are_worked_on(settings, photo, held, monke
 
     small = settings.model_copy(update={"batch_window": 2, "decode_threads": 1})
     converse(create_app(small), talk)
-
-
-async def settle() -> None:
-    """Let an application do all that it can do without other threads."""
-    for _ in range(100):
-        await asyncio.sleep(0)
 
 
 def test_reading_stops_when_enough_is_unread(settings, photo, monkeypatch):

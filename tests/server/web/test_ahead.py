@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from server.web.ahead import AHEAD, Ahead
+from tests.server.v1.conversation import settle
 from tests.server.works import PATIENCE
 
 GONE = {"type": "http.disconnect"}
@@ -27,11 +28,6 @@ def run(talk, *messages):
         watch.cancel()
 
     asyncio.run(both())
-
-
-async def settle() -> None:
-    for _ in range(100):
-        await asyncio.sleep(0)
 
 
 def test_a_body_is_passed_on_whole():

@@ -9,9 +9,9 @@ import pytest
 
 from adapters.ladder import read_ladder
 from tocom import ConfigError, ReductionError, cost, load_backbone
-from training import search as module
-from training.search import search
-from training.search_config import LadderSearchConfig
+from training.ladders import search as module
+from training.ladders.search import search
+from training.ladders.search_config import LadderSearchConfig
 
 SHARES = (0.95, 0.85, 0.75)
 

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from training.config import BackboneConfig, Name, PicturesConfig, Recipe
+from training.config import BackboneConfig, Name, PicturesConfig
+from training.recipe import Recipe
 
 
 class LadderSearchConfig(Recipe):

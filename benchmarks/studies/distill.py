@@ -1,6 +1,6 @@
 r"""What each choice of the distillation recipe gives: one change at a time, several seeds.
 
-    python benchmarks/distill_study.py --folder runs/study --seeds 0 1 2 \
+    python benchmarks/studies/distill.py --folder runs/study --seeds 0 1 2 \
         --measure eval.tar backbone.name=... 'pictures=[{path="pictures.tar"}]'
 
 Every arm is a run of `tocom-train distill` from one preset with some keys changed, and a

@@ -27,11 +27,11 @@ from adapters.ladder import LadderInfo, write_ladder
 from tocom import Backbone, ConfigError, Ladder, Variant, cost
 from tocom.reduction import Method, Unit, method_of
 from tocom.vit import embed, outputs
+from training.ladders.search_config import LadderSearchConfig
 from training.measuring import claim, compare, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.pictures.sets import open_pictures
 from training.plot import plot_search
-from training.search_config import LadderSearchConfig
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)

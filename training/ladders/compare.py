@@ -25,9 +25,10 @@ from tqdm import tqdm
 from adapters.durable import replace_file
 from adapters.ladder import read_ladder
 from tocom import Backbone, ConfigError, Ladder, Variant, cost
-from tocom.reduction import Method, method_of
+from tocom.reduction import method_of
 from tocom.vit import embed, outputs
-from training.compare_config import CompareConfig, EntryConfig
+from training.ladders.chosen import usual_ladder
+from training.ladders.compare_config import CompareConfig, EntryConfig
 from training.measuring import Measurement, claim, compare, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.plot import plot_compare
@@ -93,33 +94,6 @@ def compare_methods(config: CompareConfig, folder: Path) -> Path:
     return path
 
 
-def ladder_of(
-    method: Method, model: VisionTransformer, shares: Sequence[float], name: str
-) -> Ladder:
-    """Return a method's usual ladder with rungs that cost at most these shares of rung 0.
-
-    A share that the method cannot reach gives no rung.
-    """
-    depth, patches = len(model.blocks), model.patch_embed.num_patches
-    whole = cost(model).macs
-
-    def macs(amounts: tuple[int, ...]) -> int:
-        ladder = Ladder(name, method, ((0,) * depth, amounts), patches)
-        return cost(model, 1, ladder=ladder).macs
-
-    rungs = [(0,) * depth]
-    for share in shares:
-        low, high = 0.0, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
-            amounts = method.amounts(middle, depth, patches)
-            low, high = (low, middle) if macs(amounts) <= share * whole else (middle, high)
-        amounts = method.amounts(high, depth, patches)
-        if macs(amounts) <= share * whole and amounts != rungs[-1]:
-            rungs.append(amounts)
-    return Ladder(name, method, tuple(rungs), patches)
-
-
 def _candidates(config: CompareConfig, backbone: Backbone) -> Iterator[Candidate]:
     model, adapter = backbone.model, backbone.adapter
     stock = Candidate("stock", 0, cost(model).macs, model, Variant(0, None, adapter))
@@ -150,7 +124,7 @@ def _ladder(entry: EntryConfig, config: CompareConfig, model: VisionTransformer)
         return read_ladder(entry.ladder).ladder()
     assert entry.method is not None
     method = method_of(entry.method, entry.options)
-    return ladder_of(method, model, config.shares, entry.name or entry.method)
+    return usual_ladder(method, model, config.shares, entry.name or entry.method)
 
 
 @torch.inference_mode()

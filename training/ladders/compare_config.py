@@ -4,7 +4,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from training.config import BackboneConfig, Name, PicturesConfig, Recipe
+from training.config import BackboneConfig, Name, PicturesConfig
+from training.ladders.choice import SHARES, Shares
+from training.recipe import Recipe
 
 
 class EntryConfig(Recipe):
@@ -39,8 +41,8 @@ class CompareConfig(Recipe):
     )
     labelled: bool = Field(True, description="whether the pictures' classes are the model's")
     entries: tuple[EntryConfig, ...] = Field(min_length=1)
-    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.87, 0.74, 0.62, 0.5),
+    shares: Shares = Field(
+        SHARES,
         description="multiply-adds of the rungs of methods, as shares of the stock model's",
     )
     pixels: tuple[Annotated[int, Field(gt=0)], ...] = Field(

@@ -10,8 +10,9 @@ import torch
 from adapters.ladder import LadderInfo, write_ladder
 from tocom import Ladder, ReductionError, cost, forward, load_backbone
 from tocom.reduction import METHODS, ToMe, method_of
-from training.compare import compare_methods, ladder_of
-from training.compare_config import CompareConfig
+from training.ladders.chosen import usual_ladder
+from training.ladders.compare import compare_methods
+from training.ladders.compare_config import CompareConfig
 from training.pictures.batches import evaluation_batches
 
 RUNGS = ((0, 0), (3, 0), (6, 2))
@@ -72,7 +73,7 @@ def test_figures_are_those_of_single_forwards(
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_usual_ladder(name: str, model_folder: Path) -> None:
     model, method = load_backbone(str(model_folder)).model, method_of(name)
-    ladder = ladder_of(method, model, (0.95, 0.85, 0.75), name)
+    ladder = usual_ladder(method, model, (0.95, 0.85, 0.75), name)
     assert ladder.top
     shares = [cost(model, rung, ladder=ladder).macs for rung in range(ladder.top + 1)]
     assert shares == sorted(shares, reverse=True)

@@ -1,0 +1,24 @@
+"""What options of methods may be."""
+
+import sys
+
+from tocom.errors import ReductionError
+
+
+def check_number(method: str, option: str, value: object, most: float = sys.float_info.max) -> None:
+    """Check that an option is a finite number of 0 or more.
+
+    Args:
+        method, option: their names, for the error.
+        value: of the option.
+        most: what it may be at most.
+
+    Raises:
+        ReductionError: naming what is allowed, if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        open_end = most == sys.float_info.max
+        allowed = "a number of 0 or more" if open_end else f"a number from 0 to {most:g}"
+        raise ReductionError(
+            f"the option {option!r} of the method {method!r} must be {allowed}, got {value!r}"
+        )

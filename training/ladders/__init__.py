@@ -1,0 +1,1 @@
+"""Ladders: searched, and compared with others."""
