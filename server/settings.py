@@ -62,7 +62,7 @@ class ModelSettings(BaseModel):
         default=(),
         description="what rates may mean, the default first: ladder.json files or their folders, "
         "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
-        "bank's, without a bank `tome`",
+        "bank's; without a bank the one that the model was tuned on, mostly `tome`",
     )
 
 

@@ -31,14 +31,17 @@ def open_ladders(
 ) -> tuple[Opened, ...]:
     """Return the ladders of a model, the default one first.
 
+    Where the settings name none it is the bank's; without a bank the one that the model was tuned
+    on, which for most is the paper's.
+
     Raises:
         ConfigError: if one cannot be read, the backbone cannot have it, or two are alike.
     """
-    names = settings.ladders or (PAPERS if bank is None else OF_BANK,)
+    own = backbone.ladder if bank is None else bank.ladder
     opened: list[Opened] = []
-    for name in names:
+    for name in settings.ladders or (None,):
         try:
-            new = _open(name, bank)
+            new = Opened(own) if name is None else _open(name, bank)
             new.ladder.check(backbone.model)
         except ReductionError as error:
             raise ConfigError(f"model {settings.name!r}: {error}") from error

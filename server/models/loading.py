@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 
-from adapters import Bank, Store, open_bank, open_task
+from adapters import Store, open_bank, open_task
 from adapters.schema import first_fault
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
@@ -19,7 +19,7 @@ from server.models.served import ServedModel
 from server.models.weights import Backbones
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
-from tocom import TOME, Backbone, ConfigError, Ladder, cost
+from tocom import Backbone, ConfigError, Ladder, cost
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,9 @@ def load_model(
         )
     bank = open_bank(settings.bank, store) if settings.bank is not None else None
     opened = open_ladders(settings, backbone, bank)
-    tuned_on = _tuned_on(settings, bank, opened[0].ladder)
-    source = backbone.source if settings.source is None else settings.source
+    source, tuned_on = backbone.source, backbone.ladder
+    if settings.source is not None:
+        source, tuned_on = settings.source, opened[0].ladder if bank is None else bank.ladder
     if source and not any(are_same(each.ladder, tuned_on) for each in opened):
         raise ConfigError(
             f"model {settings.name!r} was tuned at rate {source} of the ladder {tuned_on.name!r}: "
@@ -122,13 +123,6 @@ def _controller(backbone: Backbone, ladder: Ladder, max_batch: int, slo: float) 
     size = backbone.input_size[1:]
     times = ServiceTimes(lambda rate: cost(backbone.model, rate, size, ladder=ladder).macs)
     return Controller(times, max_batch, slo)
-
-
-def _tuned_on(settings: ModelSettings, bank: Bank | None, first: Ladder) -> Ladder:
-    """Return the ladder that the model's source rate is of."""
-    if settings.source is None:
-        return TOME
-    return first if bank is None else bank.ladder
 
 
 def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:

@@ -1,6 +1,7 @@
 """Which ladders a model is served on, and what it does on each."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from timm.models import save_for_hf
 
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import ladder_entries, tensor_shapes
+from adapters.ladder import LadderInfo
 from server.models.loading import load_model
 from server.settings import ModelSettings
 from tests.server.conftest import MAX_RATE
@@ -138,6 +140,18 @@ def test_a_source_is_a_rate_of_one_ladder(tiny, tmp_path, bank_of):
     tuned = load_model(settings)
     with pytest.raises(ConfigError, match=r"tuned on another one, 'tome', at rate 3"):
         tuned.with_bank(Bank.load(bank_of(UNEVEN)))
+
+
+def test_a_model_says_on_which_ladder_it_was_tuned(tiny, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    ladder = LadderInfo.of(UNEVEN).model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config | {"source_rate": 2, "ladder": ladder}))
+    settings = ModelSettings(name="tuned", backbone=str(folder))
+    model = load_model(settings)
+    assert (model.ladder, model.source, model.backbone.source) == (UNEVEN, 2, 2)
+    with pytest.raises(ConfigError, match="was tuned at rate 2 of the ladder 'uneven': name that"):
+        load_model(settings.model_copy(update={"bank": tiny.bank}))
 
 
 def test_a_model_that_was_tuned_on_a_ladder_that_is_not_named(tiny, tmp_path):
