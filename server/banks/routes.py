@@ -16,10 +16,11 @@ from server.web.access import require_admin
 from server.web.body import FORM, JSON, content_type, read_json
 from server.web.problems import described
 from server.web.serving import held
+from tocom import TOME
 
 PATH = "/v1/banks"
 
-_SHOWN = {"name", "digest", "max_rate", "rank", "targets", "backbone"}
+_SHOWN = {"name", "digest", "method", "max_rate", "rank", "targets", "backbone"}
 _HOW = f"curl -F info=@bank.json -F plugins=@plugins.safetensors .../{PATH[1:]}"
 _FILE = {"type": "string", "format": "binary"}
 _UPLOAD = {
@@ -38,6 +39,8 @@ class BankEntry(BaseModel):
     name: str
     digest: str = Field(description="SHA-256 of its content")
     origin: Origin = Field(description="who keeps it; only the store's can be deleted")
+    ladder: str = Field(description="what it is for: the ladder that its rates are of")
+    method: str = Field(description="of the ladder")
     max_rate: int
     rank: int = Field(description="width of one step's low-rank pair")
     targets: list[str]
@@ -178,6 +181,7 @@ def _entry(bank: Known, banks: Banks) -> dict[str, object]:
     shapes = tensor_shapes(bank.info).values()
     return bank.info.model_dump(include=_SHOWN) | {
         "origin": bank.origin,
+        "ladder": bank.info.ladder.name if bank.info.ladder else TOME.name,
         "parameters": sum(math.prod(shape) for shape in shapes),
         "models": banks.users(bank.info.digest),
     }

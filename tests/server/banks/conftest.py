@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save
 
 from adapters import BackboneInfo, Bank, BankInfo, Geometry, Store
-from adapters.bank import tensor_shapes
+from adapters.bank import ladder_entries, tensor_shapes
 from server.banks import routes as bank_routes
 from server.banks.catalogue import Banks
 from server.models.loading import load_model
@@ -19,7 +19,7 @@ from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.problems import add_handlers
 from tests.server.conftest import MAX_RATE
 from tests.tocom_models import small_model
-from tocom import load_backbone
+from tocom import TOME, Ladder, load_backbone
 
 KEY = "admin-" + "a" * 16
 MAX_BYTES = 500_000
@@ -70,8 +70,15 @@ def admin(app) -> TestClient:
 def make_bank(model_folder):
     backbone = BackboneInfo.of(load_backbone(str(model_folder)))
 
-    def make(seed: int = 0, name: str = "new", max_rate: int = MAX_RATE, **changes) -> Bank:
+    def make(
+        seed: int = 0,
+        name: str = "new",
+        max_rate: int = MAX_RATE,
+        ladder: Ladder = TOME,
+        **changes,
+    ) -> Bank:
         info = BankInfo(
+            **ladder_entries(ladder),
             name=name,
             backbone=backbone.model_copy(update=changes),
             max_rate=max_rate,

@@ -24,6 +24,8 @@ def test_banks_that_are_served_and_bundled_are_listed(admin, served):
         "name": "tiny",
         "digest": served.bank.info.digest,
         "origin": "configuration",
+        "ladder": "tome",
+        "method": "tome",
         "max_rate": MAX_RATE,
         "rank": 2,
         "targets": ["q", "v"],

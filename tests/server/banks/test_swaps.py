@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from adapters import compose
+from adapters import Bank, compose
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
 from server.errors import UnusableBankError
@@ -21,6 +21,7 @@ from server.models.served import ServedModel
 from server.models.weights import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem
+from tests.server.ladders import CLUSTERS, UNEVEN, on_ladders
 from tocom import FoldedWeights, fold, forward
 
 
@@ -41,6 +42,32 @@ def test_a_bank_is_attached(admin, registry, served, make_bank, swaps):
     assert registry.get("bare").bank is None
     assert listed(admin)["new"]["models"] == ["tiny"]
     assert swaps == ["ok"]
+
+
+def test_a_bank_goes_to_the_ladder_that_it_is_for(
+    admin, registry, store, make_bank, tiny, tmp_path, swaps
+):
+    registry.replace(load_model(on_ladders(tiny, tmp_path, "rings", "tome", "uneven")))
+    assert [listed(admin)["tiny"][key] for key in ("ladder", "models")] == ["tome", ["tiny"]]
+    bank = make_bank(ladder=UNEVEN, max_rate=3)
+    store.publish(bank)
+    answer = attach(admin, "tiny", "new").json()
+    assert (answer["old_digest"], answer["new_digest"]) == (
+        Bank.load(tiny.bank).info.digest,
+        bank.info.digest,
+    )
+    model = registry.get("tiny")
+    assert [each.bank_digest for each in model.ladders] == [None, None, bank.info.digest]
+    assert [listed(admin)["new"][key] for key in ("ladder", "models")] == ["uneven", ["tiny"]]
+    store.publish(make_bank(ladder=CLUSTERS, max_rate=2, name="other"))
+    refused = attach(admin, "tiny", "other")
+    assert refused.status_code == 422
+    assert "is for the ladder 'clusters', on which the model 'tiny' is not served" in problem(
+        refused
+    )
+    admin.delete("/v1/models/tiny/bank")
+    assert [each.bank for each in registry.get("tiny").ladders] == [None] * 3
+    assert swaps == ["ok", "failed", "ok"]
 
 
 def test_its_weights_are_folded_before_it_is_seen(admin, registry, store, make_bank, monkeypatch):
