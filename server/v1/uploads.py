@@ -186,7 +186,8 @@ def _parse(body: bytes | bytearray, limit: int) -> Upload:
         (fault, *_) = error.errors(include_url=False, include_input=False)
         if fault["type"] == "json_invalid":
             raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
-        raise ParameterError(f"the body's {first_fault(error)}") from None
+        of = "'s" if error.errors(include_input=False)[0]["loc"] else ":"
+        raise ParameterError(f"the body{of} {first_fault(error)}") from None
     _check_count(len(images), limit)
     return Upload([image.b64 for image in images], single=False)
 

@@ -10,10 +10,12 @@ from training.config import (
     FinetuneConfig,
     VtabConfig,
 )
+from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.presets import presets, read_recipe
 
 KINDS = {
+    "methods": (CompareConfig, ["backbone.name=x", "pictures.path=a.tar"]),
     "half-the-compute": (
         LadderSearchConfig,
         ["backbone.name=x", "pictures=[{path='a.tar'}]"],

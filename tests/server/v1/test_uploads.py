@@ -79,7 +79,7 @@ def nested(depth: int) -> list:
             "a body of type application/x-www-form-urlencoded is not read here: send the image",
         ),
         ({"json": {"file": "x"}}, 422, "the body's images: Field required"),
-        ({"json": []}, 422, "the body's : Input should be"),
+        ({"json": []}, 422, "the body: Input should be"),
         ({"json": {"images": []}}, 422, "images: List should have at least 1 item"),
         ({"json": {"images": ["AA=="] * 65}}, 413, "the request has 65 or more images"),
         ({"json": {"images": ["AA==", "A"]}}, 422, "images.1.b64: Value error, this is not base64"),
