@@ -3,6 +3,7 @@
 Starlette reads a form as a whole, so that a stream of files would end in memory or on disk.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from starlette.requests import Request
 
 from server.errors import BadRequestError, TooLargeError
 
+#: Bytes after which the event loop gets a turn.
+UNBROKEN = 2**21
 #: Name of the form field that holds an image; it may be repeated.
 FIELD = "file"
 
@@ -73,7 +76,13 @@ async def read_files(request: Request, max_bytes: int) -> AsyncIterator[File]:
             options[b"boundary"],
             config={"MAX_MEMORY_FILE_SIZE": float("inf")},
         )
+        unbroken = 0
         async for chunk in request.stream():
+            # What has arrived already is read without a pause: others get their turns.
+            unbroken += len(chunk)
+            if unbroken >= UNBROKEN:
+                unbroken = 0
+                await asyncio.sleep(0)
             parser.write(chunk)
             unfinished = 0 if arrived else unfinished + len(chunk)
             _check_size(unfinished, max_bytes)
