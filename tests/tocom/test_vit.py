@@ -321,13 +321,14 @@ def test_the_head_reads_the_same_where_the_last_block_is_cut_short(kind):
         assert answer.states == ()
 
 
-@pytest.mark.parametrize("kind", ["vit_tiny", "global_pool"])
-@pytest.mark.parametrize("rate", [0, 4])
-def test_torch_compiles_it_as_one_graph(kind, rate):
-    model = small_model(kind)
-    images = pictures(model)
-    compiled = torch.compile(forward, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(model, images, rate), forward(model, images, rate))
+# One test, for one process: importing torch's compiler takes longer than all that it does here.
+def test_torch_compiles_it_as_one_graph():
+    for kind in ("vit_tiny", "global_pool"):
+        model = small_model(kind)
+        images = pictures(model)
+        for rate in (0, 4):
+            compiled = torch.compile(forward, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(model, images, rate), forward(model, images, rate))
 
 
 # --- a rate is an argument, not a state
