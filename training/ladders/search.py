@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters.durable import replace_file
-from adapters.ladder import LadderInfo, write_ladder
-from tocom import Backbone, ConfigError, Ladder, Variant, cost
+from adapters.ladder import LadderInfo, read_ladder, write_ladder
+from tocom import Backbone, ConfigError, Ladder, Plan, Variant, cost
 from tocom.reduction import Method, Unit, method_of
 from tocom.vit import embed, outputs
 from training.ladders.search_config import LadderSearchConfig
@@ -232,7 +232,13 @@ class Search:
 
     def _start(self, cheaper: Found | None, target: float) -> Removed:
         """Return where a walk begins: the cheaper rung with less of it, or the same everywhere."""
-        shape = (self.patches,) * self.depth if cheaper is None else cheaper.removed
+        if cheaper is not None:
+            shape = cheaper.removed
+        elif self.config.start is not None:
+            begun = read_ladder(self.config.start).ladder()
+            shape = self._plan(begun, begun.top or 0).removed
+        else:
+            shape = (self.patches,) * self.depth
         low, high = 0.0, 1.0
         for _ in range(20):
             middle = (low + high) / 2
@@ -294,11 +300,14 @@ class Search:
 
     def _clipped(self, removed: Removed) -> Removed:
         """Return what is really removed."""
-        plan = self.ladder(removed).plan(
-            1, self.depth, self.patches + self.backbone.model.num_prefix_tokens,
-            self.backbone.model.num_prefix_tokens, self.backbone.model.patch_embed.grid_size,
-        )  # fmt: skip
-        return plan.removed
+        return self._plan(self.ladder(removed), 1).removed
+
+    def _plan(self, ladder: Ladder, rung: int) -> Plan:
+        model = self.backbone.model
+        prefix: int = model.num_prefix_tokens
+        return ladder.plan(
+            rung, self.depth, self.patches + prefix, prefix, model.patch_embed.grid_size
+        )
 
     def _macs(self, removed: Removed) -> int:
         return cost(self.backbone.model, 1, ladder=self.ladder(removed)).macs

@@ -31,6 +31,9 @@ class LadderSearchConfig(Recipe):
         min_length=1,
         description="multiply-adds of rungs 1, 2, ... as shares of rung 0's, falling",
     )
+    start: str | None = Field(
+        None, description="a ladder.json of the model whose cheapest rung the search begins with"
+    )
     tries: int = Field(300, gt=0, description="changes that are tried for each rung")
     place_cost: float = Field(
         0.005,

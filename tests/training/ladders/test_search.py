@@ -33,7 +33,7 @@ def config(pictures: Path, model_folder: Path, **changes: Any) -> LadderSearchCo
     )
 
 
-@pytest.mark.parametrize("method", ["tome"])
+@pytest.mark.parametrize("method", ["tome", "dpcknn"])
 def test_rungs_are_within_their_budgets_and_nested(
     method: str, pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +87,16 @@ def test_a_killed_search_goes_on_to_the_same_ladder(
     assert search(config(pictures, model_folder), tmp_path / "part").read_text() == whole
     # A finished one is returned as it is.
     assert search(config(pictures, model_folder), tmp_path / "part").read_text() == whole
+
+
+def test_a_search_may_begin_with_another_ladder(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    begun = search(config(pictures, model_folder, tries=40), tmp_path / "begun")
+    asked = config(pictures, model_folder, tries=1, start=str(begun))
+    found = read_ladder(search(asked, tmp_path / "found"))
+    before = read_ladder(begun).evidence["rows"][-1]["kl_search"]
+    assert found.evidence["rows"][-1]["kl_search"] <= before * 1.05  # but for the cost of places
 
 
 def test_options_are_searched_along(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
