@@ -219,15 +219,15 @@ class Search:
                     hopeless = self._hopeless(figures)
             bar.update()
             bar.set_postfix_str(f"rung {rung}: {best.loss:.4f}", refresh=False)
-            if best.tries % self.config.save_every == 0 or best.tries == self.config.tries:
-                self.found[rung] = best
-                self._save()
             if cheaper is None and best.tries == self.config.tries // 2:
                 self._choose_options(best.removed)
                 figures = self._figures(best.removed)
                 loss = self._loss(best.removed, figures)
                 best = replace(best, loss=loss, options=self._options())
                 hopeless = self._hopeless(figures)
+            if best.tries % self.config.save_every == 0 or best.tries == self.config.tries:
+                self.found[rung] = best
+                self._save()
         self.found[rung] = best
 
     def _start(self, cheaper: Found | None, target: float) -> Removed:
@@ -319,7 +319,7 @@ class Search:
         left, amounts = self.patches, []
         for each in removed:
             left -= each
-            amounts.append(left if each else 0)
+            amounts.append(max(1, left) if each else 0)
         return tuple(amounts)
 
     def _figures(self, removed: Removed, hopeless: Sequence[float] = ()) -> Tensor:
