@@ -73,10 +73,20 @@ def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("method", [ToMe(importance=0.05), ToMe(size=0.1), ToMe(0.1, 0.2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ToMe(importance=0.05),
+        ToMe(size=0.1),
+        ToMe(0.1, 0.2),
+        ToMe(metric="tokens"),
+        ToMe(weight="class"),
+        ToMe(0.1, 0.2, "tokens", "class"),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_penalties_agree_with_the_eager_forward(kind, method, fused):
-    model, ladder = small_model(kind), Ladder("penalties", method)
+def test_options_agree_with_the_eager_forward(kind, method, fused):
+    model, ladder = small_model(kind), Ladder("options", method)
     if method.refuse(model) is not None:
         return
     for block in model.blocks:

@@ -255,8 +255,7 @@ class _Builder:
             y, seen = self._attention(block, f"blocks.{i}.attn", x, bias, queries)
             x = ops.add(self._first(x, queries), self._scaled(block.ls1, y))
             if removed and queries is None:
-                penalty = self._penalty(method, seen, size)
-                x, size = self._merge(x, size, seen.keys, penalty, removed)
+                x, size = self._merge(method, x, size, seen, removed)
             y = self._scaled(
                 block.ls2, self._mlp(block.mlp, f"blocks.{i}.mlp", self._norm(block.norm2, x))
             )
@@ -318,30 +317,36 @@ class _Builder:
         down, up = self._branches[block]
         return _product(ops.relu(_product(x, down)), up)
 
-    def _penalty(self, method: ToMe, seen: "_Seen", size: Any) -> Any:
+    def _class_attention(self, seen: "_Seen") -> Any:
+        """Return the attention of the class token [B, N, 1], mean over the heads, times N."""
+        first = ops.slice(seen.q, [0], [1], [1], [2])  # [B, H, 1, d]
+        first = ops.multiply(first, np.float32(seen.scale))
+        scores = ops.matmul(first, seen.k, False, True)
+        scores = scores if seen.log is None else ops.add(scores, seen.log)
+        share = ops.reduce_mean(ops.softmax(scores, -1), [1], False)  # [B, 1, N]
+        share = ops.multiply(share, np.float32(share.shape[2]))
+        return ops.transpose(ops.maximum(share, np.float32(1e-12)), [0, 2, 1])
+
+    def _penalty(self, method: ToMe, attention: Any, size: Any) -> Any:
         """Return what `ToMe` takes off similarities for each token [B, N, 1]; None: nothing."""
         penalty = None
         if method.importance:
-            first = ops.slice(seen.q, [0], [1], [1], [2])  # [B, H, 1, d]
-            first = ops.multiply(first, np.float32(seen.scale))
-            scores = ops.matmul(first, seen.k, False, True)
-            scores = scores if seen.log is None else ops.add(scores, seen.log)
-            share = ops.reduce_mean(ops.softmax(scores, -1), [1], False)  # [B, 1, N]
-            share = ops.multiply(share, np.float32(share.shape[2]))
-            logarithm = ops.log(ops.maximum(share, np.float32(1e-12)))
-            penalty = ops.multiply(
-                ops.transpose(logarithm, [0, 2, 1]), np.float32(method.importance)
-            )
+            penalty = ops.multiply(ops.log(attention), np.float32(method.importance))
         if method.size and size is not None:
             sizes = ops.multiply(ops.log(size), np.float32(method.size))
             penalty = sizes if penalty is None else ops.add(penalty, sizes)
         return penalty
 
-    def _merge(self, x: Any, size: Any, keys: Any, penalty: Any, removed: int) -> tuple[Any, Any]:
-        """Match and merge as `merging` does; only tokens of set B can change."""
-        length = ops.maximum(ops.reduce_l2(keys, [2], True), np.float32(1e-12))
-        keys = ops.divide(keys, length)
-        scores = ops.matmul(self._a(keys), self._b(keys), False, True)
+    def _merge(
+        self, method: ToMe, x: Any, size: Any, seen: "_Seen", removed: int
+    ) -> tuple[Any, Any]:
+        """Match and merge as `ToMe` does; only tokens of set B can change."""
+        attention = self._class_attention(seen) if method.needs_class else None
+        penalty = self._penalty(method, attention, size)
+        metric = x if method.metric == "tokens" else seen.keys
+        length = ops.maximum(ops.reduce_l2(metric, [2], True), np.float32(1e-12))
+        metric = ops.divide(metric, length)
+        scores = ops.matmul(self._a(metric), self._b(metric), False, True)
         if penalty is not None:
             scores = ops.subtract(scores, self._a(penalty))
             scores = ops.subtract(scores, ops.transpose(self._b(penalty), [0, 2, 1]))
@@ -356,17 +361,25 @@ class _Builder:
             size = ops.constant(np.ones((*x.shape[:2], 1), np.float32))
 
         into = ops.gather_elements(partner, chosen, 1)  # [B, r, 1]
-        moved_size = ops.gather_elements(self._a(size), chosen, 1)
-        moved = ops.multiply(self._rows(self._a(x), chosen), moved_size)
-        size_b = ops.scatter_elements_update(self._b(size), into, moved_size, 1, "sum")
-        x_b = ops.multiply(self._b(x), self._b(size))
+        size_b = self._sums(size, chosen, into)
+        by_class = method.weight == "class"
+        weight = attention if by_class else size
+        moved_weight = ops.gather_elements(self._a(weight), chosen, 1)
+        moved = ops.multiply(self._rows(self._a(x), chosen), moved_weight)
+        x_b = ops.multiply(self._b(x), self._b(weight))
         x_b = ops.scatter_elements_update(x_b, ops.broadcast(into, moved.shape), moved, 1, "sum")
-        tokens = [self._rows(self._a(x), rest), ops.divide(x_b, size_b)]
+        whole = self._sums(weight, chosen, into) if by_class else size_b
+        tokens = [self._rows(self._a(x), rest), ops.divide(x_b, whole)]
         sizes = [ops.gather_elements(self._a(size), rest, 1), size_b]
         if self._prefix:
             tokens.insert(0, self._first(x, self._prefix))
             sizes.insert(0, self._first(size, self._prefix))
         return ops.concat(tokens, 1), ops.concat(sizes, 1)
+
+    def _sums(self, x: Any, chosen: Any, into: Any) -> Any:
+        """Return what set B has of x [B, N, 1] when the chosen of A joined it."""
+        moved = ops.gather_elements(self._a(x), chosen, 1)
+        return ops.scatter_elements_update(self._b(x), into, moved, 1, "sum")
 
     def _a(self, x: Any) -> Any:
         """Return the tokens of set A, those at even positions, without prefix tokens."""

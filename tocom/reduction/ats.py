@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tocom.errors import ReductionError
+from tocom.reduction.options import check_one_of
 from tocom.reduction.protocol import Chosen, Cut, Method, Place, Seen, Tokens, Unit
 
 VARIANTS = ("paper", "tokenreduction", "official")
@@ -42,10 +42,7 @@ class ATS(Method):
 
     def __post_init__(self) -> None:
         """Raise ReductionError if there is no such variant."""
-        if self.variant not in VARIANTS:
-            raise ReductionError(
-                f"the variant of 'ats' is one of {', '.join(VARIANTS)}, got {self.variant!r}"
-            )
+        check_one_of(self.name, "variant", self.variant, VARIANTS)
 
     def choose(self, tokens: Tokens, seen: Seen, cut: Cut) -> Chosen:
         """Sample patch tokens and put them behind the prefix tokens."""

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tocom.errors import ReductionError
 from tocom.precision import unrounded
+from tocom.reduction.options import check_one_of, check_whole
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
 
 UPDATES = ("textbook", "reference")
@@ -42,11 +42,8 @@ class KMedoids(Method):
 
     def __post_init__(self) -> None:
         """Raise ReductionError if an option has a value that it cannot have."""
-        _check_whole("kmedoids", "iterations", self.iterations, least=0)
-        if self.update not in UPDATES:
-            raise ReductionError(
-                f"the update of 'kmedoids' is one of {', '.join(UPDATES)}, got {self.update!r}"
-            )
+        check_whole(self.name, "iterations", self.iterations, least=0)
+        check_one_of(self.name, "update", self.update, UPDATES)
 
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Cluster the patch tokens and keep the medoids."""
@@ -82,7 +79,7 @@ class DPCKNN(Method):
 
     def __post_init__(self) -> None:
         """Raise ReductionError if the option has a value that it cannot have."""
-        _check_whole("dpcknn", "neighbours", self.neighbours, least=1)
+        check_whole(self.name, "neighbours", self.neighbours, least=1)
 
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Cluster the patch tokens and keep the means."""
@@ -219,10 +216,3 @@ def _joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens,
         return tokens, None
     front = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
     return tokens, Fate(torch.cat([front, prefix + cluster], dim=1))
-
-
-def _check_whole(method: str, option: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ReductionError(
-            f"{option} of {method!r} must be a whole number of {least} or more, got {value!r}"
-        )

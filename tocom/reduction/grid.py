@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tocom.errors import ReductionError
+from tocom.reduction.options import check_one_of
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
 
 Grid = tuple[int, int]
@@ -68,10 +68,7 @@ class Pattern(OnGrid):
 
     def __post_init__(self) -> None:
         """Raise ReductionError if there is no such norm."""
-        if self.norm not in NORMS:
-            raise ReductionError(
-                f"the norm of 'pattern' is one of {', '.join(NORMS)}, got {self.norm!r}"
-            )
+        check_one_of(self.name, "norm", self.norm, NORMS)
 
     def leaving(self, amount: int, patches: int, grid: Grid) -> int:
         """Of the counts that whole rings leave, the nearest to `amount`."""
@@ -109,10 +106,7 @@ class ATME(OnGrid):
 
     def __post_init__(self) -> None:
         """Raise ReductionError if there is no such direction."""
-        if self.first not in AXES:
-            raise ReductionError(
-                f"what merges first in 'atme' is one of {', '.join(AXES)}, got {self.first!r}"
-            )
+        check_one_of(self.name, "first", self.first, AXES)
 
     def amounts(self, strength: float, depth: int, patches: int) -> tuple[int, ...]:
         """Two merges, the second half-way from the first to the end; the earlier, the stronger."""

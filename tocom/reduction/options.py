@@ -22,3 +22,29 @@ def check_number(method: str, option: str, value: object, most: float = sys.floa
         raise ReductionError(
             f"the option {option!r} of the method {method!r} must be {allowed}, got {value!r}"
         )
+
+
+def check_one_of(method: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check that an option is one of the words that it may be.
+
+    Raises:
+        ReductionError: naming what is allowed, if it is not.
+    """
+    if value not in allowed:
+        raise ReductionError(
+            f"the option {option!r} of the method {method!r} must be one of "
+            f"{', '.join(allowed)}, got {value!r}"
+        )
+
+
+def check_whole(method: str, option: str, value: object, least: int) -> None:
+    """Check that an option is a whole number of `least` or more.
+
+    Raises:
+        ReductionError: naming what is allowed, if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ReductionError(
+            f"the option {option!r} of the method {method!r} must be a whole number of {least} or "
+            f"more, got {value!r}"
+        )

@@ -1,7 +1,8 @@
 """Token Merging: the most similar tokens become their mean.
 
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3. The options are ours; that
-important and large tokens should merge late is from MCTF, arXiv:2403.10030, section 3.
+important and large tokens should merge late, and weigh by attention in the mean, is from MCTF,
+arXiv:2403.10030, section 3.
 """
 
 from dataclasses import dataclass
@@ -11,18 +12,25 @@ import torch
 from torch import Tensor
 
 from tocom.merging import match, merge
-from tocom.reduction.options import check_number
+from tocom.reduction.options import check_number, check_one_of
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+
+METRICS = ("keys", "tokens")
+WEIGHTS = ("size", "class")
 
 
 @dataclass(frozen=True)
 class ToMe(Method):
-    """Merge between attention and MLP, by the similarity of keys.
+    """Merge the most similar tokens between attention and MLP.
 
     Attributes:
         importance: how much the logarithm of the attention that the class token pays to a token
             keeps it from merging, in cosine similarity; 0: nothing. .05 is a good value.
         size: the same of the logarithm of the input tokens that it stands for.
+        metric: what is compared: `"keys"`, their mean over the heads, as in the paper; or
+            `"tokens"` themselves.
+        weight: of a token in the mean: `"size"`, the input tokens that it stands for, as in the
+            paper; or `"class"`, the attention that the class token pays to it.
     """
 
     name: ClassVar = "tome"
@@ -32,16 +40,20 @@ class ToMe(Method):
 
     importance: float = 0.0
     size: float = 0.0
+    metric: str = "keys"
+    weight: str = "size"
 
     def __post_init__(self) -> None:
         """Raise ReductionError if an option is malformed."""
         check_number(self.name, "importance", self.importance)
         check_number(self.name, "size", self.size)
+        check_one_of(self.name, "metric", self.metric, METRICS)
+        check_one_of(self.name, "weight", self.weight, WEIGHTS)
 
     @property
     def needs_class(self) -> bool:  # type: ignore[override]
         """Whether it reads the attention of the class token."""
-        return self.importance > 0
+        return self.importance > 0 or self.weight == "class"
 
     def fewest(self, patches: int) -> int:
         """Of each pair of tokens one can merge into the other."""
@@ -51,22 +63,33 @@ class ToMe(Method):
         """Match and merge."""
         assert seen is not None
         removed = tokens.x.shape[1] - cut.leaving
-        bias = self._bias(tokens, seen)
-        merging = match(seen.mean_key, removed, cut.prefix, margin=cut.trace, bias=bias)
-        x, size = merge(tokens.x, tokens.size, merging)
+        metric = tokens.x if self.metric == "tokens" else seen.mean_key
+        attention = self._attention(seen)
+        bias = self._bias(tokens, attention)
+        merging = match(metric, removed, cut.prefix, margin=cut.trace, bias=bias)
+        weight = None
+        if attention is not None and self.weight == "class":
+            weight = attention.unsqueeze(-1)
+        x, size = merge(tokens.x, tokens.size, merging, weight)
         return Tokens(x, size), Fate(merging.assignment, merging.margin) if cut.trace else None
 
     def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
         """Of the similarity of the two sets, and of the attention of the class token."""
-        matching = (tokens + 1) // 2 * (tokens // 2) * (width // heads)
-        return matching + (tokens * width if self.importance else 0)
+        compared = width if self.metric == "tokens" else width // heads
+        matching = (tokens + 1) // 2 * (tokens // 2) * compared
+        return matching + (tokens * width if self.needs_class else 0)
 
-    def _bias(self, tokens: Tokens, seen: Seen) -> Tensor | None:
+    def _attention(self, seen: Seen) -> Tensor | None:
+        """Return the attention of the class token [B, N], which is never 0, if it is needed."""
+        if not self.needs_class:
+            return None
+        # What is rounded to 0 has a logarithm and a weight, too.
+        return seen.class_attention.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _bias(self, tokens: Tokens, attention: Tensor | None) -> Tensor | None:
         """Return what keeps each token [B, N] from merging, as a change of its similarity."""
         bias = None
-        if self.importance:
-            # Attention that is rounded to 0 has a logarithm, too.
-            attention = seen.class_attention.clamp(min=torch.finfo(torch.float32).tiny)
+        if attention is not None and self.importance:
             bias = -self.importance * attention.log()
         if self.size and tokens.size is not None:
             small = -self.size * tokens.size.squeeze(-1).log()

@@ -41,6 +41,8 @@ _HOPELESS = 0.12
 
 #: Tokens removed in each block.
 Removed = tuple[int, ...]
+#: Values of options of the method.
+Options = dict[str, bool | int | float | str]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Found:
     removed: Removed
     loss: float
     tries: int = 0
-    options: dict[str, float] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 def search(config: LadderSearchConfig, folder: Path) -> Path:
@@ -256,11 +258,11 @@ class Search:
                 losses[value] = self._loss(removed, self._figures(removed))
             self._take({option: min(losses, key=losses.__getitem__)})
 
-    def _take(self, options: dict[str, float]) -> None:
+    def _take(self, options: Options) -> None:
         now = asdict(self.method)  # type: ignore[call-overload]
         self.method = method_of(self.config.method, now | options)
 
-    def _options(self) -> dict[str, float]:
+    def _options(self) -> Options:
         now = asdict(self.method)  # type: ignore[call-overload]
         return {option: now[option] for option in self.config.try_options}
 

@@ -23,7 +23,7 @@ class LadderSearchConfig(Recipe):
     judge_on: int = Field(384, gt=0, description="other pictures, which judge what it found")
     method: str = "tome"
     options: dict[str, bool | int | float | str] = Field({}, description="of the method")
-    try_options: dict[str, tuple[float, ...]] = Field(
+    try_options: dict[str, tuple[bool | int | float | str, ...]] = Field(
         {}, description="options of the method to search: their values"
     )
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(

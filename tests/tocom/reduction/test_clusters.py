@@ -223,9 +223,9 @@ def test_nothing_is_traced_unless_asked_for(method):
     ("build", "message"),
     [
         (lambda: KMedoids(update="mean"), "one of textbook, reference, got 'mean'"),
-        (lambda: KMedoids(iterations=-1), "iterations of 'kmedoids' must be a whole number of 0"),
+        (lambda: KMedoids(iterations=-1), "'kmedoids' must be a whole number of 0"),
         (lambda: KMedoids(iterations=True), "0 or more, got True"),
-        (lambda: DPCKNN(neighbours=0), "neighbours of 'dpcknn' must be a whole number of 1 or"),
+        (lambda: DPCKNN(neighbours=0), "'dpcknn' must be a whole number of 1 or"),
         (lambda: DPCKNN(neighbours=2.5), "got 2.5"),
     ],
 )

@@ -100,9 +100,10 @@ def test_a_search_may_begin_with_another_ladder(
 
 
 def test_options_are_searched_along(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
-    values = {"importance": [0.0, 0.05, 5.0]}
+    values = {"importance": [0.0, 0.05, 5.0], "metric": ["keys", "tokens"]}
     info = read_ladder(search(config(pictures, model_folder, try_options=values), tmp_path))
-    assert info.method.options["importance"] in values["importance"]
+    for option, tried in values.items():
+        assert info.method.options[option] in tried
 
 
 @pytest.mark.parametrize(
