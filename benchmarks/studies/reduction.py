@@ -26,6 +26,9 @@ STUDIED: list[Method] = [
     ToMe(),
     ToMe(importance=0.05),
     ToMe(importance=0.05, size=0.05),
+    ToMe(importance=0.05, metric="tokens"),
+    ToMe(importance=0.05, weight="class"),
+    ToMe(importance=0.05, metric="tokens", weight="class"),
     MCTF(),
     DiffRate(pruned=0),
     DiffRate(pruned=0.5),
@@ -86,7 +89,7 @@ def _with_error(values: Sequence[float], base: Sequence[float]) -> str:
 
 def _named(method: Method) -> str:
     usual = options_of(type(method)())
-    said = [f"{k} {v:g}" for k, v in options_of(method).items() if v != usual[k]]
+    said = [f"{k} {v}" for k, v in options_of(method).items() if v != usual[k]]
     return ", ".join([method.name, *said])
 
 

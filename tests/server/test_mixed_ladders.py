@@ -19,7 +19,7 @@ from tocom import TOME, trace
 
 PICTURES = [png(picture(seed)) for seed in range(4)]
 LADDERS = (TOME, UNEVEN, RINGS, CLUSTERS)
-REQUESTS = 100
+REQUESTS = 500
 THREADS = 8
 
 #: Below this margin another rounding may merge another pair of tokens, and rightly so.
