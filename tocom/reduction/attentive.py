@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tocom.precision import unrounded
 from tocom.reduction.protocol import Chosen, Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.ranking import highest
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,6 @@ class EViT(Method):
         return 2 * tokens * width
 
 
-def top_k(attention: Tensor, keep: int) -> Tensor:
-    """Return the `keep` tokens of most attention, the most first; of equals the first.
-
-    Args:
-        attention: [B, P].
-        keep: K, at most P.
-
-    Returns:
-        [B, K] positions.
-    """
-    return attention.argsort(dim=1, descending=True, stable=True)[:, :keep]
-
-
 def fuse(x: Tensor, attention: Tensor, kept: Tensor) -> Tensor:
     """Return the sum of the tokens that are not kept, each times its attention.
 
@@ -118,7 +106,7 @@ def _kept(attention: Tensor, leaving: int, cut: Cut) -> Chosen:
     """Return the prefix tokens and the patch tokens of most attention [B, N], `leaving` in all."""
     prefix = cut.prefix
     attention, keep = attention[:, prefix:], leaving - prefix
-    kept = top_k(attention, keep)
+    kept = highest(attention, keep)
     front = torch.arange(prefix, device=kept.device).expand(kept.shape[0], prefix)
     margin = None
     if cut.trace:  # between the last that stays and the first that goes

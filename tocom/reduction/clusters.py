@@ -17,6 +17,7 @@ from torch import Tensor
 from tocom.precision import unrounded
 from tocom.reduction.options import check_one_of, check_whole
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.ranking import highest
 
 UPDATES = ("textbook", "reference")
 
@@ -106,11 +107,6 @@ def distances(x: Tensor) -> Tensor:
     squared = length.unsqueeze(1) + length.unsqueeze(2) - 2 * product
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return squared.clamp(min=0).sqrt().masked_fill(itself, 0)
-
-
-def highest(score: Tensor, count: int) -> Tensor:
-    """Return the `count` tokens of highest score [B, N], falling; of equals the first."""
-    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def nearest(distance: Tensor, centres: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from tests import oracle_case
 from tests.tocom_models import pictures, small_model
 from tocom import Ladder, cost, forward, trace
 from tocom.reduction import Cut, EViT, Seen, Tokens, TopK
-from tocom.reduction.attentive import fuse, take, top_k
+from tocom.reduction.attentive import fuse, take
+from tocom.reduction.ranking import highest
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
@@ -20,7 +21,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-4}
 def test_golden_top_k():
     for name in ("topk_1", "topk_2"):
         case, tensors = oracle_case.read(f"reduction/{name}")
-        kept = top_k(tensors["cls_attn"].mean(dim=1), case["K"])
+        kept = highest(tensors["cls_attn"].mean(dim=1), case["K"])
         assert torch.equal(kept, tensors["idx"])
         assert torch.equal(take(tensors["x_mid"][:, 1:], kept), tensors["x_sel"][:, 1:])
 
@@ -29,7 +30,7 @@ def test_golden_evit():
     for name in ("evit_1", "evit_2"):
         case, tensors = oracle_case.read(f"reduction/{name}")
         attention, x = tensors["cls_attn"].mean(dim=1), tensors["x_mid"][:, 1:]
-        kept = top_k(attention, case["K"])
+        kept = highest(attention, case["K"])
         assert torch.equal(kept, tensors["idx"][:, :-1])  # the last is the fused token
         fused = fuse(x, attention, kept)
         selected = torch.cat([take(x, kept), fused], dim=1)
@@ -102,14 +103,14 @@ def test_the_fast_paths_equal_plain_loops(drawn):
 
 
 def test_of_equal_attention_the_first_stay():
-    assert top_k(torch.tensor([[1.0, 2, 1, 2, 1]]), 3).tolist() == [[1, 3, 0]]
+    assert highest(torch.tensor([[1.0, 2, 1, 2, 1]]), 3).tolist() == [[1, 3, 0]]
 
 
 def test_the_sum_is_as_exact_in_half_precision():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 50, 8, generator=generator).bfloat16()
     attention = torch.rand(2, 50, generator=generator).softmax(dim=1)
-    kept = top_k(attention, 10)
+    kept = highest(attention, 10)
     exact = fuse(x.float(), attention, kept)
     assert torch.equal(fuse(x, attention, kept), exact.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):

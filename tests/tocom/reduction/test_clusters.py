@@ -14,10 +14,10 @@ from tocom.reduction.clusters import (
     cluster_means,
     density_peaks,
     distances,
-    highest,
     k_medoids,
     nearest,
 )
+from tocom.reduction.ranking import highest
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
