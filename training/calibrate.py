@@ -22,7 +22,6 @@ from torch import Tensor
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import ConfigError
-from training.config import CalibrateConfig
 from training.ladders.chosen import described, named
 from training.measuring import (
     FoldedDeltas,
@@ -33,6 +32,7 @@ from training.measuring import (
     refuse_processes,
     standard_error,
 )
+from training.measuring_config import CalibrateConfig
 
 _REFINEMENTS = 3  # passes over the pictures; over many, KL is nearly a parabola in s
 _CLOSE = 0.01  # relative; closer multipliers differ in nothing that can be measured

@@ -19,7 +19,6 @@ from torch import Tensor
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import Backbone
-from training.config import EvaluateConfig
 from training.ladders.chosen import described, measured_ladder, named
 from training.measuring import (
     MEASURES,
@@ -31,6 +30,7 @@ from training.measuring import (
     refuse_processes,
     standard_error,
 )
+from training.measuring_config import EvaluateConfig
 from training.plot import plot_evaluation, plot_matrix
 
 _TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL (nats)"}

@@ -4,15 +4,14 @@ import pytest
 
 from tocom import ConfigError
 from training.config import (
-    CalibrateConfig,
     DistillConfig,
-    EvaluateConfig,
     FinetuneConfig,
-    VtabConfig,
 )
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import presets, read_recipe
+from training.vtab.config import VtabConfig
 
 KINDS = {
     "methods": (CompareConfig, ["backbone.name=x", "pictures.path=a.tar"]),

@@ -16,9 +16,10 @@ from tests.training.banks import random_bank
 from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
-from training.config import EvaluateConfig, PicturesConfig
+from training.config import PicturesConfig
 from training.evaluate import evaluate, matrix_table, sign_test, table
 from training.measuring import class_indices, standard_error
+from training.measuring_config import EvaluateConfig
 from training.pictures.batches import evaluation_batches
 from training.plot import changes, plot_evaluation
 

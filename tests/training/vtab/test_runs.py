@@ -9,11 +9,12 @@ import pytest
 from tests.training.banks import random_bank
 from tests.training.lists import write_lists
 from tocom import ConfigError, DataError, load_backbone
-from training import tasks
-from training import vtab as module
-from training.config import VtabConfig
-from training.tasks import Task
-from training.vtab import check, report, table, vtab
+from training.vtab import runs as module
+from training.vtab import tasks
+from training.vtab.config import VtabConfig
+from training.vtab.runs import check, report, vtab
+from training.vtab.table import table
+from training.vtab.tasks import Task
 
 COLOURS = {"name": "Colours", "folder": "colours", "group": "Natural", "classes": 3}
 CHANGES = (
