@@ -5,11 +5,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from adapters.schema import Proportional
+from adapters.task import data_config
 from training.ladders.choice import LadderChoice
 from training.recipe import Recipe
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
+#: 0.875 is the papers': the shorter side comes to 256 pixels, of which the middle 224 are seen.
+CropPct = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | None,
+    Field(description="share of a picture's shorter side that is seen; default: as the model says"),
+]
 
 
 class BackboneConfig(Recipe):
@@ -142,6 +149,7 @@ class DistillConfig(Recipe):
         description="so many rates above max_rate are trained as well and then left out: the steps "
         "below, which are part of the way to them, learn more",
     )
+    proportional: Proportional = True
     rank: int = Field(2, gt=0)
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
     basis: Literal["own", "shared"] = Field(
@@ -174,6 +182,7 @@ class DistillConfig(Recipe):
         description="divide each pair's loss by what plain merging costs that pair on the unseen "
         "pictures: all pairs count alike, however far apart",
     )
+    crop_pct: CropPct = None
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
 
@@ -264,15 +273,22 @@ class FinetuneConfig(Recipe):
         description="what the source rate means: tome, the paper's (default); a ladder.json; a "
         "method",
     )
+    proportional: Proportional = True
     resize: Literal["crop", "squash"] = Field(
         "crop",
         description="what is seen of a picture when measuring and serving: the backbone's own "
         "crop, or all of it, squashed",
     )
+    crop_pct: CropPct = None
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     loop: EpochLoopConfig
+
+    @model_validator(mode="after")
+    def _seen_in_one_way(self) -> "FinetuneConfig":
+        data_config(self.resize, self.crop_pct)
+        return self
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> "FinetuneConfig":

@@ -19,7 +19,7 @@ from torch import Tensor
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import Backbone
-from training.ladders.chosen import described, measured_ladder, named
+from training.ladders.chosen import described, measured_attention, measured_ladder, named
 from training.measuring import (
     MEASURES,
     FoldedDeltas,
@@ -46,12 +46,13 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
     refuse_processes("evaluate")
-    backbone = load_model(config.backbone, config.task)
+    backbone = load_model(config.backbone, config.task, config.crop_pct)
     bank = open_bank(config.bank) if config.bank else None
     sources = config.sources or (backbone.source,)
     if bank:
         bank.check_fits(backbone, max(sources))
     ladder = measured_ladder(config.ladder, backbone, bank, sources)
+    proportional = measured_attention(config.proportional, backbone, bank, sources)
     highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
     pairs = [(source, target) for source in sources for target in targets]
@@ -68,6 +69,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         config.labelled,
         config.limit,
         ladder,
+        proportional,
     )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,
@@ -75,6 +77,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
         "ladder": described(ladder),
+        **({} if proportional else {"proportional": False}),
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from training.config import BackboneConfig, PicturesConfig
+from training.config import BackboneConfig, CropPct, PicturesConfig
 from training.ladders.choice import LadderChoice
 from training.recipe import Recipe
 
@@ -34,11 +34,17 @@ class EvaluateConfig(Recipe):
         description="what the rates mean: tome, a ladder.json or a method; default: as the bank "
         "says, or else the model",
     )
+    proportional: bool | None = Field(
+        None,
+        description="whether merged tokens count in attention by their size; default: as the bank "
+        "says, or else the model",
+    )
     max_rate: int = Field(
         16,
         ge=0,
         description="highest default target where neither a bank nor the ladder's rungs say it",
     )
+    crop_pct: CropPct = None
     batch_size: int = Field(50, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")
 
@@ -72,6 +78,7 @@ class CalibrateConfig(Recipe):
     measure: Literal["kl", "top1"] = Field(
         "kl", description="KL divergence from the source rate, without labels; or top-1"
     )
+    crop_pct: CropPct = None
     batch_size: int = Field(50, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")
 

@@ -37,11 +37,12 @@ class Tuned(nn.Module):
         rate: int,
         adapter: AdaptFormer | None = None,
         ladder: Ladder = TOME,
+        proportional: bool = True,
     ) -> None:
         """Take the parameters of `model` that require gradients, and those of `adapter`."""
         super().__init__()
         self._model = (model,)  # in a tuple it is no submodule
-        self.rate, self.ladder = rate, ladder
+        self.rate, self.ladder, self.proportional = rate, ladder, proportional
         self.adapter = adapter
         self.weights = nn.ParameterDict(
             {
@@ -64,7 +65,7 @@ class Tuned(nn.Module):
         """Return logits [B, classes] of images [B, 3, H, W]."""
         (model,) = self._model
         adapter = self.adapter() if self.adapter is not None else None
-        variant = Variant(self.rate, adapter=adapter, ladder=self.ladder)
+        variant = Variant(self.rate, None, adapter, self.proportional, self.ladder)
         return outputs(model, embed(model, images), variant).logits
 
 
@@ -81,7 +82,7 @@ class Finetuning:
             ReductionError: if the model cannot run the ladder.
         """
         model = backbone.model
-        self.ladder = chosen_ladder(config.ladder, model)
+        self.ladder, self.proportional = chosen_ladder(config.ladder, model), config.proportional
         torch.manual_seed(derive(config.loop.seed, "init", 0))
         adapter = None
         if config.method == "lora":
@@ -101,7 +102,9 @@ class Finetuning:
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         self.model = model
-        self.module: nn.Module = Tuned(model, config.source, adapter, self.ladder)
+        self.module: nn.Module = Tuned(
+            model, config.source, adapter, self.ladder, config.proportional
+        )
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 
@@ -126,7 +129,10 @@ class Finetuning:
         """Return the backbone that was given, as it is now, with its branches."""
         adapter = self.module.adapter if isinstance(self.module, Tuned) else None
         return replace(
-            backbone, adapter=adapter() if adapter is not None else None, ladder=self.ladder
+            backbone,
+            adapter=adapter() if adapter is not None else None,
+            ladder=self.ladder,
+            proportional=self.proportional,
         )
 
     def tensors(self) -> dict[str, Tensor]:

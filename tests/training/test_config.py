@@ -72,6 +72,7 @@ def test_full_presets_are_the_papers_recipe(
     assert (loop.weight_decay, recipe.label_smoothing, recipe.drop_path) == (0.05, 0.1, 0.1)
     assert (augment.auto_augment, augment.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (augment.mixup, augment.cutmix) == (0.8, 1.0)
+    assert (recipe.resize, recipe.crop_pct) == ("crop", 0.875)
 
 
 @pytest.mark.parametrize("model", ["deit-b", "deit-s", "deit-ti", "deit-b-384", "mae-vit-b"])
@@ -87,6 +88,7 @@ def test_imagenet_presets_are_the_papers_recipe(model: str) -> None:
     assert (augment.mixup, augment.cutmix, augment.erasing) == (0.8, 1.0, 0.25)
     assert augment.auto_augment == "rand-m9-mstd0.5-inc1"
     assert augment.repeats == 3
+    assert (recipe.crop_pct, recipe.proportional) == (0.875, model != "mae-vit-b")
 
 
 def test_overrides_reach_into_tables_and_read_toml() -> None:

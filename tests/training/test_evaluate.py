@@ -16,10 +16,13 @@ from tests.training.banks import random_bank
 from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
-from training.config import PicturesConfig
+from training.config import DistillConfig, PicturesConfig
 from training.evaluate import evaluate, matrix_table, sign_test, table
-from training.measuring import class_indices, standard_error
-from training.measuring_config import EvaluateConfig
+from training.ladders.compare_config import CompareConfig
+from training.ladders.search_config import LadderSearchConfig
+from training.measuring import class_indices, load_model, standard_error
+from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.pictures.augment import evaluation_transform
 from training.pictures.batches import evaluation_batches
 from training.plot import changes, plot_evaluation
 
@@ -139,6 +142,37 @@ def test_without_labels_there_is_no_top1(config: EvaluateConfig, tmp_path: Path)
     assert cell(read(path), 0, 4)["bank"].keys() >= {"kl", "agreement", "agreement_p", "kl_change"}
     with pytest.raises(DataError, match="labelled=false does without"):
         evaluate(changed(unlabelled, labelled=True), tmp_path / "labelled")
+
+
+@pytest.mark.parametrize(
+    "read", [EvaluateConfig, CalibrateConfig, CompareConfig, LadderSearchConfig, DistillConfig]
+)
+def test_every_recipe_that_looks_at_pictures_takes_a_crop(read: Any) -> None:
+    assert read.model_fields["crop_pct"].default is None
+
+
+def test_a_recipe_may_see_more_or_less_of_the_pictures(
+    config: EvaluateConfig, model_folder: Path
+) -> None:
+    def resized(crop_pct: float | None) -> int:
+        backbone = load_model(config.backbone, None, crop_pct)
+        side: int = evaluation_transform(backbone).transforms[0].size
+        return side
+
+    # The shorter side of a picture, of which the middle 32 pixels are seen.
+    assert [resized(crop) for crop in (None, 0.8, 1.0)] == [35, 40, 32]
+    with pytest.raises(ValueError, match="crop_pct"):
+        changed(config, crop_pct=1.1)
+
+
+@pytest.mark.usefixtures("unplotted")
+def test_an_evaluation_sees_the_crop_of_its_recipe(config: EvaluateConfig, tmp_path: Path) -> None:
+    config = changed(config, sources=[0], targets=[2])
+    own, other = (
+        cell(read(evaluate(changed(config, crop_pct=crop), tmp_path / str(crop))), 0, 2)["plain"]
+        for crop in (None, 0.5)
+    )
+    assert own["kl"] != other["kl"]
 
 
 @pytest.mark.usefixtures("unplotted")

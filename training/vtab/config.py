@@ -32,6 +32,11 @@ class VtabConfig(Recipe):
     ladder: LadderChoice = Field(
         None, description="what the rates mean; default: as the fine-tuning's recipe says"
     )
+    proportional: bool | None = Field(
+        None,
+        description="whether merged tokens count in attention by their size; default: as the "
+        "fine-tuning's recipe says",
+    )
     bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
     limit: int | None = Field(
         None, gt=0, description="so many test pictures to measure on; default: all"

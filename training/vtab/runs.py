@@ -167,9 +167,8 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
     if recipe.search is not None:
         given += lists(search_train=tasks.TRAIN, search_validation=tasks.VALIDATION)
         recipe = read_recipe(FinetuneConfig, config.recipe, given)
-    if config.ladder is None:
-        return recipe
-    return recipe.model_copy(update={"ladder": config.ladder})
+    own = {"ladder": config.ladder, "proportional": config.proportional}
+    return recipe.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
@@ -188,6 +187,7 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
             model=f"{run.task.name}, source {run.source}",
             bank=config.bank,
             ladder=recipe.ladder,
+            proportional=recipe.proportional,
             pictures=recipe.test,
             targets=config.targets,
             limit=config.limit,
