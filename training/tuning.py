@@ -46,7 +46,7 @@ class Tuned(nn.Module):
         self.adapter = adapter
         self.weights = nn.ParameterDict(
             {
-                name.replace(".", "/"): parameter
+                _key(name): parameter
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad
             }
@@ -59,7 +59,7 @@ class Tuned(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of positions and prefix tokens, which timm keeps from decaying."""
-        return {f"weights.{name}" for name in self._model[0].no_weight_decay()}
+        return {f"weights.{_key(name)}" for name in self._model[0].no_weight_decay()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""
@@ -149,6 +149,11 @@ class Finetuning:
                 if name.endswith(ending):
                     found[f"lora.{name.removesuffix(ending)}{factor}"] = parameter
         return {name: tensor.detach().cpu().half() for name, tensor in found.items()}
+
+
+def _key(name: str) -> str:
+    """ParameterDict keys hold no dots."""
+    return name.replace(".", "/")
 
 
 def _add_lora(model: VisionTransformer, config: LoraConfig) -> None:

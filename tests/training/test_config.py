@@ -55,14 +55,14 @@ def test_vtab_is_the_papers_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "epochs", "batch", "warmup", "rates"),
+    ("preset", "epochs", "batch", "warmup", "rates", "repeats"),
     [
-        ("cifar100-full", 100, 1024, 10, [5e-5]),
-        ("fgvc-full", 30, 64, 5, [5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4]),
+        ("cifar100-full", 100, 1024, 10, [5e-5], 3),
+        ("fgvc-full", 30, 64, 5, [5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4], 1),
     ],
 )
 def test_full_presets_are_the_papers_recipe(
-    preset: str, epochs: int, batch: int, warmup: int, rates: list[float]
+    preset: str, epochs: int, batch: int, warmup: int, rates: list[float], repeats: int
 ) -> None:
     recipe = read_recipe(FinetuneConfig, preset, KINDS[preset][1])
     loop, augment = recipe.loop, recipe.augment
@@ -72,6 +72,7 @@ def test_full_presets_are_the_papers_recipe(
     assert (loop.weight_decay, recipe.label_smoothing, recipe.drop_path) == (0.05, 0.1, 0.1)
     assert (augment.auto_augment, augment.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (augment.mixup, augment.cutmix) == (0.8, 1.0)
+    assert augment.repeats == repeats
     assert (recipe.resize, recipe.crop_pct) == ("crop", 0.875)
 
 
