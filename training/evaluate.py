@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
     pairs = [(source, target) for source in sources for target in targets]
-    scales = _multipliers(backbone, bank, pairs) if bank else {}
+    scales = _multipliers(backbone, bank, pairs, config.multiplier) if bank else {}
     searched = {f"{m}→{n}": s for (m, n), s in scales.items() if bank and s != bank.info.scale}
     path = folder / "evaluation.json"
     if claim(folder, path.name, config, backbone, bank, searched):
@@ -213,9 +213,9 @@ def matrix_table(result: dict[str, Any]) -> str:
 
 
 def _multipliers(
-    backbone: Backbone, bank: Bank, pairs: Sequence[tuple[int, int]]
+    backbone: Backbone, bank: Bank, pairs: Sequence[tuple[int, int]], asked: float | None
 ) -> dict[tuple[int, int], float]:
-    """Return the multiplier with which the model would be served, for each pair with a delta.
+    """Return the multiplier asked for, or that of serving the model, for each pair with a delta.
 
     Raises:
         RateError: if the bank does not have a rate.
@@ -224,7 +224,8 @@ def _multipliers(
     for source, target in pairs:
         compose(bank, source, target)  # refuses rates that the bank does not have
         if source != target:
-            scales[source, target] = bank.multiplier(backbone, source, target)
+            own = bank.multiplier(backbone, source, target)
+            scales[source, target] = own if asked is None else asked
     return scales
 
 

@@ -39,6 +39,11 @@ class EvaluateConfig(Recipe):
         description="whether merged tokens count in attention by their size; default: as the bank "
         "says, or else the model",
     )
+    multiplier: Multiplier | None = Field(
+        None,
+        description="of the bank's deltas; default: that of the model's calibration for the bank, "
+        "else the bank's own",
+    )
     max_rate: int = Field(
         16,
         ge=0,
@@ -47,6 +52,12 @@ class EvaluateConfig(Recipe):
     crop_pct: CropPct = None
     batch_size: int = Field(50, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")
+
+    @model_validator(mode="after")
+    def _of_a_bank(self) -> "EvaluateConfig":
+        if self.multiplier is not None and self.bank is None:
+            raise ValueError("a multiplier is of a bank's deltas: give a bank, too")
+        return self
 
 
 class CalibrateConfig(Recipe):

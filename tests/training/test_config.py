@@ -24,6 +24,8 @@ KINDS = {
     "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "fgvc-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "vtab1k": (VtabConfig, ["root=vtab-1k"]),
+    "cifar100": (VtabConfig, ["root=data"]),
+    "fgvc": (VtabConfig, ["root=data"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "multiplier": (
         CalibrateConfig,

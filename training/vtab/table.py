@@ -9,12 +9,17 @@ from typing import Any
 
 from training.vtab.tasks import Task
 
+#: How a model is run, as rows have it: as it is, with the bank, with a multiplier of its own.
+WAYS = ("plain", "bank", "searched")
+
 
 def table(rows: list[dict[str, Any]], chosen: list[Task]) -> str:
     """Return top-1 by task, group and over all, plain / with the bank: a line a (source, target).
 
+    Where multipliers were searched, then / with the one of each model, and which those are.
+
     Args:
-        rows: of task, source, target, seed, plain and, where there is a delta, bank.
+        rows: of task, source, target, seed, plain and, where there is a delta, bank; and searched.
         chosen: the tasks, in the order of their columns.
     """
     present = [task for task in chosen if any(row["task"] == task.folder for row in rows)]
@@ -23,7 +28,7 @@ def table(rows: list[dict[str, Any]], chosen: list[Task]) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
         cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
-        means = {what: _means(cell, what, present) for what in ("plain", "bank")}
+        means = {what: _means(cell, what, present) for what in WAYS}
         figures = [
             " / ".join(f"{means[what][column]:.1f}" for what in means if column in means[what])
             or "-"
@@ -31,9 +36,33 @@ def table(rows: list[dict[str, Any]], chosen: list[Task]) -> str:
         ]
         lines.append(f"| {source} | {target} | {' | '.join(figures)} |")
     seeds = len({row["seed"] for row in rows})
-    return "\n".join(
-        [f"Top-1 in %, plain merging / with the bank; mean of {seeds} seeds.", "", *lines, ""]
-    )
+    searched = [row for row in rows if "searched" in row]
+    ways = "plain merging / with the bank"
+    ways += " / with the multiplier that was searched for each model" if searched else ""
+    text = [f"Top-1 in %, {ways}; mean of {seeds} seeds.", "", *lines, ""]
+    return "\n".join(text + (_multipliers(searched, present) if searched else []))
+
+
+def _multipliers(rows: list[dict[str, Any]], present: list[Task]) -> list[str]:
+    """Return the lines of a table of the multipliers that were searched, one for each seed."""
+    own = " or ".join(f"{scale:g}" for scale in sorted({row["multiplier"] for row in rows}))
+    lines = [
+        f"Multipliers that were searched; the bank's own is {own}.",
+        "",
+        f"| source | {' | '.join(task.name for task in present)} |",
+        "|---" * (1 + len(present)) + "|",
+    ]
+    for source in dict.fromkeys(row["source"] for row in rows):
+        cells = []
+        for task in present:
+            found = {
+                row["seed"]: row["searched"]["multiplier"]
+                for row in rows
+                if (row["task"], row["source"]) == (task.folder, source)
+            }
+            cells.append(", ".join(f"{multiplier:g}" for multiplier in found.values()) or "-")
+        lines.append(f"| {source} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _means(rows: list[dict[str, Any]], what: str, present: list[Task]) -> dict[str, float]:
@@ -59,7 +88,7 @@ def mean_over_tasks(rows: list[dict[str, Any]], chosen: list[Task]) -> list[dict
     for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
         cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
         mean: dict[str, Any] = {"source": source, "target": target}
-        for what in ("plain", "bank"):
+        for what in WAYS:
             with_it = [row for row in cell if what in row]
             if with_it:
                 mean[what] = {

@@ -1,5 +1,6 @@
 import json
 import os
+import tarfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 from tests.training.banks import random_bank
 from tests.training.lists import write_lists
 from tocom import ConfigError, DataError, load_backbone
+from training.measuring_config import EvaluateConfig
+from training.presets import read_recipe
 from training.vtab import runs as module
 from training.vtab import tasks
 from training.vtab.config import VtabConfig
-from training.vtab.runs import check, report, vtab
+from training.vtab.runs import Run, check, chosen_tasks, report, vtab
 from training.vtab.table import table
 from training.vtab.tasks import Task
 
@@ -176,3 +179,161 @@ def test_an_unknown_task_names_those_there_are(root: Path, model_folder: Path) -
 def test_there_is_no_table_of_nothing(root: Path, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no finished run"):
         report(recipe(root, model_folder), tmp_path)
+
+
+# Multipliers of the bank's deltas
+
+
+def test_a_multiplier_is_searched_for_each_model_and_measured_beside_the_banks_own(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder)), 1.0).save(tmp_path / "bank")
+    config = recipe(
+        root, model_folder, bank=str(bank), tasks=[COLOURS], sources=[2], multipliers=[0.01, 30.0]
+    )
+    text = vtab(config, tmp_path / "runs").read_text()
+    own = tmp_path / "runs" / "colours" / "source-2" / "seed-0"
+    found = json.loads((own / "calibration" / "calibration.json").read_text())
+    assert (found["pictures"]["count"], found["measure"]) == (18, "kl")  # not those of the test
+    assert {row["multiplier"] for row in found["tried"]} == {0.01, 1.0, 30.0}
+    searched = found["multiplier"]
+    assert searched == 0.01  # a random bank repairs nothing
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    assert all(row["multiplier"] == 1.0 for row in rows)
+    result = json.loads((own / "evaluation-searched" / "evaluation.json").read_text())
+    for row, other in zip(rows, result["rows"], strict=True):
+        assert other["multiplier"] == 0.01
+        assert row["searched"] == {"multiplier": 0.01, **other["bank"]}
+        assert row["searched"]["kl"] != row["bank"]["kl"]
+    assert "plain merging / with the bank / with the multiplier that was searched" in text
+    assert "the bank's own is 1.\n\n| source | Colours |\n|---|---|\n| 2 | 0.01 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | 3 |"))
+    assert line.count(" / ") == 2 * 3  # of the task, its group and the mean
+    monkeypatch.setattr("training.loop.run", lambda *_: pytest.fail("trained again"))
+    assert vtab(config, tmp_path / "runs").read_text() == text
+
+
+def test_a_bank_whose_own_multiplier_is_the_best_is_measured_once(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder)), 0.01).save(tmp_path / "bank")
+    config = recipe(
+        root, model_folder, bank=str(bank), tasks=[COLOURS], sources=[0], multipliers=[30.0]
+    )
+    vtab(config, tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("evaluation-searched"))
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["target"] == 3)
+    assert row["searched"] == {"multiplier": 0.01, **row["bank"]}
+
+
+def test_without_a_bank_there_is_nothing_to_multiply(root: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="a multiplier is of a bank's deltas: give a bank, too"):
+        EvaluateConfig.model_validate(
+            {"backbone": {"name": "x"}, "pictures": {"path": "y"}, "multiplier": 0.1}
+        )
+
+
+def test_a_bank_for_the_other_attention_is_told_first(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder))).save(tmp_path / "bank")
+    config = recipe(root, model_folder, bank=str(bank), proportional=False)
+    with pytest.raises(ConfigError, match="is for proportional=True, the fine-tuning for False"):
+        vtab(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# Tasks of other layouts
+
+
+@pytest.fixture
+def folders(pictures: Path, tmp_path: Path) -> Path:
+    """The three colours in folders train, val and test of class folders."""
+    with tarfile.open(pictures) as tar:
+        tar.extractall(tmp_path / "all", filter="data")
+    parts = {"train": range(4), "val": range(4, 6), "test": range(6, 8)}
+    for part, numbers in parts.items():
+        for colour in ("blue", "green", "red"):
+            folder = tmp_path / "data" / "hues" / part / colour
+            folder.mkdir(parents=True)
+            for i in numbers:
+                (tmp_path / "all" / colour / f"{i}.png").rename(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+HUES = {
+    "name": "Hues", "folder": "hues", "group": "FGVC", "classes": 3, "pictures": "train",
+    "test": "test", "train_count": 12, "test_count": 6,
+}  # fmt: skip
+OFFICIAL = {"train": "train", "validation": "val"}
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_task_may_have_folders_and_an_official_validation_set(
+    folders: Path, model_folder: Path, tmp_path: Path, official: bool
+) -> None:
+    task = HUES | (OFFICIAL if official else {})
+    changes = [f"backbone.name={json.dumps(str(model_folder))}", *CHANGES[3:], "method=linear",
+               "search.values=[0.01, 0.02]", "search.share=0.25"]  # fmt: skip
+    config = recipe(folders, model_folder, tasks=[task], sources=[1], recipe="fgvc-full",
+                    changes=[*changes, "loop.epochs=1", "loop.precision=no"])  # fmt: skip
+    assert check(config).endswith("1 tasks are complete")
+    (chosen,) = chosen_tasks(config)
+    made = module._recipe(config, Run(chosen, 1, 0))
+    assert (made.pictures.path, made.pictures.list) == (str(folders / "hues" / "train"), None)
+    assert made.test.path == str(folders / "hues" / "test")
+    assert made.search is not None
+    validation = made.search.validation
+    assert (validation and validation.path) == (str(folders / "hues/val") if official else None)
+    text = vtab(config, tmp_path / "runs").read_text()
+    assert "| source | rate | Hues | FGVC | mean of groups |" in text
+    said = json.loads((tmp_path / "runs/hues/source-1/seed-0/task/task.json").read_text())
+    assert said["training"]["pictures"] == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"classes": 4}, r"Hues: train has 3 classes, not 4\n.*test has 3 classes, not 4"),
+        ({"train_count": 13}, "Hues: train has 12 pictures, not 13"),
+        ({"test_count": 7}, "Hues: test has 6 pictures, not 7"),
+        (OFFICIAL | {"validation": "valid"}, "Hues: there are no pictures at .*hues/valid"),
+        ({"pictures": "all.txt"}, r"all\.txt cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_folders_is_told(
+    folders: Path, model_folder: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(DataError, match=f"(?s){problem}"):
+        check(recipe(folders, model_folder, tasks=[HUES | changes]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pictures": "train"}, "'Colours' has both pictures and test, or neither"),
+        ({"train": "train"}, "'Colours' has both train and validation, or neither"),
+        (OFFICIAL, "'Colours' has train and validation, but no pictures"),
+    ],
+)
+def test_half_a_layout_is_refused(
+    root: Path, model_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(root, model_folder, tasks=[COLOURS | changes])
+
+
+def test_the_presets_have_the_papers_data_sets() -> None:
+    found = {
+        task.name: (task.classes, task.train, task.test, task.parts.validation)
+        for preset in ("cifar100", "fgvc")
+        for task in chosen_tasks(read_recipe(VtabConfig, preset, ["root=data"]))
+    }
+    assert found == {
+        "CIFAR-100": (100, 50_000, 10_000, None),
+        "CUB-200": (200, 5_994, 5_794, None),
+        "Stanford Cars": (196, 8_144, 8_041, None),
+        "Flowers102": (102, 1_020, 6_149, "val"),
+        "Stanford Dogs": (120, 12_000, 8_580, None),
+    }
