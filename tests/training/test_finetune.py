@@ -16,6 +16,7 @@ from training.cli import main
 from training.config import FinetuneConfig
 from training.finetune import finetune
 from training.loop import run as run_loop
+from training.pictures.augment import evaluation_transform
 
 
 def recipe(pictures: Path, model_folder: Path, **changes: Any) -> FinetuneConfig:
@@ -79,6 +80,25 @@ def test_shards_are_tuned_on_by_the_numbers_of_their_classes(
         loop={"epochs": 1, "batch_size": 3, "learning_rate": 1e-3, "workers": 0},
     )  # fmt: skip
     assert TaskModel.load(finetune(config, tmp_path / "run")).info.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("method", ["full", "linear"])
+def test_the_crop_of_a_recipe_is_kept_with_what_was_tuned(
+    pictures: Path, model_folder: Path, tmp_path: Path, method: str
+) -> None:
+    loop = {"epochs": 1, "batch_size": 12, "learning_rate": 3e-3, "workers": 0}
+    config = recipe(pictures, model_folder, method=method, crop_pct=0.8, loop=loop)
+    folder = finetune(config, tmp_path / "run")
+    stock = load_backbone(str(model_folder))
+    tuned = load_backbone(str(folder)) if method == "full" else TaskModel.load(folder).on(stock)
+    seen = tuned.data_config
+    assert (seen["crop_pct"], seen["crop_mode"]) == (0.8, "center")
+    assert evaluation_transform(tuned).transforms[0].size == 40  # of which the middle 32 are seen
+
+
+def test_what_is_squashed_is_not_cropped(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="crop_pct is for resize='crop'; .* got 0.875"):
+        recipe(pictures, model_folder, resize="squash", crop_pct=0.875)
 
 
 METHODS: dict[str, dict[str, Any]] = {
