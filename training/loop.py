@@ -8,6 +8,7 @@ that accumulates N times; only parameters and optimiser have to be kept.
 
 import importlib.util
 import math
+import random
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from tocom import ConfigError
 from training.config import AugmentConfig, LoopConfig
+from training.pictures.augment import Finish
 from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
 from training.recipe import Recipe
@@ -54,7 +56,7 @@ class Job(Protocol):
         """Yield the losses of a micro-batch; each is followed by its backward.
 
         Args:
-            images: [B, 3, H, W].
+            images: [B, 3, H, W], normalised.
             labels: [B].
             micro: number of the micro-batch, counted from the start of the run.
         """
@@ -112,7 +114,7 @@ def run(
         job: what is trained.
         config: the loop's part of the recipe.
         recipe: all of it, to be written to (and compared with) the run folder.
-        pictures: what to train on.
+        pictures: what to train on, under a `train_transform`.
         keys: which pictures an epoch has; see `StepSampler`.
         folder: the run folder.
         augment: how often in a row each picture is drawn, and whether batches are mixed.
@@ -150,12 +152,13 @@ def run(
             "loop.batch_size that makes it even"
         )
     batches = iter(train_batches(pictures, sampler, config.workers))
+    finish = pictures.transform.finish(accelerator.device)
     with _interruptible() as interrupted, run_folder.progress(step):
         while step < config.steps:
             began = time.perf_counter()
             scheduler.step_update(step)
             job.module.train()
-            totals = _backward(accelerator, job, config, batches, shares, step)
+            totals = _backward(accelerator, job, config, batches, finish, shares, step)
             if config.clip_norm is not None:
                 accelerator.clip_grad_norm_(trained, config.clip_norm)
             optimizer.step()
@@ -195,6 +198,7 @@ def _backward(
     job: Job,
     config: LoopConfig,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    finish: Finish,
     shares: Shares,
     step: int,
 ) -> Tensor:
@@ -211,7 +215,8 @@ def _backward(
         seed = derive(config.seed, "step", micro)
         torch.manual_seed(seed)
         np.random.seed(seed)  # timm's mixup draws from there
-        images = images.to(accelerator.device, non_blocking=True)
+        random.seed(seed)  # and its erasing from here
+        images = finish(images.to(accelerator.device, non_blocking=True))
         labels = labels.to(accelerator.device, non_blocking=True)
         losses = job.losses(images, labels, micro)
         for i in range(job.losses_each):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tocom import load_backbone
 from training import loop
 from training.config import AugmentConfig, LoopConfig, PicturesConfig
-from training.pictures.augment import evaluation_transform
+from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures
 
 
@@ -40,8 +40,8 @@ class Brightness:
 def run_job(
     job: loop.Job, loop_config: LoopConfig, pictures: Path, model_folder: Path, folder: Path
 ) -> None:
-    parts = [PicturesConfig(path=str(pictures))]
-    read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
+    backbone, as_measured = load_backbone(str(model_folder)), AugmentConfig(crop="evaluation")
+    read = Pictures([PicturesConfig(path=str(pictures))], train_transform(backbone, as_measured))
     accelerator = loop.start(loop_config, folder)
     loop.run(accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig())
 

@@ -35,6 +35,7 @@ name = "{backbone}"
 [augment]
 mixup = 0.8
 cutmix = 1.0
+erasing = 0.5
 repeats = 3
 [loop]
 steps = 6
