@@ -112,6 +112,8 @@ class Distillation:
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
+        # The teacher may be the same model: it has no gradients, for which alone blocks run again.
+        self.student.set_grad_checkpointing(config.loop.recompute_blocks)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
         self.traced = config.tokens > 0

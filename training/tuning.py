@@ -37,9 +37,15 @@ class Tuned(nn.Module):
         rate: int,
         adapter: AdaptFormer | None = None,
         ladder: Ladder = TOME,
+        compiled: bool = False,
     ) -> None:
-        """Take the parameters of `model` that require gradients, and those of `adapter`."""
+        """Take the parameters of `model` that require gradients, and those of `adapter`.
+
+        With `compiled`, torch compiles the forward when it is first run.
+        """
         super().__init__()
+        # One rate and one size of batches: one graph.
+        self.outputs = torch.compile(outputs) if compiled else outputs
         self._model = (model,)  # in a tuple it is no submodule
         self.rate, self.ladder = rate, ladder
         self.adapter = adapter
@@ -65,7 +71,8 @@ class Tuned(nn.Module):
         (model,) = self._model
         adapter = self.adapter() if self.adapter is not None else None
         variant = Variant(self.rate, adapter=adapter, ladder=self.ladder)
-        return outputs(model, embed(model, images), variant).logits
+        answer: Tensor = self.outputs(model, embed(model, images), variant).logits
+        return answer
 
 
 class Finetuning:
@@ -100,8 +107,11 @@ class Finetuning:
         rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        model.set_grad_checkpointing(config.loop.recompute_blocks)
         self.model = model
-        self.module: nn.Module = Tuned(model, config.source, adapter, self.ladder)
+        self.module: nn.Module = Tuned(
+            model, config.source, adapter, self.ladder, config.loop.compile
+        )
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 
