@@ -37,15 +37,9 @@ class Tuned(nn.Module):
         rate: int,
         adapter: AdaptFormer | None = None,
         ladder: Ladder = TOME,
-        compiled: bool = False,
     ) -> None:
-        """Take the parameters of `model` that require gradients, and those of `adapter`.
-
-        With `compiled`, torch compiles the forward when it is first run.
-        """
+        """Take the parameters of `model` that require gradients, and those of `adapter`."""
         super().__init__()
-        # One rate and one size of batches: one graph.
-        self.outputs = torch.compile(outputs) if compiled else outputs
         self._model = (model,)  # in a tuple it is no submodule
         self.rate, self.ladder = rate, ladder
         self.adapter = adapter
@@ -71,8 +65,7 @@ class Tuned(nn.Module):
         (model,) = self._model
         adapter = self.adapter() if self.adapter is not None else None
         variant = Variant(self.rate, adapter=adapter, ladder=self.ladder)
-        answer: Tensor = self.outputs(model, embed(model, images), variant).logits
-        return answer
+        return outputs(model, embed(model, images), variant).logits
 
 
 class Finetuning:
@@ -109,9 +102,9 @@ class Finetuning:
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         model.set_grad_checkpointing(config.loop.recompute_blocks)
         self.model = model
-        self.module: nn.Module = Tuned(
-            model, config.source, adapter, self.ladder, config.loop.compile
-        )
+        self.module: nn.Module = Tuned(model, config.source, adapter, self.ladder)
+        if config.loop.compile:
+            self.module.compile()  # one rate and one size of batches: one graph
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 

@@ -48,20 +48,12 @@ def run_job(
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     backbone, as_measured = load_backbone(str(model_folder)), AugmentConfig(crop="evaluation")
-    plain = AugmentConfig()
     read = Pictures([PicturesConfig(path=str(pictures))], train_transform(backbone, as_measured))
     accelerator = loop.start(loop_config, folder)
     loop.run(
-        accelerator,
-        job,
-        loop_config,
-        loop_config,
-        read,
-        read.keys(),
-        folder,
-        AugmentConfig(),
+        accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig(),
         clock,
-    )
+    )  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
