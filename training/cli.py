@@ -20,7 +20,7 @@ from training.vtab.config import VtabConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Run the program and return its exit code: 0, 2 for a mistake, 130 if it was stopped."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no more positional arguments after an option; key=value may stand anywhere.

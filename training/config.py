@@ -1,6 +1,5 @@
 """Recipes: what each command takes, validated by pydantic."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from adapters.schema import Proportional
 from adapters.task import data_config
 from training.ladders.choice import LadderChoice
+from training.loop_config import EpochLoopConfig, LoopConfig
 from training.recipe import Recipe
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
@@ -82,51 +82,6 @@ class AugmentConfig(Recipe):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("a crop is from a smallest to a largest share of the area, in (0, 1]")
         return scale
-
-
-class _LoopConfig(Recipe):
-    """What every training run has, but for its length."""
-
-    batch_size: int = Field(gt=0, description="pictures a step, over all processes")
-    accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
-    learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
-    weight_decay: float = Field(0.05, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Accelerate's mixed precision"
-    )
-    seed: int = 0
-    workers: int = Field(1, ge=0, description="processes that decode pictures")
-    save_every: int = Field(100, gt=0, description="steps between checkpoints")
-    watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
-    on_unreadable: Literal["stop", "skip"] = Field(
-        "stop", description="a picture that cannot be decoded; skipped ones are counted"
-    )
-    on_full_disk: Literal["stop", "skip"] = Field(
-        "stop", description="a checkpoint or metrics that cannot be written"
-    )
-    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
-
-
-class LoopConfig(_LoopConfig):
-    """A training run of so many steps."""
-
-    steps: int = Field(gt=0, lt=10**6)
-    warmup_steps: int = Field(0, ge=0)
-
-
-class EpochLoopConfig(_LoopConfig):
-    """A training run of so many passes over its pictures."""
-
-    epochs: float = Field(gt=0, allow_inf_nan=False)
-    warmup_epochs: float = Field(0, ge=0, allow_inf_nan=False)
-
-    def over(self, pictures: int) -> LoopConfig:
-        """Return the run in steps, for a number of pictures."""
-        values = self.model_dump(exclude={"epochs", "warmup_epochs"})
-        each = pictures / self.batch_size
-        steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
-        return LoopConfig(steps=steps, warmup_steps=warmup, **values)
 
 
 class DistillConfig(Recipe):

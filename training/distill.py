@@ -113,6 +113,8 @@ class Distillation:
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
+        # The teacher may be the same model: it has no gradients, for which alone blocks run again.
+        self.student.set_grad_checkpointing(config.loop.recompute_blocks)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
         self.traced = config.tokens > 0
@@ -171,8 +173,8 @@ class Distillation:
         tokens = embed(self.teacher, images)
         variants = [self._variant(rate) for rate in range(self.config.highest + 1)]
         plain = [outputs(self.teacher, tokens, variant, self.traced) for variant in variants]
-        losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
-        found = torch.tensor(losses)
+        losses = [self._loss(student, teacher) for teacher in plain for student in plain]
+        found = torch.stack(losses).view(len(plain), len(plain)).cpu()  # waits for a GPU once
         # Rates that merge (nearly) alike must not outweigh all others.
         return found.clamp(min=found.max().item() / 1000)
 
@@ -193,12 +195,11 @@ class Distillation:
         """
         device = next(self.plugins.parameters()).device
         head = self.teacher.num_classes > 0
-        notes: dict[str, float] = {}
+        losses: dict[str, list[Tensor]] = {}
         pictures = sum(len(images) for images in self.unseen)
         for images in self.unseen:
             tokens = embed(self.teacher, images.to(device))
             stock = outputs(self.teacher, tokens, Variant())
-            losses = {}
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
                     variant = self._variant(rate, delta)
@@ -207,10 +208,12 @@ class Distillation:
                         loss = kd_loss(student.logits, stock.logits)
                     else:
                         loss = F.mse_loss(student.features, stock.features)
-                    losses[f"unseen_{'kl' if head else 'error'}_{rate}_{what}"] = loss
-            for key, value in zip(losses, torch.stack([*losses.values()]).tolist(), strict=True):
-                notes[key] = notes.get(key, 0.0) + value * len(images) / pictures
-        return notes
+                    name = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
+                    losses.setdefault(name, []).append(loss * (len(images) / pictures))
+        if not losses:
+            return {}
+        sums = torch.stack([torch.stack(parts).sum() for parts in losses.values()])
+        return dict(zip(losses, sums.tolist(), strict=True))  # the one moment that waits for a GPU
 
 
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:

@@ -101,10 +101,13 @@ class Finetuning:
         rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        model.set_grad_checkpointing(config.loop.recompute_blocks)
         self.model = model
         self.module: nn.Module = Tuned(
             model, config.source, adapter, self.ladder, config.proportional
         )
+        if config.loop.compile:
+            self.module.compile()  # one rate and one size of batches: one graph
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 

@@ -132,3 +132,16 @@ def test_broken_toml(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
         read_recipe(DistillConfig, str(tmp_path / "broken.toml"))
+
+
+def test_a_compiled_forward_does_not_run_blocks_again() -> None:
+    changes = ["loop.compile=true", "loop.recompute_blocks=true"]
+    kind, overrides = KINDS["deit-tiny-task"]
+    with pytest.raises(ConfigError, match="compile and recompute_blocks exclude each other"):
+        read_recipe(kind, "deit-tiny-task", [*overrides, *changes])
+
+
+def test_distilling_is_not_compiled() -> None:
+    kind, overrides = DISTILL
+    with pytest.raises(ConfigError, match=r"loop\.compile"):
+        read_recipe(kind, "deit-tiny-small-data", [*overrides, "loop.compile=true"])

@@ -126,6 +126,26 @@ def test_a_task_learns_and_leaves_its_backbone_alone(
     assert sizes < 4 * 3 * task.parameters * len(names)  # a checkpoint holds what is tuned alone
 
 
+@pytest.mark.parametrize("key", ["recompute_blocks", "compile"])
+def test_blocks_that_run_again_and_compiled_forwards_make_the_same_model(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    compiled, compiler = list[Any](), torch.compile
+
+    def quickly(forward: Any) -> Any:
+        compiled.append(forward)
+        return compiler(forward, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    loop = {"epochs": 0.25, "batch_size": 6, "learning_rate": 1e-3, "workers": 0}
+    for name, more in (("plain", {}), ("other", {key: True})):
+        config = recipe(pictures, model_folder, method="full", source=3, loop=loop | more)
+        finetune(config, tmp_path / name)
+    assert len(compiled) == (key == "compile")
+    plain, other = (load_backbone(str(tmp_path / name / "model")) for name in ("plain", "other"))
+    assert plain.digest == other.digest != load_backbone(str(model_folder)).digest
+
+
 def test_a_search_takes_the_best_value_and_can_be_gone_on_with(
     pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

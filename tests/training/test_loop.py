@@ -19,8 +19,9 @@ from tests.tocom_models import small_model
 from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
 from tocom import Backbone, ConfigError, load_backbone
 from training import loop
-from training.config import DistillConfig, FinetuneConfig, LoopConfig
+from training.config import DistillConfig, FinetuneConfig
 from training.distill import distill
+from training.loop_config import LoopConfig
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
 from training.tuning import Finetuning, Tuned
@@ -36,6 +37,7 @@ name = "{backbone}"
 [augment]
 mixup = 0.8
 cutmix = 1.0
+erasing = 0.5
 repeats = 3
 [loop]
 steps = 6
@@ -272,6 +274,14 @@ def test_tensorboard_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
     log.Reload()
     losses = [event.value for event in log.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+
+
+def test_blocks_that_run_again_make_the_same_bank(recipe: Path, tmp_path: Path) -> None:
+    digests = [
+        Bank.load(distill(config(recipe, "drop_path=0.2", *more), tmp_path / str(i))).info.digest
+        for i, more in enumerate([[], ["loop.recompute_blocks=true"]])
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_bf16_trains(recipe: Path, tmp_path: Path) -> None:
