@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -49,3 +50,11 @@ def test_a_link_into_the_code_that_leads_nowhere_is_a_warning(caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         without_links("[`gone`](../server/gone.py)", "a.md")
     assert caplog.messages == ["docs/a.md has a link to ../server/gone.py, which does not exist"]
+
+
+def test_the_glossary_is_short():
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    words = re.findall(r"^\*\*(.+?)\.\*\* ((?:.+\n)+)", text, re.MULTILINE)
+    assert 0 < len(words) <= 15
+    for word, meaning in words:
+        assert len(re.findall(r"\.(?=\s)", meaning)) == 2, word
