@@ -12,19 +12,21 @@ ARGS ?=
 JOBS ?= 2
 
 PACKAGES := adapters server tocom training
-SOURCES := $(PACKAGES) $(wildcard benchmarks examples tests)
+SOURCES := $(PACKAGES) $(wildcard benchmarks examples scripts tests)
 
 # What has been installed is stamped, so that a second call only starts.
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help serve test lint format wheel clean
+.PHONY: help serve test lint format docs reference wheel clean
 
 help:
 	@echo 'make serve    serve the bundled model on http://$(HOST):$(PORT) (HOST=, PORT=, ARGS=)'
 	@echo 'make test     run every test (ARGS="-k merging", JOBS=2)'
 	@echo 'make lint     ruff and mypy, changing nothing'
 	@echo 'make format   put the code into the shape that lint asks for'
+	@echo 'make docs     build the site of docs/ in build/site; a link that leads nowhere fails'
+	@echo 'make reference  write the pages of docs/reference anew, from the code'
 	@echo 'make wheel    build dist/tocom_serve-*.whl'
 	@echo 'make clean    remove what was built and cached ($(VENV) stays)'
 
@@ -55,6 +57,13 @@ lint: $(DEV)
 format: $(DEV)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
+
+# What mkdocs-material says of its successors is no fault of a page.
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+reference: $(DEV)
+	$(VENV)/bin/python -m scripts.reference
 
 wheel: $(DEV)
 	rm -rf build

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tocom", "adapters", "training", "server")
-FOLDERS = (*PACKAGES, "benchmarks", "tests")
+FOLDERS = (*PACKAGES, "benchmarks", "examples", "tests")
 
 #: Lines of a file; files side by side, and in the rooms of the server.
 LONGEST, MOST, MOST_IN_A_ROOM = 400, 20, 14

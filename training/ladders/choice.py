@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from adapters.ladder import Embedded, read_ladder
+from adapters.ladder import Embedded, LadderPart, read_ladder
 from tocom.reduction import METHODS
 from training.recipe import Recipe
 
@@ -38,5 +38,6 @@ def _read(value: Any) -> Any:
 #: `tome`, the paper's; a `ladder.json` or a folder that holds one; the name of a method, or a table
 #: of one, for its usual ladder. None: as the recipe says.
 LadderChoice: TypeAlias = Annotated[
-    Literal["tome"] | Embedded | MethodLadder | None, BeforeValidator(_read)
+    Literal["tome"] | Embedded | MethodLadder | None,
+    BeforeValidator(_read, json_schema_input_type=str | LadderPart | MethodLadder | None),
 ]
