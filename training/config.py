@@ -170,6 +170,42 @@ class DistillConfig(Recipe):
         return self
 
 
+class ElasticConfig(Recipe):
+    """`tocom-train elastic`: all weights of a backbone tuned for all rungs, labels unused."""
+
+    name: Name = "elastic"
+    backbone: BackboneConfig
+    pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
+    unseen: int = Field(
+        96, gt=0, description="pictures held out of `pictures`, watched while training"
+    )
+    ladder: LadderChoice = Field(
+        None,
+        description="what the rates mean: tome, the paper's (default); a ladder.json; a method",
+    )
+    max_rate: int = Field(16, gt=0, description="rates 0..max_rate are tuned for")
+    proportional: Proportional = True
+    students: int = Field(2, gt=0, description="random rates that learn from each picture")
+    features: float = Field(
+        1.0, ge=0, description="weight of the squared error of what the head reads, beside the KL"
+    )
+    tokens: float = Field(
+        2.0, ge=0, description="weight of the relative squared error of the tokens after each block"
+    )
+    crop_pct: CropPct = None
+    augment: AugmentConfig = AugmentConfig()
+    loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> "ElasticConfig":
+        if self.students > self.max_rate + 1:
+            raise ValueError(
+                f"students ({self.students}) have distinct rates: at most max_rate + 1, which is "
+                f"{self.max_rate + 1}"
+            )
+        return self
+
+
 class AdaptFormerConfig(Recipe):
     """A branch beside the MLP of each block."""
 

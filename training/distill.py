@@ -12,7 +12,6 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
-from training.losses import kd_loss, token_error
+from training.losses import kd_loss, lesson
 from training.pictures.augment import mixing, train_transform
 from training.pictures.batches import Pictures, evaluation_batches
-from training.run_folder import read_metrics, refuse_other_run
+from training.run_folder import facts, refuse_other_run
 from training.seeds import derive
 
 #: Pictures that tell what plain merging costs: the order of magnitude is what matters.
@@ -156,15 +155,13 @@ class Distillation:
         return Variant(rate, delta, proportional=self.config.proportional, ladder=self.ladder)
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
-        terms = []
-        if self.teacher.num_classes:
-            terms.append(kd_loss(student.logits, teacher.logits))
-        if self.config.features:
-            error = F.mse_loss(student.features.float(), teacher.features.float())
-            terms.append(self.config.features * error)
-        if self.traced:
-            terms.append(self.config.tokens * token_error(student.states, teacher.states))
-        return torch.stack(terms).sum()
+        return lesson(
+            student,
+            teacher,
+            self.teacher.num_classes > 0,
+            self.config.features,
+            self.config.tokens,
+        )
 
     @torch.no_grad()
     def _plain_losses(self) -> Tensor:
@@ -270,14 +267,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
 
 def _bank(job: Distillation, config: DistillConfig, distinct: int, folder: Path) -> Bank:
     """Return what was learned up to `max_rate`, in fp16, with notes on how."""
-    training = {
-        "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone", "ladder"}),
-        "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
-        "distinct_pictures": distinct,
-        "samples_seen": config.loop.steps * config.loop.batch_size,
-        "last": metrics[-1] if (metrics := read_metrics(folder)) else {},
-        "versions": {name: version(name) for name in ("torch", "timm")},
-    }
+    training = facts(config, distinct, folder)
     update = ladder_entries(_up_to(job.ladder, config.max_rate))
     update |= {"max_rate": config.max_rate, "training": training}
     info = job.plugins.info.model_copy(update=update)

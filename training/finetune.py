@@ -235,6 +235,12 @@ def _notes(
     }
 
 
+def save_model(backbone: Backbone, said: dict[str, Any], folder: Path) -> None:
+    """Write a model folder in timm's own form, in fp16, with what is `said` in its config."""
+    with new_folder(folder, TrainingError) as beside:
+        save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
+
+
 def _save_model(
     config: FinetuneConfig,
     job: Finetuning,
@@ -253,8 +259,7 @@ def _save_model(
         "backbone_digest": tuned_from,
         "training": notes,
     }
-    with new_folder(folder, TrainingError) as beside:
-        save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
+    save_model(backbone, said, folder)
 
 
 def _save_task(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tocom.vit import State
+from tocom.vit import Outputs, State
 
 
 def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -21,6 +21,28 @@ def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         reduction="batchmean",
         log_target=True,
     )
+
+
+def lesson(
+    student: Outputs, teacher: Outputs, logits: bool, features: float, tokens: float
+) -> Tensor:
+    """Return what a student has yet to learn: a sum of terms.
+
+    Args:
+        student, teacher: of the same pictures; traced, if there is a weight of tokens.
+        logits: whether there is a head; the KL divergence of what it says is a term then.
+        features: weight of the squared error of what a head reads.
+        tokens: weight of the relative squared error of the tokens after each block.
+    """
+    terms = []
+    if logits:
+        terms.append(kd_loss(student.logits, teacher.logits))
+    if features:
+        error = F.mse_loss(student.features.float(), teacher.features.float())
+        terms.append(features * error)
+    if tokens:
+        terms.append(tokens * token_error(student.states, teacher.states))
+    return torch.stack(terms).sum()
 
 
 def token_error(student: Sequence[State], teacher: Sequence[State]) -> Tensor:

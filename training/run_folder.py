@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
+from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
 from training.recipe import Recipe
 
@@ -76,6 +78,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):
                 lines.append(json.loads(line))
     return lines
+
+
+def facts(config: DistillConfig | ElasticConfig, distinct: int, folder: Path) -> dict[str, Any]:
+    """Return what is worth knowing of a run that used no labels, beside what came out.
+
+    Args:
+        config: its recipe.
+        distinct: pictures that it saw.
+        folder: of the run.
+    """
+    return {
+        "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone", "ladder"}),
+        "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
+        "distinct_pictures": distinct,
+        "samples_seen": config.loop.steps * config.loop.batch_size,
+        "last": metrics[-1] if (metrics := read_metrics(folder)) else {},
+        "versions": {name: version(name) for name in ("torch", "timm")},
+    }
 
 
 class RunFolder:

@@ -1,0 +1,203 @@
+"""Elastic tuning: all weights of a backbone learn to answer at every rung as it did at rung 0.
+
+No labels and no plug-ins: the teacher is the backbone as it was, the student the same weights at
+random rungs. What comes out is a model folder. It is the way of networks of many widths, and the
+rival of a bank: nothing is added at a rung, but the stock model is gone, and tasks that were tuned
+from it with it.
+
+Reference: Slimmable Neural Networks, arXiv:1812.08928, section 3; Universally Slimmable Networks,
+arXiv:1903.05134, section 3.3 (the whole network teaches).
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adapters import BackboneInfo
+from adapters.task import data_config
+from tocom import Backbone, ConfigError, Ladder, Variant, load_backbone
+from tocom.vit import Outputs, embed, outputs
+from training import loop
+from training.config import ElasticConfig
+from training.finetune import save_model
+from training.ladders.chosen import chosen_ladder
+from training.losses import kd_loss, lesson
+from training.pictures.augment import mixing, train_transform
+from training.pictures.batches import Pictures, evaluation_batches
+from training.run_folder import facts, refuse_other_run
+from training.seeds import derive
+
+#: Pictures that tell what each rung costs before anything is learned.
+PLAIN_PICTURES = 24
+
+
+class Weights(nn.Module):
+    """A model all of whose weights learn, run at any rung."""
+
+    def __init__(self, model: VisionTransformer, ladder: Ladder, proportional: bool) -> None:
+        """Make all parameters of `model` trainable."""
+        super().__init__()
+        self.model = model.requires_grad_(True)
+        self.ladder, self.proportional = ladder, proportional
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of positions and prefix tokens, which timm keeps from decaying."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    def forward(self, images: Tensor, rung: int, trace: bool = False) -> Outputs:
+        """Return what `tocom.vit.outputs` says of images [B, 3, H, W]."""
+        variant = Variant(rung, proportional=self.proportional, ladder=self.ladder)
+        return outputs(self.model, embed(self.model, images), variant, trace)
+
+
+class ElasticTuning:
+    """The job of `tocom-train elastic`; see `loop.Job`."""
+
+    def __init__(self, backbone: Backbone, config: ElasticConfig, unseen: list[Tensor]) -> None:
+        """Copy the backbone: the copy learns, the backbone teaches.
+
+        Args:
+            backbone: the model as it is.
+            config: the recipe.
+            unseen: batches [B, 3, H, W] of pictures that are not trained on.
+
+        Raises:
+            ConfigError: if there is nothing to learn from, or the ladder has not so many rungs.
+        """
+        if not backbone.model.num_classes and not config.features and not config.tokens:
+            raise ConfigError(
+                f"{backbone.name} has no head, so there are no logits to learn from; "
+                "give its features or its tokens a weight: features=1.0, tokens=1.0"
+            )
+        self.ladder = chosen_ladder(config.ladder, backbone.model)
+        if self.ladder.top is not None and config.max_rate > self.ladder.top:
+            raise ConfigError(
+                f"max_rate ({config.max_rate}) must be a rung of the ladder "
+                f"{self.ladder.name!r}, at most {self.ladder.top}"
+            )
+        self.teacher = backbone.model.requires_grad_(False)
+        self.student = copy.deepcopy(backbone.model)
+        self.student.set_grad_checkpointing(config.loop.recompute_blocks)
+        self.module: nn.Module = Weights(self.student, self.ladder, config.proportional)
+        self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
+        self.config = config
+        self.traced = config.tokens > 0
+        self.losses_each = config.students
+        self.unseen = unseen
+        self.plain = self._plain_losses()  # [rung]
+        self.watched = [0, *sorted({max(1, config.max_rate * i // 4) for i in range(1, 5)})]
+
+    def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
+        """Yield the loss of each rung, in units of what it is before anything is learned."""
+        if self.mixing:
+            images, _ = self.mixing(images, torch.zeros_like(labels))  # classes play no part
+        with torch.no_grad():
+            teacher = outputs(self.teacher, embed(self.teacher, images), Variant(), self.traced)
+        for rung in draw_rungs(self.config, micro):
+            student = self.module(images, rung, self.traced)
+            yield self._loss(student, teacher) / self.plain[rung] / self.config.students
+
+    def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
+        return lesson(
+            student,
+            teacher,
+            self.teacher.num_classes > 0,
+            self.config.features,
+            self.config.tokens,
+        )
+
+    @torch.no_grad()
+    def _plain_losses(self) -> list[float]:
+        """Return the loss of each rung of the backbone as it is; of rung 0, that of rung 1."""
+        device = next(self.teacher.parameters()).device
+        tokens = embed(self.teacher, self.unseen[0][:PLAIN_PICTURES].to(device))
+        whole = outputs(self.teacher, tokens, Variant(), self.traced)
+        losses = []
+        for rung in range(1, self.config.max_rate + 1):
+            variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
+            losses.append(self._loss(outputs(self.teacher, tokens, variant, self.traced), whole))
+        found = torch.stack(losses)
+        # Rungs that are (nearly) the stock model must not outweigh all others.
+        found = found.clamp(min=found.max().item() / 1000)
+        return [float(found[0]), *found.tolist()]
+
+    def notes(self, micros: range) -> dict[str, Any]:
+        """Return the rungs, one for each loss."""
+        return {"rates": [rung for micro in micros for rung in draw_rungs(self.config, micro)]}
+
+    @torch.no_grad()
+    def watch(self) -> dict[str, float]:
+        """Return the KL divergence, or the error without a head, from the backbone at rung 0."""
+        device = next(self.teacher.parameters()).device
+        head = self.teacher.num_classes > 0
+        pictures = sum(len(images) for images in self.unseen)
+        sums = torch.zeros(len(self.watched), device=device)
+        for images in self.unseen:
+            images = images.to(device)
+            whole = outputs(self.teacher, embed(self.teacher, images), Variant())
+            tokens = embed(self.student, images)
+            for i, rung in enumerate(self.watched):
+                variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
+                answer = outputs(self.student, tokens, variant)
+                if head:
+                    error = kd_loss(answer.logits, whole.logits)
+                else:
+                    error = F.mse_loss(answer.features, whole.features)
+                sums[i] += error * (len(images) / pictures)
+        what = "kl" if head else "error"
+        return {
+            f"unseen_{what}_{rung}": value
+            for rung, value in zip(self.watched, sums.tolist(), strict=True)
+        }
+
+
+def draw_rungs(config: ElasticConfig, micro: int) -> list[int]:
+    """Return the distinct rungs of a micro-batch, all alike likely."""
+    generator = torch.Generator().manual_seed(derive(config.loop.seed, "rungs", micro))
+    return torch.randperm(config.max_rate + 1, generator=generator)[: config.students].tolist()
+
+
+def elastic(config: ElasticConfig, folder: Path) -> Path:
+    """Tune a backbone for all rungs and return the model folder.
+
+    Raises:
+        BackboneError, DataError, ConfigError: before any compute is spent.
+        loop.TrainingError: if training cannot go on.
+    """
+    refuse_other_run(folder, config)
+    if (finished := folder / "model").exists():
+        return finished
+    backbone = load_backbone(config.backbone.name, config.backbone.architecture)
+    backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
+    tuned_from = BackboneInfo.of(backbone).digest
+    pictures = Pictures(
+        config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
+    )
+    unseen = pictures.hold_out(config.unseen)
+    seen = pictures.keys()
+    keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
+    watched = [images for images, _ in evaluation_batches(backbone, config.pictures, unseen)]
+    accelerator = loop.start(config.loop, folder)
+    backbone.model.to(accelerator.device)
+    job = ElasticTuning(backbone, config, watched)
+    loop.run(accelerator, job, config.loop, config, pictures, keys, folder, config.augment)
+    if accelerator.is_main_process:
+        backbone.model.load_state_dict(job.student.state_dict())
+        save_model(backbone, _said(config, backbone, tuned_from, len(seen), folder), finished)
+    accelerator.wait_for_everyone()
+    return finished
+
+
+def _said(
+    config: ElasticConfig, backbone: Backbone, tuned_from: str, distinct: int, folder: Path
+) -> dict[str, Any]:
+    """Return what the model folder says of itself."""
+    training = {"method": "elastic", **facts(config, distinct, folder)}
+    names = {"label_names": list(backbone.class_names)} if backbone.class_names else {}
+    return {**names, "source_rate": 0, "backbone_digest": tuned_from, "training": training}
