@@ -20,7 +20,15 @@ from torch import Tensor
 from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
 from adapters.ladder import Embedded, ladder_of, part_of, tuned_on_another
-from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
+from adapters.schema import (
+    NAME,
+    BackboneInfo,
+    Count,
+    Geometry,
+    Notes,
+    Proportional,
+    Strict,
+)
 from tocom import Backbone, BankError, Ladder, ReductionError
 from tocom.delta import TARGETS
 
@@ -41,6 +49,7 @@ class BankInfo(Strict):
         exclude_if=lambda ladder: ladder is None,
         description="what the rates mean, in format 2; in format 1 it is the paper's",
     )
+    proportional: Proportional = True
     max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
     rank: Count = Field(description="width of one step's low-rank pair")
     targets: Annotated[
@@ -136,10 +145,13 @@ class Bank:
 
         See `check_geometry` and `check_source`; `source` is by default the model's own. Warns if
         the model neither has the weights that the bank was distilled on nor says that
-        it was tuned from them: a bank of an unrelated model of the same shape repairs nothing.
+        it was tuned from them: a bank of an unrelated model of the same shape repairs nothing. And
+        if the model would run with the other attention without the bank: see `overrides`.
         """
         self.check_geometry(backbone)
         self.check_source(backbone, backbone.source if source is None else source)
+        if (overridden := self.overrides(backbone)) is not None:
+            warnings.warn(overridden, stacklevel=2)
         if not self.distilled_on(backbone):
             warnings.warn(
                 f"bank {self.info.name!r} was distilled on other weights than {backbone.name} has: "
@@ -169,10 +181,37 @@ class Bank:
 
     def check_source(self, backbone: Backbone, source: int) -> None:
         """Raise BankError if a model was tuned on another ladder, unless `source` is 0."""
+        self.check_attention(backbone, source)
         if (reason := tuned_on_another(backbone, source, self.ladder)) is not None:
             raise BankError(
                 f"bank {self.info.name!r} is for the ladder {self.ladder.name!r}: {reason}"
             )
+
+    def check_attention(self, backbone: Backbone, source: int) -> None:
+        """Raise BankError if a model was tuned with the other attention, unless `source` is 0.
+
+        Proportional or not: at rate 0, where nothing is merged, they are the same.
+        """
+        if source and backbone.source and backbone.proportional != self.info.proportional:
+            raise BankError(
+                f"bank {self.info.name!r} is for {_attention(self.info.proportional)}, and "
+                f"{backbone.name} was tuned at rate {backbone.source} with "
+                f"{_attention(backbone.proportional)}"
+            )
+
+    def overrides(self, backbone: Backbone) -> str | None:
+        """Return a warning if a tuned model says the other attention than the bank; None: it fits.
+
+        With a bank the model runs as the plug-ins have learned. A model that is what the bank was
+        distilled on was not tuned, and says nothing.
+        """
+        own, other = self.info.proportional, backbone.proportional
+        if own == other or self.info.backbone.digest == backbone.digest:
+            return None
+        return (
+            f"bank {self.info.name!r} is for {_attention(own)} and {backbone.name} for "
+            f"{_attention(other)}: with the bank it runs as the bank says"
+        )
 
     def distilled_on(self, backbone: Backbone) -> bool:
         """Tell whether a model has the weights it was distilled on, or was tuned from them."""
@@ -193,6 +232,10 @@ class Bank:
     def parameters(self) -> int:
         """Number of values in the bank."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def _attention(proportional: bool) -> str:
+    return "proportional attention" if proportional else "attention that is not proportional"
 
 
 def ladder_entries(ladder: Ladder) -> dict[str, Any]:
@@ -233,7 +276,16 @@ _FORMAT = Format(
     files=FILES,
     info=BankInfo,
     shapes=tensor_shapes,
-    covered=("format_version", "name", "method", "max_rate", "rank", "targets", "scale"),
+    covered=(
+        "format_version",
+        "name",
+        "method",
+        "max_rate",
+        "rank",
+        "targets",
+        "scale",
+        "proportional",
+    ),
     fault=BankError,
     max_info_bytes=MAX_INFO_BYTES,
     versions=(1, 2),

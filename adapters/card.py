@@ -102,6 +102,8 @@ def facts(bank: Bank) -> Iterator[tuple[str, str]]:
     yield "rates", f"0..{info.max_rate} of {info.method}"
     if info.ladder is not None:
         yield "ladder", f"{info.ladder.name}, {digest(bank.ladder)[:12]}"
+    if not info.proportional:
+        yield "attention", "not proportional: merged tokens count as one"
     yield "rank", f"{info.rank} a step"
     yield "targets", ", ".join(info.targets)
     yield "scale", f"{info.scale:g}"
@@ -154,6 +156,7 @@ def _use(bank: Bank, repo_id: str) -> str:
     height, width = info.backbone.geometry.input
     rate = min(8, info.max_rate)
     ladder = "" if info.ladder is None else ", ladder=bank.ladder"
+    ladder += "" if info.proportional else ", proportional=False"
     return f"""\
 ## How to use it
 

@@ -76,10 +76,17 @@ def export_model(
     example = torch.zeros(2, *backbone.input_size)  # of one image, its 1 would be a constant
     used = {"name": bank.info.name, "digest": bank.info.digest, "scale": scale} if bank else None
     about = _describe(backbone) | {"source": source, "rate": rate, "bank": used}
-    about |= {"method": ladder.method.name, "ladder": ladder.name, "ladder_digest": digest(ladder)}
+    proportional = bank.info.proportional if bank else backbone.proportional
+    variant = Variant(rate, folded, backbone.adapter, proportional, ladder)
+    about |= {
+        "proportional": proportional,
+        "method": ladder.method.name,
+        "ladder": ladder.name,
+        "ladder_digest": digest(ladder),
+    }
     with new_files(*(path.with_suffix(suffix) for suffix in _FILES[path.suffix])) as beside:
         graph = (beside / path.name).with_suffix(".onnx")
-        _write_onnx(_AtRate(backbone, rate, folded, ladder), example, graph, json.dumps(about))
+        _write_onnx(_AtRate(backbone, variant), example, graph, json.dumps(about))
         if path.suffix == ".xml":
             _write_ir(graph, beside / path.name, json.dumps(about))
     return path
@@ -88,12 +95,10 @@ def export_model(
 class _AtRate(nn.Module):
     """The forward at one rate with its delta: a module that takes images alone."""
 
-    def __init__(
-        self, backbone: Backbone, rate: int, folded: FoldedWeights | None, ladder: Ladder
-    ) -> None:
+    def __init__(self, backbone: Backbone, variant: Variant) -> None:
         super().__init__()
         self.model = backbone.model
-        self.variant = Variant(rate, folded, backbone.adapter, ladder=ladder)
+        self.variant = variant
         self.names = ("logits", "features") if backbone.model.num_classes else ("features",)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,14 @@ from tocom import Backbone
 
 #: What banks, tasks and ladders may be called.
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
+#: Of attention: left out of files where it is true, which it is without the entry.
+Proportional = Annotated[
+    bool,
+    Field(
+        exclude_if=lambda proportional: proportional,
+        description="whether merged tokens count in attention by their size; without it, they do",
+    ),
+]
 #: Levels of lists and objects within notes. A trainer's have six.
 MAX_DEPTH = 32
 

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from adapters.adaptformer import adapter
 from adapters.format import VERSION, Format
 from adapters.ladder import Embedded, ladder_of
-from adapters.schema import NAME, BackboneInfo, Count, Geometry, Notes, Strict
+from adapters.schema import (
+    NAME,
+    BackboneInfo,
+    Count,
+    Geometry,
+    Notes,
+    Proportional,
+    Strict,
+)
 from tocom import Adapter, Backbone, ReductionError, TaskError, bundled_folder
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
@@ -41,6 +49,7 @@ class TaskInfo(Strict):
         exclude_if=lambda ladder: ladder is None,
         description="what that rate means; without it, it is the paper's ladder",
     )
+    proportional: Proportional = True
     class_names: Annotated[tuple[str, ...], Field(min_length=1), FailFast()]
     heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
     rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
@@ -48,6 +57,12 @@ class TaskInfo(Strict):
     scale: float = Field(1.0, gt=0, description="factor of what was tuned")
     resize: Literal["crop", "squash"] = Field(
         "crop", description="what becomes of a picture: the backbone's own crop, or all of it"
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        exclude_if=lambda crop: crop is None,
+        description="share of a picture's shorter side that the crop sees; without it, the "
+        "backbone's own",
     )
     training: Notes = Field({})
     evaluation: Notes | None = None
@@ -62,6 +77,11 @@ class TaskInfo(Strict):
                 f"source must be a rung of the ladder {ladder.name!r}, in 0..{ladder.top}, got "
                 f"{self.source}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _seen_in_one_way(self) -> "TaskInfo":
+        data_config(self.resize, self.crop_pct)
         return self
 
 
@@ -135,7 +155,7 @@ class TaskModel:
             up, down = tuned[f"lora.{name}.B"], tuned[f"lora.{name}.A"]
             merged = changed.weight.detach() + info.scale * (up @ down)
             changed.weight = nn.Parameter(merged, requires_grad=False)
-        model.pretrained_cfg |= data_config(info.resize)
+        model.pretrained_cfg |= data_config(info.resize, info.crop_pct)
         return replace(
             backbone,
             model=model.eval(),
@@ -143,6 +163,7 @@ class TaskModel:
             class_names=info.class_names,
             source=info.source,
             ladder=self.ladder,
+            proportional=info.proportional,
             tuned_from=backbone.tuned_from or backbone.digest,
             calibration=info.calibration,
             evaluation=info.evaluation,
@@ -212,9 +233,23 @@ def tensor_shapes(info: TaskInfo) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def data_config(resize: Literal["crop", "squash"]) -> dict[str, Any]:
-    """Return what differs from the backbone's own treatment of pictures, in timm's words."""
-    return {"crop_pct": 1.0, "crop_mode": "squash"} if resize == "squash" else {}
+def data_config(resize: Literal["crop", "squash"], crop_pct: float | None) -> dict[str, Any]:
+    """Return what differs from the backbone's own treatment of pictures, in timm's words.
+
+    Args:
+        resize: what becomes of a picture.
+        crop_pct: share of its shorter side that a crop sees; None: the backbone's own.
+
+    Raises:
+        ValueError: if a share is given where all of the picture is seen.
+    """
+    if resize == "squash":
+        if crop_pct is not None:
+            raise ValueError(
+                f"crop_pct is for resize='crop'; 'squash' shows all of a picture, got {crop_pct:g}"
+            )
+        return {"crop_pct": 1.0, "crop_mode": "squash"}
+    return {} if crop_pct is None else {"crop_pct": crop_pct, "crop_mode": "center"}
 
 
 def share(model: VisionTransformer) -> VisionTransformer:
@@ -244,6 +279,8 @@ _FORMAT = Format(
         "layers",
         "scale",
         "resize",
+        "crop_pct",
+        "proportional",
     ),
     fault=TaskError,
     max_info_bytes=2**24,  # the class names of ImageNet-21k alone have close to a megabyte

@@ -22,16 +22,15 @@ from server.settings import ApiKey, ModelSettings, Settings
 from tests.adapters.test_export import small_backbone
 from training.cli import _parser
 from training.config import (
-    CalibrateConfig,
     DistillConfig,
-    EvaluateConfig,
     FinetuneConfig,
-    VtabConfig,
 )
 from training.evaluate import table
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import read_recipe
+from training.vtab.config import VtabConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -41,6 +41,8 @@ class Backbone:
         class_names: one a class; `class 0` ... where nobody says.
         source: the rate that the model was tuned at.
         ladder: what that rate means.
+        proportional: whether merged tokens counted in attention by their size when it was tuned,
+            and do where no bank says otherwise.
         tuned_from: digest of the backbone that it was tuned from; empty where nobody says.
         calibration: the multiplier that was searched for it, as its folder says; None: nothing.
         evaluation: what was measured of it, likewise.
@@ -59,6 +61,7 @@ class Backbone:
     adapter: Adapter | None = None
     task_digest: str = ""
     ladder: Ladder = TOME
+    proportional: bool = True
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -193,8 +196,12 @@ def _origin(folder: Path) -> dict[str, Any]:
     source = config.get("source_rate", 0)
     if isinstance(source, bool) or not isinstance(source, int) or source < 0:
         raise BackboneError(f"{folder}: source_rate must be a whole number from 0, got {source!r}")
+    proportional = config.get("proportional", True)
+    if not isinstance(proportional, bool):
+        raise BackboneError(f"{folder}: proportional must be true or false, got {proportional!r}")
     return {
         "source": source,
+        "proportional": proportional,
         "ladder": _ladder(config.get("ladder"), folder),
         "tuned_from": str(config.get("backbone_digest", "")),
         "calibration": config.get("calibration"),

@@ -73,6 +73,14 @@ class FoldedWeights:
         """Bytes of the weights."""
         return sum(weight.nbytes for weight in self.weights.values())
 
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "FoldedWeights":
+        """Return them on another device or in another dtype; None: as they are."""
+        return FoldedWeights(
+            {name: weight.to(device, dtype) for name, weight in self.weights.items()}
+        )
+
 
 AnyDelta: TypeAlias = Delta | FoldedWeights
 

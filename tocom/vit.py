@@ -3,27 +3,30 @@
 A rate is an argument, not a state: the model is read, never written, so requests at
 different rates share one set of weights and may run at once. timm's submodules are
 called, no forward of theirs is copied; at rate 0 without a delta the answer is stock
-timm's. Which models are supported is decided in `supported`.
+timm's. Which models are supported is decided in `supported`. timm's `set_grad_checkpointing` is
+heeded: blocks then keep only what enters them, and are run again for their gradients.
 
-Does not do: gradient checkpointing, attention masks, timm's intermediate features.
+Does not do: attention masks, timm's intermediate features.
 Reference: ToMe section 3; Token Compensator (ToCom), arXiv:2408.06798, section 3.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tocom.adapter import Adapter
 from tocom.attention import answer, look
 from tocom.delta import AnyDelta, has_plain_mlp, linear
 from tocom.ladder import TOME, Ladder, Plan
-from tocom.reduction import Place, Tokens
+from tocom.reduction import Cut, Fate, Place, Seen, Tokens
 from tocom.schedule import Rate
 from tocom.variant import Variant
 
@@ -231,44 +234,67 @@ def run_blocks(
             head of a model without pooling reads.
     """
     batch, count, _ = x.shape
-    method, delta, adapter = variant.ladder.method, variant.delta, variant.adapter
     plan = variant.plan(model, count)
     tokens, seen = Tokens(x), None
     source = torch.arange(count, device=x.device).expand(batch, count) if trace else None
     margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
+    again = model.grad_checkpointing and torch.is_grad_enabled()
+    run = partial(checkpoint, _run_block, use_reentrant=False) if again else _run_block
     for i, (block, cut) in enumerate(zip(model.blocks, plan.cuts(trace), strict=True)):
         queries = plan.prefix if prefix_only and i == len(model.blocks) - 1 else None
-        place = method.place if cut is not None else None
-        fate, rows = None, None
-        if cut is not None and place is Place.INPUT:
-            tokens, fate = method.reduce(tokens, seen, cut)
-        x, size, live = tokens
-        seen = look(
-            block.attn,
-            f"blocks.{i}.attn",
-            block.norm1(x),
-            size if variant.proportional else None,
-            delta,
-            live=live,
-            queries=queries,
-        )
-        if cut is not None and place is Place.ATTENTION and queries is None:
-            chosen = method.choose(tokens, seen, cut)
-            fate = chosen.fate(x.shape[1]) if trace else None
-            rows, live = chosen.rows, chosen.live
-            x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        y = answer(block.attn, f"blocks.{i}.attn", seen, delta, rows)
-        tokens = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)
-        if cut is not None and place is Place.BETWEEN and queries is None:
-            tokens, fate = method.reduce(tokens, seen, cut)
-        x = tokens.x
-        y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
-        tokens = tokens._replace(x=x + y if adapter is None else x + y + adapter(i, x))
+        tokens, seen, fate = run(block, i, tokens, seen, variant, cut, trace, queries)
+        if variant.ladder.method.place is not Place.INPUT:
+            seen = None  # nobody reads it, and a block that is run again would keep it
         if source is not None and fate is not None:
             source = fate.follow(source)
         if margin is not None and fate is not None and fate.margin is not None:
             margin = torch.minimum(margin, fate.margin)
         yield State(tokens.x, _counted(tokens), source, margin)
+
+
+def _run_block(
+    block: Block,
+    i: int,
+    tokens: Tokens,
+    seen: Seen | None,
+    variant: Variant,
+    cut: Cut | None,
+    trace: bool,
+    queries: int | None,
+) -> tuple[Tokens, Seen, Fate | None]:
+    """Run block `i` on tokens; `seen` is of the block before.
+
+    Returns:
+        The tokens, what its attention saw, and where tokens went, if they did and it is traced.
+    """
+    method, delta, adapter = variant.ladder.method, variant.delta, variant.adapter
+    place = method.place if cut is not None else None
+    fate, rows = None, None
+    if cut is not None and place is Place.INPUT:
+        tokens, fate = method.reduce(tokens, seen, cut)
+    x, size, live = tokens
+    seen = look(
+        block.attn,
+        f"blocks.{i}.attn",
+        block.norm1(x),
+        size if variant.proportional else None,
+        delta,
+        live=live,
+        queries=queries,
+    )
+    if cut is not None and place is Place.ATTENTION and queries is None:
+        chosen = method.choose(tokens, seen, cut)
+        fate = chosen.fate(x.shape[1]) if trace else None
+        rows, live = chosen.rows, chosen.live
+        x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    y = answer(block.attn, f"blocks.{i}.attn", seen, delta, rows)
+    tokens = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)
+    if cut is not None and place is Place.BETWEEN and queries is None:
+        tokens, fate = method.reduce(tokens, seen, cut)
+    x = tokens.x
+    y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
+    tokens = tokens._replace(x=x + y if adapter is None else x + y + adapter(i, x))
+    return tokens, seen, fate
 
 
 def _counted(tokens: Tokens) -> Tensor | None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import ConfigError
-from training.config import CalibrateConfig
 from training.ladders.chosen import described, named
 from training.measuring import (
     FoldedDeltas,
@@ -33,6 +32,7 @@ from training.measuring import (
     refuse_processes,
     standard_error,
 )
+from training.measuring_config import CalibrateConfig
 
 _REFINEMENTS = 3  # passes over the pictures; over many, KL is nearly a parabola in s
 _CLOSE = 0.01  # relative; closer multipliers differ in nothing that can be measured
@@ -69,7 +69,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
     refuse_processes("calibrate")
-    backbone = load_model(config.backbone, config.task)
+    backbone = load_model(config.backbone, config.task, config.crop_pct)
     bank = open_bank(config.bank)
     source = backbone.source if config.source is None else config.source
     bank.check_fits(backbone, source)
@@ -80,7 +80,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     measurement = Measurement(
         backbone, config.pictures, config.batch_size, config.workers,
         labelled=config.measure == "top1", limit=config.limit,
-        ladder=bank.ladder,
+        ladder=bank.ladder, proportional=bank.info.proportional,
     )  # fmt: skip
     search = Search(measurement, bank, source, targets, folder)
     search.run(config.multipliers, config.continuous, config.per_target)

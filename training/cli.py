@@ -9,19 +9,18 @@ from pathlib import Path
 from tocom import TocomError
 from tocom.allocator import keep_freed_memory
 from training.config import (
-    CalibrateConfig,
     DistillConfig,
-    EvaluateConfig,
     FinetuneConfig,
-    VtabConfig,
 )
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import presets, read_recipe
+from training.vtab.config import VtabConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Run the program and return its exit code: 0, 2 for a mistake, 130 if it was stopped."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no more positional arguments after an option; key=value may stand anywhere.
@@ -137,7 +136,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _vtab(arguments: argparse.Namespace) -> None:
-    from training.vtab import check, vtab
+    from training.vtab.runs import check, vtab
 
     config = read_recipe(VtabConfig, arguments.recipe, arguments.overrides)
     if arguments.check:

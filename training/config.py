@@ -1,17 +1,22 @@
 """Recipes: what each command takes, validated by pydantic."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from adapters.schema import Proportional
+from adapters.task import data_config
 from training.ladders.choice import LadderChoice
+from training.loop_config import EpochLoopConfig, LoopConfig
 from training.recipe import Recipe
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,99}$")]
-_Rate = Annotated[int, Field(ge=0)]
-_Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: 0.875 is the papers': the shorter side comes to 256 pixels, of which the middle 224 are seen.
+CropPct = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | None,
+    Field(description="share of a picture's shorter side that is seen; default: as the model says"),
+]
 
 
 class BackboneConfig(Recipe):
@@ -79,51 +84,6 @@ class AugmentConfig(Recipe):
         return scale
 
 
-class _LoopConfig(Recipe):
-    """What every training run has, but for its length."""
-
-    batch_size: int = Field(gt=0, description="pictures a step, over all processes")
-    accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
-    learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
-    weight_decay: float = Field(0.05, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
-    precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Accelerate's mixed precision"
-    )
-    seed: int = 0
-    workers: int = Field(1, ge=0, description="processes that decode pictures")
-    save_every: int = Field(100, gt=0, description="steps between checkpoints")
-    watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
-    on_unreadable: Literal["stop", "skip"] = Field(
-        "stop", description="a picture that cannot be decoded; skipped ones are counted"
-    )
-    on_full_disk: Literal["stop", "skip"] = Field(
-        "stop", description="a checkpoint or metrics that cannot be written"
-    )
-    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
-
-
-class LoopConfig(_LoopConfig):
-    """A training run of so many steps."""
-
-    steps: int = Field(gt=0, lt=10**6)
-    warmup_steps: int = Field(0, ge=0)
-
-
-class EpochLoopConfig(_LoopConfig):
-    """A training run of so many passes over its pictures."""
-
-    epochs: float = Field(gt=0, allow_inf_nan=False)
-    warmup_epochs: float = Field(0, ge=0, allow_inf_nan=False)
-
-    def over(self, pictures: int) -> LoopConfig:
-        """Return the run in steps, for a number of pictures."""
-        values = self.model_dump(exclude={"epochs", "warmup_epochs"})
-        each = pictures / self.batch_size
-        steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
-        return LoopConfig(steps=steps, warmup_steps=warmup, **values)
-
-
 class DistillConfig(Recipe):
     """`tocom-train distill`: plug-ins for one backbone, labels unused."""
 
@@ -144,6 +104,7 @@ class DistillConfig(Recipe):
         description="so many rates above max_rate are trained as well and then left out: the steps "
         "below, which are part of the way to them, learn more",
     )
+    proportional: Proportional = True
     rank: int = Field(2, gt=0)
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
     basis: Literal["own", "shared"] = Field(
@@ -176,6 +137,7 @@ class DistillConfig(Recipe):
         description="divide each pair's loss by what plain merging costs that pair on the unseen "
         "pictures: all pairs count alike, however far apart",
     )
+    crop_pct: CropPct = None
     augment: AugmentConfig = AugmentConfig()
     loop: LoopConfig
 
@@ -266,15 +228,22 @@ class FinetuneConfig(Recipe):
         description="what the source rate means: tome, the paper's (default); a ladder.json; a "
         "method",
     )
+    proportional: Proportional = True
     resize: Literal["crop", "squash"] = Field(
         "crop",
         description="what is seen of a picture when measuring and serving: the backbone's own "
         "crop, or all of it, squashed",
     )
+    crop_pct: CropPct = None
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     augment: AugmentConfig = AugmentConfig()
     loop: EpochLoopConfig
+
+    @model_validator(mode="after")
+    def _seen_in_one_way(self) -> "FinetuneConfig":
+        data_config(self.resize, self.crop_pct)
+        return self
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> "FinetuneConfig":
@@ -294,105 +263,3 @@ class FinetuneConfig(Recipe):
             raise ValueError(f"search.key: the recipe has no {self.search.key}")
         table[last] = value
         return type(self).model_validate(values)
-
-
-class EvaluateConfig(Recipe):
-    """`tocom-train evaluate`: a model at every rate, with and without a bank."""
-
-    name: str = "evaluation"
-    backbone: BackboneConfig
-    task: str | None = Field(
-        None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
-    )
-    model: str | None = Field(None, description="what tables and plots call it")
-    bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
-    pictures: PicturesConfig
-    limit: int | None = Field(
-        None, gt=0, description="so many pictures, spread evenly over the set; default: all"
-    )
-    labelled: bool = Field(True, description="whether the pictures' classes are the model's")
-    sources: tuple[_Rate, ...] = Field((), description="default: the rate it was tuned at")
-    targets: tuple[_Rate, ...] = Field((), description="default: every rate of the bank")
-    ladder: LadderChoice = Field(
-        None,
-        description="what the rates mean: tome, a ladder.json or a method; default: as the bank "
-        "says, or else the model",
-    )
-    max_rate: int = Field(
-        16,
-        ge=0,
-        description="highest default target where neither a bank nor the ladder's rungs say it",
-    )
-    batch_size: int = Field(50, gt=0)
-    workers: int = Field(1, ge=0, description="processes that decode pictures")
-
-
-class CalibrateConfig(Recipe):
-    """`tocom-train calibrate`: the multiplier of a bank's deltas for one model."""
-
-    name: str = "calibration"
-    backbone: BackboneConfig
-    task: str | None = Field(
-        None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
-    )
-    model: str | None = Field(None, description="what the table calls it")
-    bank: str = Field(description="a bank folder, bundled:NAME or a store reference")
-    pictures: PicturesConfig
-    limit: int | None = Field(
-        None, gt=0, description="so many pictures, spread evenly over the set; default: all"
-    )
-    source: _Rate | None = Field(None, description="default: the rate that the model was tuned at")
-    targets: tuple[_Rate, ...] = Field(
-        (), description="default: every rate of the bank but the source"
-    )
-    multipliers: tuple[_Multiplier, ...] = Field(
-        # The paper's search around the multiplier that it trains with.
-        (0.05, 0.08, 0.1, 0.12, 0.15),
-        min_length=1,
-        description="values of the scale to try, beside the bank's own",
-    )
-    continuous: bool = Field(False, description="then search between the best one's neighbours")
-    per_target: bool = Field(False, description="a multiplier for each target, not one for all")
-    measure: Literal["kl", "top1"] = Field(
-        "kl", description="KL divergence from the source rate, without labels; or top-1"
-    )
-    batch_size: int = Field(50, gt=0)
-    workers: int = Field(1, ge=0, description="processes that decode pictures")
-
-    @model_validator(mode="after")
-    def _smooth(self) -> "CalibrateConfig":
-        if self.continuous and self.measure != "kl":
-            raise ValueError("a continuous search needs a smooth measure: kl, not top1")
-        return self
-
-
-class TaskConfig(Recipe):
-    """A task that is not one of VTAB-1k's."""
-
-    name: str = Field(min_length=1, description="as tables call it")
-    folder: str = Field(min_length=1, description="below the root")
-    group: Literal["Natural", "Specialized", "Structured"]
-    classes: int = Field(gt=0)
-
-
-class VtabConfig(Recipe):
-    """`tocom-train vtab`: fine-tune on each task at each source, measure at each target."""
-
-    name: str = "vtab"
-    root: str = Field(min_length=1, description="folder of the tasks' folders")
-    tasks: tuple[str | TaskConfig, ...] = Field(
-        (), description="folder names of VTAB-1k's tasks, or others described; default: all 19"
-    )
-    sources: tuple[_Rate, ...] = Field((0,), min_length=1)
-    targets: tuple[_Rate, ...] = Field((0, 4, 8, 12, 16), min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    ladder: LadderChoice = Field(
-        None, description="what the rates mean; default: as the fine-tuning's recipe says"
-    )
-    bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
-    limit: int | None = Field(
-        None, gt=0, description="so many test pictures to measure on; default: all"
-    )
-    recipe: str = Field("vtab1k-adaptformer", description="of the fine-tuning: a file or a preset")
-    changes: tuple[str, ...] = Field((), description="key=value changes of that recipe")
-    jobs: int = Field(1, gt=0, description="runs at once, which share out processors and GPUs")

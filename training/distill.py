@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adapters import BackboneInfo, Bank, BankInfo
 from adapters.bank import ladder_entries, tensor_shapes
 from adapters.compose import compose_steps
-from adapters.task import share
+from adapters.task import data_config, share
 from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
@@ -102,6 +102,7 @@ class Distillation:
             **ladder_entries(_up_to(self.ladder, config.highest)),
             name=config.name,
             backbone=BackboneInfo.of(backbone),
+            proportional=config.proportional,
             max_rate=config.highest,
             rank=config.rank,
             targets=config.targets,
@@ -112,6 +113,8 @@ class Distillation:
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
+        # The teacher may be the same model: it has no gradients, for which alone blocks run again.
+        self.student.set_grad_checkpointing(config.loop.recompute_blocks)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
         self.traced = config.tokens > 0
@@ -138,16 +141,19 @@ class Distillation:
             with torch.no_grad():
                 tokens = embed(self.teacher, part)
             with torch.inference_mode():
-                variant = Variant(source, ladder=self.ladder)
+                variant = self._variant(source)
                 teacher = outputs(self.teacher, tokens, variant, self.traced)
             teacher = _usable(teacher)
             weight = len(part) / len(images) / self.config.students
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
-                variant = Variant(target, delta, ladder=self.ladder)
+                variant = self._variant(target, delta)
                 student = outputs(self.student, tokens, variant, self.traced)
                 loss = weight * self._loss(student, teacher)
                 yield loss if self.plain is None else loss / self.plain[source, target]
+
+    def _variant(self, rate: int, delta: Delta | None = None) -> Variant:
+        return Variant(rate, delta, proportional=self.config.proportional, ladder=self.ladder)
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         terms = []
@@ -165,10 +171,10 @@ class Distillation:
         """Return the loss [source, target] without plug-ins, on the first unseen pictures."""
         images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
         tokens = embed(self.teacher, images)
-        variants = [Variant(rate, ladder=self.ladder) for rate in range(self.config.highest + 1)]
+        variants = [self._variant(rate) for rate in range(self.config.highest + 1)]
         plain = [outputs(self.teacher, tokens, variant, self.traced) for variant in variants]
-        losses = [[self._loss(student, teacher) for student in plain] for teacher in plain]
-        found = torch.tensor(losses)
+        losses = [self._loss(student, teacher) for teacher in plain for student in plain]
+        found = torch.stack(losses).view(len(plain), len(plain)).cpu()  # waits for a GPU once
         # Rates that merge (nearly) alike must not outweigh all others.
         return found.clamp(min=found.max().item() / 1000)
 
@@ -189,24 +195,25 @@ class Distillation:
         """
         device = next(self.plugins.parameters()).device
         head = self.teacher.num_classes > 0
-        notes: dict[str, float] = {}
+        losses: dict[str, list[Tensor]] = {}
         pictures = sum(len(images) for images in self.unseen)
         for images in self.unseen:
             tokens = embed(self.teacher, images.to(device))
             stock = outputs(self.teacher, tokens, Variant())
-            losses = {}
             for rate in self.watched:
                 for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
-                    variant = Variant(rate, delta, ladder=self.ladder)
+                    variant = self._variant(rate, delta)
                     student = outputs(self.teacher, tokens, variant)
                     if head:
                         loss = kd_loss(student.logits, stock.logits)
                     else:
                         loss = F.mse_loss(student.features, stock.features)
-                    losses[f"unseen_{'kl' if head else 'error'}_{rate}_{what}"] = loss
-            for key, value in zip(losses, torch.stack([*losses.values()]).tolist(), strict=True):
-                notes[key] = notes.get(key, 0.0) + value * len(images) / pictures
-        return notes
+                    name = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
+                    losses.setdefault(name, []).append(loss * (len(images) / pictures))
+        if not losses:
+            return {}
+        sums = torch.stack([torch.stack(parts).sum() for parts in losses.values()])
+        return dict(zip(losses, sums.tolist(), strict=True))  # the one moment that waits for a GPU
 
 
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
@@ -243,6 +250,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     if (finished := folder / "bank").exists():
         return finished
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
+    backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
     pictures = Pictures(
         config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
     )

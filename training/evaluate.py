@@ -19,8 +19,7 @@ from torch import Tensor
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
 from tocom import Backbone
-from training.config import EvaluateConfig
-from training.ladders.chosen import described, measured_ladder, named
+from training.ladders.chosen import described, measured_attention, measured_ladder, named
 from training.measuring import (
     MEASURES,
     FoldedDeltas,
@@ -31,6 +30,7 @@ from training.measuring import (
     refuse_processes,
     standard_error,
 )
+from training.measuring_config import EvaluateConfig
 from training.plot import plot_evaluation, plot_matrix
 
 _TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL (nats)"}
@@ -46,16 +46,17 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
     refuse_processes("evaluate")
-    backbone = load_model(config.backbone, config.task)
+    backbone = load_model(config.backbone, config.task, config.crop_pct)
     bank = open_bank(config.bank) if config.bank else None
     sources = config.sources or (backbone.source,)
     if bank:
         bank.check_fits(backbone, max(sources))
     ladder = measured_ladder(config.ladder, backbone, bank, sources)
+    proportional = measured_attention(config.proportional, backbone, bank, sources)
     highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
     pairs = [(source, target) for source in sources for target in targets]
-    scales = _multipliers(backbone, bank, pairs) if bank else {}
+    scales = _multipliers(backbone, bank, pairs, config.multiplier) if bank else {}
     searched = {f"{m}→{n}": s for (m, n), s in scales.items() if bank and s != bank.info.scale}
     path = folder / "evaluation.json"
     if claim(folder, path.name, config, backbone, bank, searched):
@@ -68,6 +69,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         config.labelled,
         config.limit,
         ladder,
+        proportional,
     )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,
@@ -75,6 +77,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
         "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
         "ladder": described(ladder),
+        **({} if proportional else {"proportional": False}),
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }
@@ -210,9 +213,9 @@ def matrix_table(result: dict[str, Any]) -> str:
 
 
 def _multipliers(
-    backbone: Backbone, bank: Bank, pairs: Sequence[tuple[int, int]]
+    backbone: Backbone, bank: Bank, pairs: Sequence[tuple[int, int]], asked: float | None
 ) -> dict[tuple[int, int], float]:
-    """Return the multiplier with which the model would be served, for each pair with a delta.
+    """Return the multiplier asked for, or that of serving the model, for each pair with a delta.
 
     Raises:
         RateError: if the bank does not have a rate.
@@ -221,7 +224,8 @@ def _multipliers(
     for source, target in pairs:
         compose(bank, source, target)  # refuses rates that the bank does not have
         if source != target:
-            scales[source, target] = bank.multiplier(backbone, source, target)
+            own = bank.multiplier(backbone, source, target)
+            scales[source, target] = own if asked is None else asked
     return scales
 
 

@@ -212,7 +212,7 @@ def _train(
 
 def _load(config: FinetuneConfig) -> Backbone:
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
-    backbone.model.pretrained_cfg |= data_config(config.resize)
+    backbone.model.pretrained_cfg |= data_config(config.resize, config.crop_pct)
     return backbone
 
 
@@ -249,6 +249,7 @@ def _save_model(
         "label_names": classes,
         "source_rate": config.source,
         **({} if part is None else {"ladder": part.model_dump(mode="json")}),
+        **({} if job.proportional else {"proportional": False}),
         "backbone_digest": tuned_from,
         "training": notes,
     }
@@ -274,12 +275,14 @@ def _save_task(
         backbone=backbone,
         source=config.source,
         ladder=part_of(job.ladder),
+        proportional=job.proportional,
         class_names=tuple(classes),
         heads=job.heads,
         rank=rank,
         layers=config.lora.layers if config.method == "lora" else (),
         scale=scale,
         resize=config.resize,
+        crop_pct=config.crop_pct,
         training=notes,
     )
     TaskModel(info, job.tensors()).save(folder)
@@ -296,7 +299,8 @@ def _accuracy(
     Raises:
         DataError: if a picture has a class that the model lacks.
     """
-    state, variant = PartialState(), Variant(rate, adapter=backbone.adapter, ladder=backbone.ladder)
+    state = PartialState()
+    variant = Variant(rate, None, backbone.adapter, backbone.proportional, backbone.ladder)
     counts = torch.zeros(2, device=state.device)  # right answers, pictures
     for images, labels in evaluation_batches(
         backbone, [part], keys, workers=workers,

@@ -8,10 +8,12 @@ that accumulates N times; only parameters and optimiser have to be kept.
 
 import importlib.util
 import math
+import os
+import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +28,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from tocom import ConfigError
-from training.config import AugmentConfig, LoopConfig
+from training.config import AugmentConfig
+from training.loop_config import LoopConfig
+from training.pictures.augment import Finish
 from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
 from training.recipe import Recipe
@@ -42,6 +46,10 @@ _SPLIT_MODELS = {
 }
 
 
+#: Where metrics may go beside the run folder, and the packages that take them there.
+_TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+
+
 class Job(Protocol):
     """What is trained: distillation, fine-tuning."""
 
@@ -54,7 +62,7 @@ class Job(Protocol):
         """Yield the losses of a micro-batch; each is followed by its backward.
 
         Args:
-            images: [B, 3, H, W].
+            images: [B, 3, H, W], normalised.
             labels: [B].
             micro: number of the micro-batch, counted from the start of the run.
         """
@@ -75,22 +83,23 @@ def start(config: LoopConfig, folder: Path) -> Accelerator:
     Raises:
         ConfigError: if what the recipe asks for is not installed or not possible here.
     """
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("loop.tensorboard needs TensorBoard: pip install tensorboard")
+    for package, name in _TRACKERS.items():
+        if getattr(config, package) and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"loop.{package} needs {name}: pip install {package}")
     for flag, name in _SPLIT_MODELS.items():
         if parse_flag_from_env(flag):
             raise ConfigError(
                 f"Accelerate is configured for {name}, which splits a model up; here each process "
                 "has a whole one: choose multi-GPU without it in `accelerate config`, or torchrun"
             )
+    if config.deterministic:
+        # cuBLAS reads it when it is first used. What who calls this has set himself stays.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     # Accelerate keeps the precision for the whole process, and a process may train twice.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
-            mixed_precision=config.precision,
-            log_with="tensorboard" if config.tensorboard else None,
-            project_dir=str(folder),
-        )
+        return Accelerator(mixed_precision=config.precision, project_dir=str(folder))
     except ValueError as error:
         raise ConfigError(f"loop.precision={config.precision}: {error}") from error
 
@@ -104,6 +113,7 @@ def run(
     keys: list[tuple[int, int]],
     folder: Path,
     augment: AugmentConfig,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Train `job` to the last step, resuming from the newest checkpoint in `folder`.
 
@@ -112,18 +122,21 @@ def run(
         job: what is trained.
         config: the loop's part of the recipe.
         recipe: all of it, to be written to (and compared with) the run folder.
-        pictures: what to train on.
+        pictures: what to train on, under a `train_transform`.
         keys: which pictures an epoch has; see `StepSampler`.
         folder: the run folder.
         augment: how often in a row each picture is drawn, and whether batches are mixed.
+        clock: tells the seconds, for the recipe's time limit.
 
     Raises:
         ConfigError: if `folder` holds a run of another recipe, or the batch cannot be shared
             out to the processes, or to pairs of pictures to mix.
         DataError: if a picture cannot be read and the recipe says to stop.
         TrainingError: if the loss is not finite or the disk is full.
-        KeyboardInterrupt: after a checkpoint was saved.
+        KeyboardInterrupt: after a checkpoint was saved, when it was asked to stop or its time is
+            up.
     """
+    ends = math.inf if config.time_limit is None else clock() + 60 * config.time_limit
     run_folder = RunFolder(folder, accelerator, config)
     run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
@@ -150,21 +163,22 @@ def run(
             "loop.batch_size that makes it even"
         )
     batches = iter(train_batches(pictures, sampler, config.workers))
-    with _interruptible() as interrupted, run_folder.progress(step):
+    finish = pictures.transform.finish(accelerator.device)
+    with _interruptible() as asked, run_folder.progress(step):
         while step < config.steps:
             began = time.perf_counter()
             scheduler.step_update(step)
             job.module.train()
-            totals = _backward(accelerator, job, config, batches, shares, step)
+            totals = _backward(accelerator, job, config, batches, finish, shares, step)
             if config.clip_norm is not None:
                 accelerator.clip_grad_norm_(trained, config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             line = job.notes(_micros(step, shares))
             rate = optimizer.param_groups[0]["lr"]
-            totals[2] = float(interrupted.is_set())
+            totals[2] = float(asked.is_set() or clock() >= ends)
             # The one moment of a step that waits for the GPU and for the other processes.
-            loss, unreadable, asked = accelerator.reduce(totals, reduction="sum").tolist()
+            loss, unreadable, stops = accelerator.reduce(totals, reduction="sum").tolist()
             loss /= shares.processes
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -181,7 +195,7 @@ def run(
                 line |= job.watch()
             run_folder.note(line)
             # Several processes stop together, or one would wait for the others.
-            stop = asked > 0 if shares.processes > 1 else interrupted.is_set()
+            stop = stops > 0 or (shares.processes == 1 and asked.is_set())
             if stop or _due(step, config.save_every, config):
                 run_folder.save(step)
             if stop:
@@ -195,6 +209,7 @@ def _backward(
     job: Job,
     config: LoopConfig,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    finish: Finish,
     shares: Shares,
     step: int,
 ) -> Tensor:
@@ -211,7 +226,8 @@ def _backward(
         seed = derive(config.seed, "step", micro)
         torch.manual_seed(seed)
         np.random.seed(seed)  # timm's mixup draws from there
-        images = images.to(accelerator.device, non_blocking=True)
+        random.seed(seed)  # and its erasing from here
+        images = finish(images.to(accelerator.device, non_blocking=True))
         labels = labels.to(accelerator.device, non_blocking=True)
         losses = job.losses(images, labels, micro)
         for i in range(job.losses_each):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from adapters import Bank, compose, open_task
 from adapters.durable import replace_file
+from adapters.task import data_config
 from tocom import (
     TOME,
     AnyDelta,
@@ -56,6 +57,7 @@ class Measurement:
         labelled: bool,
         limit: int | None = None,
         ladder: Ladder = TOME,
+        proportional: bool = True,
     ) -> None:
         """Open the pictures.
 
@@ -67,11 +69,13 @@ class Measurement:
             labelled: whether the pictures' classes are the model's.
             limit: so many pictures, spread evenly over all; None: all.
             ladder: what the rates mean.
+            proportional: whether merged tokens count in attention by their size.
 
         Raises:
             DataError: if they cannot be read, or have other classes than the model.
         """
         self.backbone, self.pictures, self.ladder = backbone, pictures, ladder
+        self.proportional = proportional
         self.batch_size, self.workers = batch_size, workers
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
@@ -118,7 +122,7 @@ class Measurement:
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
-        variant = Variant(rate, delta, self.backbone.adapter, ladder=self.ladder)
+        variant = Variant(rate, delta, self.backbone.adapter, self.proportional, self.ladder)
         answer = outputs(self.backbone.model, tokens, variant).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer
@@ -186,11 +190,20 @@ def refuse_processes(command: str) -> None:
         )
 
 
-def load_model(config: BackboneConfig, task: str | None) -> Backbone:
-    """Load a model for measuring, and its task if there is one, onto a GPU if there is one."""
+def load_model(config: BackboneConfig, task: str | None, crop_pct: float | None = None) -> Backbone:
+    """Load a model for measuring, onto a GPU if there is one.
+
+    Args:
+        config: which model.
+        task: the task that it is given, if there is one.
+        crop_pct: share of a picture's shorter side that it sees; None: as the model says.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(config.name, config.architecture, device)
-    return open_task(task).on(backbone) if task else backbone
+    if task:
+        backbone = open_task(task).on(backbone)
+    backbone.model.pretrained_cfg |= data_config("crop", crop_pct)
+    return backbone
 
 
 def claim(

@@ -8,6 +8,7 @@ of several processes writes.
 import json
 import logging
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
-from training.config import LoopConfig
+from training.loop_config import LoopConfig
 from training.recipe import Recipe
 
 _KEPT_CHECKPOINTS = 2
@@ -59,6 +62,9 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> None:
                 f"{path} does not say which run the folder holds ({error}); "
                 "choose another run folder"
             ) from error
+        with suppress(ValidationError):
+            # A run that an older version began does not say what is new since: the defaults.
+            then = type(recipe).model_validate(then).model_dump(mode="json")
         refuse_other_recipe(folder, then, recipe.model_dump(mode="json"))
 
 
@@ -79,6 +85,7 @@ class RunFolder:
         """Remember the arguments; nothing is written yet."""
         self.folder, self.accelerator, self.config = folder, accelerator, config
         self.bar: Any = None
+        self.recipe: dict[str, Any] = {}  # what was claimed
         self._cut = ""  # a new line, while the last one of the metrics has none
 
     def claim(self, recipe: Recipe) -> None:
@@ -87,11 +94,11 @@ class RunFolder:
         Raises:
             ConfigError: if the folder holds a run of another recipe.
         """
+        self.recipe = recipe.model_dump(mode="json")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_other_run(self.folder, recipe)
-            values = recipe.model_dump(mode="json")
-            resolved = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            resolved = json.dumps(self.recipe, indent=2, ensure_ascii=False) + "\n"
             replace_file(self.folder / "config.json", resolved)
         self.accelerator.wait_for_everyone()
 
@@ -123,10 +130,11 @@ class RunFolder:
 
     @contextmanager
     def progress(self, step: int) -> Iterator[None]:
-        """Show a progress bar from `step` on; open TensorBoard's log if it was asked for."""
+        """Show a progress bar from `step` on; open the trackers that were asked for."""
         shown = self.accelerator.is_main_process
-        if self.config.tensorboard:
-            self.accelerator.init_trackers("tensorboard")
+        if shown:
+            self.accelerator.log_with = self._trackers()
+            self.accelerator.init_trackers("tocom")
         try:
             with tqdm(
                 total=self.config.steps, initial=step, unit="step", dynamic_ncols=True,
@@ -136,6 +144,23 @@ class RunFolder:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def _trackers(self) -> list[GeneralTracker]:
+        found: list[GeneralTracker] = []
+        if self.config.tensorboard:
+            found.append(TensorBoardTracker("tensorboard", str(self.folder)))
+        if self.config.wandb:
+            if not (path := self.folder / "wandb-id").exists():
+                replace_file(path, secrets.token_hex(8))
+            # A resumed run goes on there as the same one.
+            run = path.read_text(encoding="utf-8")
+            found.append(
+                WandBTracker(
+                    "tocom", id=run, resume="allow", name=self.folder.resolve().name,
+                    dir=str(self.folder), config=self.recipe,
+                )
+            )  # fmt: skip
+        return found
 
     def note(self, line: dict[str, Any]) -> None:
         """Write a step's line and move the progress bar."""
@@ -148,9 +173,8 @@ class RunFolder:
             except OSError as error:
                 self._cut = "\n"
                 self._unwritten(path, error)
-        if self.config.tensorboard:
-            figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
-            self.accelerator.log(figures, step=line["step"])
+        figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        self.accelerator.log(figures, step=line["step"])
         self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         self.bar.update()
 

@@ -37,15 +37,16 @@ class Tuned(nn.Module):
         rate: int,
         adapter: AdaptFormer | None = None,
         ladder: Ladder = TOME,
+        proportional: bool = True,
     ) -> None:
         """Take the parameters of `model` that require gradients, and those of `adapter`."""
         super().__init__()
         self._model = (model,)  # in a tuple it is no submodule
-        self.rate, self.ladder = rate, ladder
+        self.rate, self.ladder, self.proportional = rate, ladder, proportional
         self.adapter = adapter
         self.weights = nn.ParameterDict(
             {
-                name.replace(".", "/"): parameter
+                _key(name): parameter
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad
             }
@@ -58,13 +59,13 @@ class Tuned(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of positions and prefix tokens, which timm keeps from decaying."""
-        return {f"weights.{name}" for name in self._model[0].no_weight_decay()}
+        return {f"weights.{_key(name)}" for name in self._model[0].no_weight_decay()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of images [B, 3, H, W]."""
         (model,) = self._model
         adapter = self.adapter() if self.adapter is not None else None
-        variant = Variant(self.rate, adapter=adapter, ladder=self.ladder)
+        variant = Variant(self.rate, None, adapter, self.proportional, self.ladder)
         return outputs(model, embed(model, images), variant).logits
 
 
@@ -81,7 +82,7 @@ class Finetuning:
             ReductionError: if the model cannot run the ladder.
         """
         model = backbone.model
-        self.ladder = chosen_ladder(config.ladder, model)
+        self.ladder, self.proportional = chosen_ladder(config.ladder, model), config.proportional
         torch.manual_seed(derive(config.loop.seed, "init", 0))
         adapter = None
         if config.method == "lora":
@@ -100,8 +101,13 @@ class Finetuning:
         rates = calculate_drop_path_rates(config.drop_path, len(model.blocks))
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        model.set_grad_checkpointing(config.loop.recompute_blocks)
         self.model = model
-        self.module: nn.Module = Tuned(model, config.source, adapter, self.ladder)
+        self.module: nn.Module = Tuned(
+            model, config.source, adapter, self.ladder, config.proportional
+        )
+        if config.loop.compile:
+            self.module.compile()  # one rate and one size of batches: one graph
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
 
@@ -126,7 +132,10 @@ class Finetuning:
         """Return the backbone that was given, as it is now, with its branches."""
         adapter = self.module.adapter if isinstance(self.module, Tuned) else None
         return replace(
-            backbone, adapter=adapter() if adapter is not None else None, ladder=self.ladder
+            backbone,
+            adapter=adapter() if adapter is not None else None,
+            ladder=self.ladder,
+            proportional=self.proportional,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -143,6 +152,11 @@ class Finetuning:
                 if name.endswith(ending):
                     found[f"lora.{name.removesuffix(ending)}{factor}"] = parameter
         return {name: tensor.detach().cpu().half() for name, tensor in found.items()}
+
+
+def _key(name: str) -> str:
+    """ParameterDict keys hold no dots."""
+    return name.replace(".", "/")
 
 
 def _add_lora(model: VisionTransformer, config: LoraConfig) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters import Bank
-from training.config import DistillConfig, EvaluateConfig
+from training.config import DistillConfig
 from training.distill import distill
 from training.evaluate import evaluate
+from training.measuring_config import EvaluateConfig
 from training.presets import read_recipe
 
 ARMS: dict[str, list[str]] = {

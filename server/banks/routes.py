@@ -80,7 +80,7 @@ class BankChange(BaseModel):
     old_digest: str | None = Field(description="null: there was no bank")
     new_digest: str | None = Field(description="null: there is none")
     max_rate: int = Field(description="highest rate that the model runs at from now on")
-    warning: str | None = Field(description="why the bank may be of no use to the model")
+    warning: str | None = Field(description="what speaks against the bank on the model")
 
 
 BanksDep = Annotated[Banks, Depends(held("banks", Banks))]
@@ -194,16 +194,18 @@ def _detail(bank: Known, banks: Banks) -> BankDetail:
 
 def _change(change: Change) -> BankChange:
     model, bank = change.model, change.model.repaired.bank
-    warning = None
+    warnings = []
     if bank is not None and not bank.distilled_on(model.backbone):
-        warning = (
+        warnings.append(
             f"bank {bank.info.name!r} was distilled on other weights than {model.name!r} has and "
             "says it was tuned from: of use only if it was tuned from them all the same"
         )
+    if bank is not None and (overridden := bank.overrides(model.backbone)) is not None:
+        warnings.append(overridden)
     return BankChange(
         model=model.name,
         old_digest=change.old,
         new_digest=bank.info.digest if bank else None,
         max_rate=model.max_rate,
-        warning=warning,
+        warning="; ".join(warnings) or None,
     )

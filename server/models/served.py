@@ -24,18 +24,8 @@ from server.models.graphs import Forward, Graphs
 from server.models.ladders import are_same
 from server.models.weights import Deltas
 from server.schemas import Evaluation
-from tocom import (
-    TOME,
-    AnyDelta,
-    Backbone,
-    ConfigError,
-    Cost,
-    Ladder,
-    RateError,
-    Variant,
-    cost,
-    trace,
-)
+from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
+from tocom.vit import trace
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +73,10 @@ class ServedModel:
     def __post_init__(self) -> None:
         if self.bank is not None:
             self.bank.check_geometry(self.backbone)
+            self.bank.check_attention(self.backbone, self.source)
             # Not check_fits: warnings are the whole process's, and this may run while it serves.
+            if (overridden := self.bank.overrides(self.backbone)) is not None:
+                logger.warning("%s", overridden)
             if not self.bank.distilled_on(self.backbone):
                 logger.info(
                     "bank %s was distilled on other weights than %s has: right for a model tuned "
@@ -240,6 +233,11 @@ class ServedModel:
         return round(self.share(rate), 4)
 
     @property
+    def proportional(self) -> bool:
+        """Whether merged tokens count in attention by their size: its bank's word, or its own."""
+        return self.bank.info.proportional if self.bank else self.backbone.proportional
+
+    @property
     def bank_digest(self) -> str | None:
         """The content of its bank; None without one."""
         return None if self.bank is None else self.bank.info.digest
@@ -313,21 +311,17 @@ class RateWork:
         """Run images [B, 3, H, W], from any device, to an output each."""
         delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
+        variant = Variant(self.rate, delta, adapter, self.model.proportional, self.model.ladder)
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
             with self.model.graphs.team:
-                on_device = images.to(self.model.device)
                 traced = trace(
-                    model,
-                    on_device,
-                    self.rate,
-                    delta,
-                    adapter=adapter,
-                    ladder=self.model.ladder,
-                )
+                    model, images.to(self.model.device), self.rate, delta,
+                    proportional=variant.proportional, adapter=adapter, ladder=variant.ladder,
+                )  # fmt: skip
             features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:
-            forward = Forward(model, Variant(self.rate, delta, adapter, ladder=self.model.ladder))
+            forward = Forward(model, variant)
             features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
         rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
         return [Output(*row) for row in rows]

@@ -66,6 +66,18 @@ def test_digests_of_what_there_is_never_change():
     )
 
 
+@pytest.mark.parametrize(("make", "info"), [(bank_of, BANK), (task_of, TASK)])
+def test_proportional_attention_is_said_only_where_it_is_off(tmp_path, make, info):
+    for proportional in (True, False):
+        made = make(info.model_copy(update={"proportional": proportional}))
+        folder = made.save(tmp_path / str(proportional))
+        said = json.loads(next(folder.glob("*.json")).read_text())
+        assert said.get("proportional", "absent") == ("absent" if proportional else False)
+        loaded = type(made).load(folder)
+        assert loaded.info == made.info
+        assert loaded.info.proportional is proportional
+
+
 class NewGeometry(Geometry):
     pooling: str = "token"
 
@@ -77,12 +89,12 @@ class NewBackboneInfo(BackboneInfo):
 
 class NewBankInfo(BankInfo):
     backbone: NewBackboneInfo
-    proportional: bool = True
+    reviewed: bool = True
 
 
 class NewTaskInfo(TaskInfo):
     backbone: NewBackboneInfo
-    proportional: bool = True
+    reviewed: bool = True
 
 
 def test_an_entry_that_comes_later_changes_no_digest():
@@ -101,6 +113,7 @@ def test_an_entry_that_comes_later_changes_no_digest():
         {"rank": 1},
         {"targets": ALL_TARGETS[:-1]},
         {"scale": 0.25},
+        {"proportional": False},
         {"backbone": BACKBONE.model_copy(update={"architecture": "other"})},
         {"backbone": BACKBONE.model_copy(update={"digest": "1" * 64})},
         *(
@@ -137,6 +150,8 @@ def test_what_decides_a_banks_answers_decides_its_digest(changes: dict[str, Any]
         {"layers": ("attn.qkv",)},
         {"scale": 0.25},
         {"resize": "squash"},
+        {"crop_pct": 0.875},
+        {"proportional": False},
         {"heads": ("head", "head_dist")},
         {"backbone": BACKBONE.model_copy(update={"digest": "1" * 64})},
     ],

@@ -94,6 +94,28 @@ def test_lora_is_the_weights_plus_the_pairs() -> None:
     torch.testing.assert_close(merged, own + 0.5 * pair[0] @ pair[1])
 
 
+def test_a_task_says_how_much_of_a_picture_it_sees(tmp_path: Path) -> None:
+    backbone = backbone_of(small_model())
+    task = random_task(backbone, crop_pct=0.875)
+    loaded = TaskModel.load(task.save(tmp_path / "task"))
+    assert loaded.info == task.info
+    seen = loaded.on(backbone).data_config
+    assert (seen["crop_pct"], seen["crop_mode"]) == (0.875, "center")
+    own = backbone_of(small_model()).data_config["crop_pct"]
+    plain = random_task(backbone)
+    assert plain.on(backbone).data_config["crop_pct"] == own != 0.875
+    assert "crop_pct" not in json.loads((plain.save(tmp_path / "plain") / "task.json").read_text())
+
+
+def test_what_is_squashed_has_no_share(tmp_path: Path) -> None:
+    folder = random_task(backbone_of(small_model()), resize="squash").save(tmp_path / "task")
+    said = json.loads((folder / "task.json").read_text())
+    for crop, message in ((0.875, "crop_pct is for resize='crop'"), (0, "crop_pct: .*than 0")):
+        (folder / "task.json").write_text(json.dumps(said | {"crop_pct": crop}))
+        with pytest.raises(TaskError, match=message):
+            TaskModel.load(folder)
+
+
 def test_another_backbone_is_refused() -> None:
     task = random_task(backbone_of(small_model()))
     with pytest.raises(TaskError, match="was tuned on small_vit with the weights"):

@@ -173,6 +173,17 @@ def test_a_delta_can_be_moved_once():
         assert all(a is b for a, b in zip(pair, delta.pairs[name], strict=True))
 
 
+def test_folded_weights_can_be_moved():
+    model = small_model("vit_tiny")
+    folded = fold(model, drawn_delta(model))
+    moved = folded.to("meta", torch.float16)
+    assert moved.weights.keys() == folded.weights.keys()
+    assert {weight.dtype for weight in moved.weights.values()} == {torch.float16}
+    assert {weight.device.type for weight in moved.weights.values()} == {"meta"}
+    for name, weight in folded.to("cpu").weights.items():
+        assert weight is folded.weights[name]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_delta_on_the_cpu_runs_on_a_gpu():
     model = small_model("vit_tiny")

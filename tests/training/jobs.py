@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from tocom import load_backbone
 from training import loop
-from training.config import AugmentConfig, LoopConfig, PicturesConfig
-from training.pictures.augment import evaluation_transform
+from training.config import AugmentConfig, PicturesConfig
+from training.loop_config import LoopConfig
+from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures
 
 
@@ -38,12 +40,20 @@ class Brightness:
 
 
 def run_job(
-    job: loop.Job, loop_config: LoopConfig, pictures: Path, model_folder: Path, folder: Path
+    job: loop.Job,
+    loop_config: LoopConfig,
+    pictures: Path,
+    model_folder: Path,
+    folder: Path,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    parts = [PicturesConfig(path=str(pictures))]
-    read = Pictures(parts, evaluation_transform(load_backbone(str(model_folder))))
+    backbone, as_measured = load_backbone(str(model_folder)), AugmentConfig(crop="evaluation")
+    read = Pictures([PicturesConfig(path=str(pictures))], train_transform(backbone, as_measured))
     accelerator = loop.start(loop_config, folder)
-    loop.run(accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig())
+    loop.run(
+        accelerator, job, loop_config, loop_config, read, read.keys(), folder, AugmentConfig(),
+        clock,
+    )  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

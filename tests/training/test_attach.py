@@ -10,8 +10,8 @@ from tests.training.banks import random_bank
 from tocom import ConfigError, load_backbone
 from training.attach import attach
 from training.calibrate import calibrate
-from training.config import CalibrateConfig, EvaluateConfig
 from training.evaluate import evaluate
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tocom import ConfigError, RateError, forward, load_backbone
 from training import calibrate as module
 from training import measuring
 from training.calibrate import Tried, calibrate, table
-from training.config import CalibrateConfig
+from training.measuring_config import CalibrateConfig
 from training.pictures.batches import evaluation_batches
 from training.presets import read_recipe
 

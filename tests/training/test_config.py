@@ -4,15 +4,14 @@ import pytest
 
 from tocom import ConfigError
 from training.config import (
-    CalibrateConfig,
     DistillConfig,
-    EvaluateConfig,
     FinetuneConfig,
-    VtabConfig,
 )
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import presets, read_recipe
+from training.vtab.config import VtabConfig
 
 KINDS = {
     "methods": (CompareConfig, ["backbone.name=x", "pictures.path=a.tar"]),
@@ -25,6 +24,8 @@ KINDS = {
     "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "fgvc-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "vtab1k": (VtabConfig, ["root=vtab-1k"]),
+    "cifar100": (VtabConfig, ["root=data"]),
+    "fgvc": (VtabConfig, ["root=data"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "multiplier": (
         CalibrateConfig,
@@ -56,14 +57,14 @@ def test_vtab_is_the_papers_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "epochs", "batch", "warmup", "rates"),
+    ("preset", "epochs", "batch", "warmup", "rates", "repeats"),
     [
-        ("cifar100-full", 100, 1024, 10, [5e-5]),
-        ("fgvc-full", 30, 64, 5, [5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4]),
+        ("cifar100-full", 100, 1024, 10, [5e-5], 3),
+        ("fgvc-full", 30, 64, 5, [5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4], 1),
     ],
 )
 def test_full_presets_are_the_papers_recipe(
-    preset: str, epochs: int, batch: int, warmup: int, rates: list[float]
+    preset: str, epochs: int, batch: int, warmup: int, rates: list[float], repeats: int
 ) -> None:
     recipe = read_recipe(FinetuneConfig, preset, KINDS[preset][1])
     loop, augment = recipe.loop, recipe.augment
@@ -73,6 +74,8 @@ def test_full_presets_are_the_papers_recipe(
     assert (loop.weight_decay, recipe.label_smoothing, recipe.drop_path) == (0.05, 0.1, 0.1)
     assert (augment.auto_augment, augment.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (augment.mixup, augment.cutmix) == (0.8, 1.0)
+    assert augment.repeats == repeats
+    assert (recipe.resize, recipe.crop_pct) == ("crop", 0.875)
 
 
 @pytest.mark.parametrize("model", ["deit-b", "deit-s", "deit-ti", "deit-b-384", "mae-vit-b"])
@@ -88,6 +91,7 @@ def test_imagenet_presets_are_the_papers_recipe(model: str) -> None:
     assert (augment.mixup, augment.cutmix, augment.erasing) == (0.8, 1.0, 0.25)
     assert augment.auto_augment == "rand-m9-mstd0.5-inc1"
     assert augment.repeats == 3
+    assert (recipe.crop_pct, recipe.proportional) == (0.875, model != "mae-vit-b")
 
 
 def test_overrides_reach_into_tables_and_read_toml() -> None:
@@ -128,3 +132,16 @@ def test_broken_toml(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml cannot be read"):
         read_recipe(DistillConfig, str(tmp_path / "broken.toml"))
+
+
+def test_a_compiled_forward_does_not_run_blocks_again() -> None:
+    changes = ["loop.compile=true", "loop.recompute_blocks=true"]
+    kind, overrides = KINDS["deit-tiny-task"]
+    with pytest.raises(ConfigError, match="compile and recompute_blocks exclude each other"):
+        read_recipe(kind, "deit-tiny-task", [*overrides, *changes])
+
+
+def test_distilling_is_not_compiled() -> None:
+    kind, overrides = DISTILL
+    with pytest.raises(ConfigError, match=r"loop\.compile"):
+        read_recipe(kind, "deit-tiny-small-data", [*overrides, "loop.compile=true"])

@@ -209,6 +209,20 @@ def test_a_step_reads_nothing_that_a_gpu_computes(pictures: Path, model_folder: 
     assert all(parameter.grad is not None for parameter in job.plugins.parameters())
 
 
+def test_watching_reads_once_and_weighs_batches_by_their_pictures(
+    pictures: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, config = load_backbone(str(model_folder)), recipe(pictures, model_folder, max_rate=4)
+    images = torch.randn(5, 3, 32, 32)
+    job = Distillation(backbone, config, [images[:3], images[3:]])
+    lists, to_list = list[int](), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t.numel()) or to_list(t))
+    noted = job.watch()
+    assert lists == [8]  # four rates, with and without the bank
+    assert noted == pytest.approx(Distillation(backbone, config, [images]).watch(), abs=1e-6)
+    assert Distillation(backbone, config, []).watch() == {}
+
+
 def states_of(
     model: Any, images: torch.Tensor, rate: int, delta: Delta | None = None
 ) -> list[State]:

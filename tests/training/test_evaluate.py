@@ -13,12 +13,17 @@ from timm.data import ImageNetInfo
 
 from adapters import Bank, compose
 from tests.training.banks import random_bank
+from tests.training.pictures.files import write_tar
 from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
-from training.config import EvaluateConfig, PicturesConfig
+from training.config import DistillConfig, PicturesConfig
 from training.evaluate import evaluate, matrix_table, sign_test, table
-from training.measuring import class_indices, standard_error
+from training.ladders.compare_config import CompareConfig
+from training.ladders.search_config import LadderSearchConfig
+from training.measuring import Measurement, class_indices, load_model, standard_error
+from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.pictures.augment import evaluation_transform
 from training.pictures.batches import evaluation_batches
 from training.plot import changes, plot_evaluation
 
@@ -138,6 +143,37 @@ def test_without_labels_there_is_no_top1(config: EvaluateConfig, tmp_path: Path)
     assert cell(read(path), 0, 4)["bank"].keys() >= {"kl", "agreement", "agreement_p", "kl_change"}
     with pytest.raises(DataError, match="labelled=false does without"):
         evaluate(changed(unlabelled, labelled=True), tmp_path / "labelled")
+
+
+@pytest.mark.parametrize(
+    "read", [EvaluateConfig, CalibrateConfig, CompareConfig, LadderSearchConfig, DistillConfig]
+)
+def test_every_recipe_that_looks_at_pictures_takes_a_crop(read: Any) -> None:
+    assert read.model_fields["crop_pct"].default is None
+
+
+def test_a_recipe_may_see_more_or_less_of_the_pictures(
+    config: EvaluateConfig, model_folder: Path
+) -> None:
+    def resized(crop_pct: float | None) -> int:
+        backbone = load_model(config.backbone, None, crop_pct)
+        side: int = evaluation_transform(backbone).transforms[0].size
+        return side
+
+    # The shorter side of a picture, of which the middle 32 pixels are seen.
+    assert [resized(crop) for crop in (None, 0.8, 1.0)] == [35, 40, 32]
+    with pytest.raises(ValueError, match="crop_pct"):
+        changed(config, crop_pct=1.1)
+
+
+@pytest.mark.usefixtures("unplotted")
+def test_an_evaluation_sees_the_crop_of_its_recipe(config: EvaluateConfig, tmp_path: Path) -> None:
+    config = changed(config, sources=[0], targets=[2])
+    own, other = (
+        cell(read(evaluate(changed(config, crop_pct=crop), tmp_path / str(crop))), 0, 2)["plain"]
+        for crop in (None, 0.5)
+    )
+    assert own["kl"] != other["kl"]
 
 
 @pytest.mark.usefixtures("unplotted")
@@ -311,6 +347,33 @@ def test_folders_are_classes_by_name_by_number_or_by_order(
     assert class_indices(folders("x", "y", "z"), backbone) == [0, 1, 2]
     with pytest.raises(DataError, match="2 folders .* neither numbers nor names of the 3 classes"):
         class_indices(folders("x", "y"), backbone)
+
+
+def test_shards_of_imagenet_are_its_classes(pictures: Path, tmp_path: Path) -> None:
+    picture = (pictures.parent / "red" / "0.png").read_bytes()
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=1000, depth=1)
+    imagenet = ImageNetInfo("imagenet-1k")
+    backbone = Backbone(model, "tiny", "vit_tiny", tuple(imagenet.label_descriptions()))
+    numbers = imagenet.label_names()
+
+    def shards(name: str, files: dict[str, bytes], classes: str = "") -> list[int]:
+        """Return the model's class of each picture, in the order of their names."""
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tar(folder / "000000.tar", files)
+        if classes:
+            (folder / "classes.txt").write_text(classes)
+        measurement = Measurement(backbone, PicturesConfig(path=str(folder)), 2, 0, labelled=True)
+        ((_, folders),) = evaluation_batches(backbone, [measurement.pictures], batch_size=2)
+        assert measurement.classes is not None
+        return measurement.classes[folders].tolist()
+
+    files = {"a.png": picture, "a.cls": b"999", "b.png": picture, "b.cls": b"7"}
+    assert shards("numbers", files) == [999, 7]
+    files |= {"a.cls": b"1", "b.cls": b"0"}
+    assert shards("named", files, f"{numbers[7]}\n{numbers[999]}\n") == [999, 7]
+    inner = {f"{numbers[999]}/b.png": picture, f"{numbers[7]}/a.png": picture}
+    assert sorted(shards("folders", inner)) == [7, 999]
 
 
 def test_imagenets_folders_are_its_classes(pictures: Path, tmp_path: Path) -> None:

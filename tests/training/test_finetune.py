@@ -16,6 +16,7 @@ from training.cli import main
 from training.config import FinetuneConfig
 from training.finetune import finetune
 from training.loop import run as run_loop
+from training.pictures.augment import evaluation_transform
 
 
 def recipe(pictures: Path, model_folder: Path, **changes: Any) -> FinetuneConfig:
@@ -81,6 +82,25 @@ def test_shards_are_tuned_on_by_the_numbers_of_their_classes(
     assert TaskModel.load(finetune(config, tmp_path / "run")).info.class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("method", ["full", "linear"])
+def test_the_crop_of_a_recipe_is_kept_with_what_was_tuned(
+    pictures: Path, model_folder: Path, tmp_path: Path, method: str
+) -> None:
+    loop = {"epochs": 1, "batch_size": 12, "learning_rate": 3e-3, "workers": 0}
+    config = recipe(pictures, model_folder, method=method, crop_pct=0.8, loop=loop)
+    folder = finetune(config, tmp_path / "run")
+    stock = load_backbone(str(model_folder))
+    tuned = load_backbone(str(folder)) if method == "full" else TaskModel.load(folder).on(stock)
+    seen = tuned.data_config
+    assert (seen["crop_pct"], seen["crop_mode"]) == (0.8, "center")
+    assert evaluation_transform(tuned).transforms[0].size == 40  # of which the middle 32 are seen
+
+
+def test_what_is_squashed_is_not_cropped(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="crop_pct is for resize='crop'; .* got 0.875"):
+        recipe(pictures, model_folder, resize="squash", crop_pct=0.875)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "adaptformer": {"adaptformer": {"bottleneck": 4, "scale": 1.0}},
@@ -104,6 +124,26 @@ def test_a_task_learns_and_leaves_its_backbone_alone(
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     sizes = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     assert sizes < 4 * 3 * task.parameters * len(names)  # a checkpoint holds what is tuned alone
+
+
+@pytest.mark.parametrize("key", ["recompute_blocks", "compile"])
+def test_blocks_that_run_again_and_compiled_forwards_make_the_same_model(
+    pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    compiled, compiler = list[Any](), torch.compile
+
+    def quickly(forward: Any) -> Any:
+        compiled.append(forward)
+        return compiler(forward, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    loop = {"epochs": 0.25, "batch_size": 6, "learning_rate": 1e-3, "workers": 0}
+    for name, more in (("plain", {}), ("other", {key: True})):
+        config = recipe(pictures, model_folder, method="full", source=3, loop=loop | more)
+        finetune(config, tmp_path / name)
+    assert len(compiled) == (key == "compile")
+    plain, other = (load_backbone(str(tmp_path / name / "model")) for name in ("plain", "other"))
+    assert plain.digest == other.digest != load_backbone(str(model_folder)).digest
 
 
 def test_a_search_takes_the_best_value_and_can_be_gone_on_with(

@@ -15,14 +15,16 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Bank
+from tests.tocom_models import small_model
 from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
-from tocom import ConfigError, load_backbone
+from tocom import Backbone, ConfigError, load_backbone
 from training import loop
-from training.config import DistillConfig, LoopConfig
+from training.config import DistillConfig, FinetuneConfig
 from training.distill import distill
+from training.loop_config import LoopConfig
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
-from training.tuning import Tuned
+from training.tuning import Finetuning, Tuned
 
 RECIPE = """
 name = "tiny"
@@ -35,6 +37,7 @@ name = "{backbone}"
 [augment]
 mixup = 0.8
 cutmix = 1.0
+erasing = 0.5
 repeats = 3
 [loop]
 steps = 6
@@ -144,6 +147,31 @@ def test_biases_norms_positions_and_prefix_tokens_do_not_decay(
         torch.testing.assert_close(parameter, before[name] * (1 if kept else 0.95))
 
 
+@pytest.mark.parametrize("kind", ["vit_tiny", "deit_tiny_distilled", "dinov2_registers"])
+def test_full_fine_tuning_lets_nothing_decay_that_timm_keeps(kind: str) -> None:
+    model = small_model(kind)
+    said = {
+        "name": "tiny",
+        "backbone": {"name": "none"},
+        "pictures": {"path": "none"},
+        "test": {"path": "none"},
+        "loop": {"epochs": 1, "batch_size": 1, "learning_rate": 1.0},
+    }
+    job = Finetuning(Backbone(model, kind, kind, ()), FinetuneConfig.model_validate(said), 3)
+    optimizer = loop.create_optimizer_v2(job.module, "adamw", lr=1.0, weight_decay=0.5)
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    kept = {name for name in model.no_weight_decay() if hasattr(model, name)}
+    assert kept >= {"cls_token", "pos_embed"}
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if parameter.ndim == 1 or name in kept else 0.5
+        assert decays.pop(id(parameter)) == expected, name
+    assert not decays
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="8.*3"):
         distill(config(recipe, "loop.accumulation=3"), tmp_path / "run")
@@ -246,6 +274,14 @@ def test_tensorboard_gets_the_figures(recipe: Path, tmp_path: Path) -> None:
     log.Reload()
     losses = [event.value for event in log.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+
+
+def test_blocks_that_run_again_make_the_same_bank(recipe: Path, tmp_path: Path) -> None:
+    digests = [
+        Bank.load(distill(config(recipe, "drop_path=0.2", *more), tmp_path / str(i))).info.digest
+        for i, more in enumerate([[], ["loop.recompute_blocks=true"]])
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_bf16_trains(recipe: Path, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """What a crash, a full disk or a damaged file leaves of a run."""
 
 import errno
+import json
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,8 @@ import pytest
 import torch
 
 from tests.training.jobs import Brightness, metrics, run_job
-from training.config import LoopConfig
+from tocom import ConfigError
+from training.loop_config import LoopConfig
 from training.run_folder import TrainingError
 
 Run = Callable[..., torch.Tensor]
@@ -129,3 +134,107 @@ def test_what_a_killed_run_was_about_to_write_is_removed(run: Run, tmp_path: Pat
     names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["step-000003", "step-000004"]
     assert [path.name for path in tmp_path.glob(".*")] == [".gitignore"]
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_is_new(
+    run: Run, tmp_path: Path
+) -> None:
+    whole = run(tmp_path)
+    recipe = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in recipe.items() if key != "time_limit"})
+    )
+    with pytest.raises(ConfigError, match=r"another recipe \(other: time_limit\)"):
+        run(tmp_path, time_limit=1)
+    assert torch.equal(run(tmp_path), whole)
+    assert json.loads((tmp_path / "config.json").read_text()) == recipe
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on_with_the_same_command(
+    run: Run, pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoopConfig(
+        steps=4, batch_size=6, learning_rate=0.1, workers=0, save_every=100, time_limit=2.5
+    )
+
+    class Slow(Brightness):
+        """A step takes a minute."""
+
+        minutes = 0
+
+        def losses(self, *arguments: Any) -> Iterator[torch.Tensor]:
+            self.minutes += 1
+            return super().losses(*arguments)
+
+    def train(folder: Path) -> Any:
+        job = Slow()
+        run_job(job, config, pictures, model_folder, folder, lambda: 60.0 * job.minutes)
+        return job.module.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "short")
+    assert "Stopped after step 3. The same command resumes" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("short/checkpoints/*")] == ["step-000003"]
+    assert torch.equal(train(tmp_path / "short"), run(tmp_path / "whole"))
+    assert steps(tmp_path / "short") == [1, 2, 3, 4]
+
+
+class Tracked:
+    """What stands in for the package wandb."""
+
+    def __init__(self) -> None:
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.opened: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, float]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> "Tracked":
+        self.opened.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values["loss"]))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_figures_and_a_resumed_run_goes_on_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Tracked()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path / "mine", wandb=True)
+    assert wandb.logged == [(line["step"], line["loss"]) for line in metrics(tmp_path / "mine")]
+    run(tmp_path / "mine", wandb=True)
+    run(tmp_path / "other", wandb=True)
+    first, again, other = wandb.opened
+    assert wandb.finished == 3
+    assert first == again
+    assert first["id"] != other["id"]
+    assert (first["project"], first["name"], first["resume"]) == ("tocom", "mine", "allow")
+    assert first["config"]["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_told_first(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=rf"loop\.{name} needs .*: pip install {name}"):
+        run(tmp_path / "run", **{name: True})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deterministic_run_is_torch_s_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plain = run(tmp_path / "plain")
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert torch.equal(run(tmp_path / "exact", deterministic=True), plain)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -80,6 +80,27 @@ def measured_ladder(
     return ladder
 
 
+def measured_attention(
+    choice: bool | None, backbone: Backbone, bank: Bank | None, sources: Sequence[int]
+) -> bool:
+    """Return whether attention is proportional: by the recipe, else the bank, else the model.
+
+    Raises:
+        ConfigError: if the bank is for the other, or the model was tuned with the other.
+    """
+    own = bank.info.proportional if bank else backbone.proportional
+    if choice is None or choice == own:
+        return own
+    if bank:
+        raise ConfigError(f"bank {bank.info.name!r} is for proportional={own}, not for {choice}")
+    if backbone.source and max(sources):
+        raise ConfigError(
+            f"{backbone.name} was tuned at rate {backbone.source} with proportional={own}, not "
+            f"with {choice}"
+        )
+    return choice
+
+
 def described(ladder: Ladder) -> dict[str, Any]:
     """Return what results say of a ladder."""
     return {"name": ladder.name, "method": ladder.method.name, "digest": digest(ladder)}

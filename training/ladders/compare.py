@@ -69,7 +69,7 @@ def compare_methods(config: CompareConfig, folder: Path) -> Path:
         BackboneError, ConfigError, DataError, ReductionError: before any compute is spent.
     """
     refuse_processes("compare")
-    backbone = load_model(config.backbone, config.task)
+    backbone = load_model(config.backbone, config.task, config.crop_pct)
     candidates = list(_candidates(config, backbone))
     path = folder / "compare.json"
     if claim(folder, path.name, config, backbone, None):
@@ -102,7 +102,7 @@ def _candidates(config: CompareConfig, backbone: Backbone) -> Iterator[Candidate
         ladder = _ladder(entry, config, model)
         ladder.check(model)
         for rung in range(1, (ladder.top or 0) + 1):
-            variant = Variant(rung, None, adapter, ladder=ladder)
+            variant = Variant(rung, None, adapter, backbone.proportional, ladder)
             yield Candidate(
                 ladder.name, rung, cost(model, rung, ladder=ladder).macs, model, variant
             )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from training.config import BackboneConfig, Name, PicturesConfig
+from training.config import BackboneConfig, CropPct, Name, PicturesConfig
 from training.ladders.choice import SHARES, Shares
 from training.recipe import Recipe
 
@@ -53,5 +53,6 @@ class CompareConfig(Recipe):
     )
     repeats: int = Field(15, gt=0, description="runs that a median is of")
     threads: int = Field(0, ge=0, description="of timed forwards; 0: as many as there are")
+    crop_pct: CropPct = None
     batch_size: int = Field(50, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")

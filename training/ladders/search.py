@@ -72,7 +72,7 @@ def search(config: LadderSearchConfig, folder: Path) -> Path:
         BackboneError, ConfigError, DataError, ReductionError: before any compute is spent.
     """
     refuse_processes("search")
-    backbone = load_model(config.backbone, config.task)
+    backbone = load_model(config.backbone, config.task, config.crop_pct)
     method = method_of(config.method, config.options)
     for option, values in config.try_options.items():
         for value in values:
@@ -116,7 +116,7 @@ class Shown:
             ladder, rung: what runs.
             hopeless: mean KL after each batch from which on the rest is not run.
         """
-        variant = Variant(rung, None, self.backbone.adapter, ladder=ladder)
+        variant = Variant(rung, None, self.backbone.adapter, self.backbone.proportional, ladder)
         done: list[Tensor] = []
         for i, (tokens, stock) in enumerate(self.batches):
             answer = outputs(self.backbone.model, tokens, variant).logits

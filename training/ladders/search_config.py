@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from training.config import BackboneConfig, Name, PicturesConfig
+from training.config import BackboneConfig, CropPct, Name, PicturesConfig
 from training.recipe import Recipe
 
 
@@ -41,6 +41,7 @@ class LadderSearchConfig(Recipe):
         description="share of the KL that each block that acts adds to it: places cost time",
     )
     seed: int = 0
+    crop_pct: CropPct = None
     batch_size: int = Field(32, gt=0)
     workers: int = Field(1, ge=0, description="processes that decode pictures")
     save_every: int = Field(10, gt=0, description="tries between two saves")

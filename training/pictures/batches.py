@@ -144,7 +144,10 @@ class Batches(DataLoader[Any]):
 
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
-    """Return (images [B, 3, H, W], classes [B], passed over [B]) of the sampler's micro-batches."""
+    """Return the sampler's micro-batches: images, classes [B] and passed over [B].
+
+    The images are [B, 3, H, W] as the transform of `pictures` makes them; see `augment.Finish`.
+    """
     return Batches(pictures, workers, batch_sampler=sampler)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tocom_models import KINDS, pictures, small_model
-from tocom import Ladder, Variant, cost, forward, trace
-from tocom.reduction import ATME, DPCKNN, KMedoids, Pattern
+from tocom import TOME, Delta, Ladder, LowRank, Variant, cost, forward, trace
+from tocom.reduction import ATME, ATS, DPCKNN, KMedoids, Pattern
 from tocom.vit import embed, outputs
 
 #: For three blocks and 4 x 4 patches: the rung, and the patch tokens that leave each block.
@@ -92,3 +92,40 @@ def test_gradients_flow_through_what_is_left(ladder, left):
     forward(model, images, 1, ladder=ladder).sum().backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("ladder", "rate"),
+    [
+        (TOME, 3),
+        (Ladder("input", KMedoids(), ((0, 0, 0), (0, 9, 4)), 16), 1),
+        (Ladder("attention", ATS(), ((0, 0, 0), (12, 9, 4)), 16), 1),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_blocks_that_run_again_have_the_same_gradients(ladder, rate):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=10, drop_path_rate=0.3,
+        proj_drop_rate=0.2,
+    ).train()  # fmt: skip
+    pair = LowRank(0.1 * torch.randn(2, 192), 0.1 * torch.randn(192, 2))
+    runs = []
+    model.blocks[1].norm1.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients(again):
+        model.set_grad_checkpointing(again)
+        model.zero_grad()
+        learned = [tensor.clone().requires_grad_() for tensor in pair]
+        delta = Delta({"blocks.1.attn.q": LowRank(*learned)}, dropout=0.2)
+        torch.manual_seed(7)  # what is dropped is dropped again
+        logits = forward(model, pictures(model), rate, delta, ladder=ladder)
+        logits.square().sum().backward()
+        return [logits, *(tensor.grad for tensor in (*model.parameters(), *learned))]
+
+    for kept, computed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(kept, computed)
+    assert len(runs) == 3
+    with torch.no_grad():
+        forward(model, pictures(model), rate, ladder=ladder)
+    assert len(runs) == 4  # without gradients nothing is run again

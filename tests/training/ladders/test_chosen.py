@@ -17,15 +17,17 @@ from tocom.reduction import ToMe
 from tocom.vit import State
 from training import evaluate as evaluating
 from training.calibrate import calibrate
-from training.config import CalibrateConfig, DistillConfig, EvaluateConfig, VtabConfig
+from training.config import DistillConfig
 from training.distill import distill
 from training.evaluate import evaluate, table
 from training.finetune import finetune
 from training.ladders.chosen import chosen_ladder, measured_ladder
 from training.losses import token_error
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.batches import evaluation_batches
-from training.tasks import VTAB
-from training.vtab import Run, _recipe
+from training.vtab.config import VtabConfig
+from training.vtab.runs import Run, _recipe
+from training.vtab.tasks import VTAB
 
 UNEVEN = Ladder("uneven", ToMe(), ((0, 0), (0, 2), (3, 2), (5, 3)), 16)
 

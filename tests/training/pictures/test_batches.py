@@ -39,6 +39,7 @@ def test_batches_do_not_depend_on_worker_processes(pictures: Path, backbone: Bac
         for batch, other in zip(alone, helped, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
     assert not torch.equal(alone[0][0], alone[1][0])
+    assert all(images.dtype == torch.uint8 for images, *_ in alone)  # travels in a quarter
 
 
 def test_evaluation_reads_every_picture_in_order(pictures: Path, backbone: Backbone) -> None:

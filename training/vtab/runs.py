@@ -1,8 +1,9 @@
 """Many tasks, sources, targets and seeds: fine-tuning, measuring and the table of it all.
 
-A run (task, source, seed) has a folder of its own, with what `finetune` and `evaluate` make. What
-is there is not done again. Runs know nothing of each other, so that they may be shared out to
-processes; a table of what there is so far can be made at any time.
+A run (task, source, seed) has a folder of its own, with what `finetune`, `evaluate` and, where a
+multiplier is searched, `calibrate` make. What is there is not done again. Runs know nothing of each
+other, so that they may be shared out to processes; a table of what there is so far can be made at
+any time.
 
 Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, mean of the groups.
 """
@@ -10,8 +11,7 @@ Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, 
 import json
 import multiprocessing
 import os
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,21 @@ import torch
 from adapters import open_bank
 from adapters.durable import replace_file
 from tocom import ConfigError, DataError
-from training import tasks
-from training.config import EvaluateConfig, FinetuneConfig, TaskConfig, VtabConfig
+from training.calibrate import calibrate
+from training.config import FinetuneConfig
 from training.evaluate import evaluate
 from training.finetune import finetune
 from training.measuring import refuse_processes
+from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.plot import plot_matrix
 from training.presets import read_recipe
-from training.tasks import Task
+from training.vtab import tasks
+from training.vtab.config import TaskConfig, VtabConfig
+from training.vtab.table import mean_over_tasks, table
+from training.vtab.tasks import Parts, Task
+
+#: Folders of a run.
+EVALUATION, CALIBRATION, SEARCHED = "evaluation", "calibration", "evaluation-searched"
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     refuse_processes("vtab")
     chosen = chosen_tasks(config)
     check(config)
-    if config.bank:
-        open_bank(config.bank)
+    bank = open_bank(config.bank) if config.bank else None
     runs = [
         Run(task, source, seed)
         for seed in config.seeds
@@ -63,7 +69,12 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
         for source in config.sources
     ]
     for run in runs:
-        _recipe(config, run)  # refuses what no run could begin with
+        recipe = _recipe(config, run)  # refuses what no run could begin with
+        if bank and bank.info.proportional != recipe.proportional:
+            raise ConfigError(
+                f"bank {bank.info.name!r} is for proportional={bank.info.proportional}, the "
+                f"fine-tuning for {recipe.proportional}: give proportional={bank.info.proportional}"
+            )
     if config.jobs == 1:
         for run in runs:
             _do(config, run, folder)
@@ -95,12 +106,21 @@ def chosen_tasks(config: VtabConfig) -> list[Task]:
     chosen = []
     for task in config.tasks or known:
         if isinstance(task, TaskConfig):
-            chosen.append(Task(task.name, task.folder, task.group, task.classes))
+            chosen.append(_described(task))
         elif task in known:
             chosen.append(known[task])
         else:
             raise ConfigError(f"VTAB-1k has no task {task!r}; it has: {', '.join(known)}")
     return chosen
+
+
+def _described(task: TaskConfig) -> Task:
+    parts = tasks.VTAB_1K
+    if task.pictures is not None and task.test is not None:
+        parts = Parts(task.pictures, task.test, task.train, task.validation)
+    return Task(
+        task.name, task.folder, task.group, task.classes, task.test_count, task.train_count, parts
+    )
 
 
 def report(config: VtabConfig, folder: Path) -> Path:
@@ -112,7 +132,7 @@ def report(config: VtabConfig, folder: Path) -> Path:
     rows = list(_rows(config, folder))
     if not rows:
         raise ConfigError(f"{folder} holds no finished run")
-    matrix = _mean_over_tasks(rows, chosen_tasks(config))
+    matrix = mean_over_tasks(rows, chosen_tasks(config))
     folder.mkdir(parents=True, exist_ok=True)
     plot_matrix(
         {
@@ -128,83 +148,40 @@ def report(config: VtabConfig, folder: Path) -> Path:
     return path
 
 
-def table(rows: list[dict[str, Any]], chosen: list[Task]) -> str:
-    """Return top-1 by task, group and over all, plain / with the bank: a line a (source, target).
-
-    Args:
-        rows: of task, source, target, seed, plain and, where there is a delta, bank.
-        chosen: the tasks, in the order of their columns.
-    """
-    present = [task for task in chosen if any(row["task"] == task.folder for row in rows)]
-    groups = list(dict.fromkeys(task.group for task in present))
-    header = ["source", "rate", *(task.name for task in present), *groups, "mean of groups"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
-        cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
-        means = {what: _means(cell, what, present) for what in ("plain", "bank")}
-        figures = [
-            " / ".join(f"{means[what][column]:.1f}" for what in means if column in means[what])
-            or "-"
-            for column in [*(task.folder for task in present), *groups, "all"]
-        ]
-        lines.append(f"| {source} | {target} | {' | '.join(figures)} |")
-    seeds = len({row["seed"] for row in rows})
-    return "\n".join(
-        [f"Top-1 in %, plain merging / with the bank; mean of {seeds} seeds.", "", *lines, ""]
-    )
-
-
-def _means(rows: list[dict[str, Any]], what: str, present: list[Task]) -> dict[str, float]:
-    """Return top-1 by task, by group and, as `all`, the mean of the groups."""
-    found: dict[str, float] = {}
-    for task in present:
-        values = [row[what]["top1"] for row in rows if row["task"] == task.folder and what in row]
-        if values:
-            found[task.folder] = statistics.fmean(values)
-    by_group: dict[str, list[float]] = {}
-    for task in present:
-        if task.folder in found:
-            by_group.setdefault(task.group, []).append(found[task.folder])
-    groups = {group: statistics.fmean(values) for group, values in by_group.items()}
-    if groups:
-        found |= groups | {"all": statistics.fmean(groups.values())}
-    return found
-
-
-def _mean_over_tasks(rows: list[dict[str, Any]], chosen: list[Task]) -> list[dict[str, Any]]:
-    """Return a row for each (source, target): the mean over tasks, each the mean of its seeds."""
-    matrix = []
-    for source, target in dict.fromkeys((row["source"], row["target"]) for row in rows):
-        cell = [row for row in rows if (row["source"], row["target"]) == (source, target)]
-        mean: dict[str, Any] = {"source": source, "target": target}
-        for what in ("plain", "bank"):
-            with_it = [row for row in cell if what in row]
-            if with_it:
-                mean[what] = {
-                    measure: _mean_of_tasks(with_it, chosen, lambda row: row[what][measure])  # noqa: B023
-                    for measure in ("top1", "agreement", "kl")
-                }
-        matrix.append(mean)
-    return matrix
-
-
-def _mean_of_tasks(
-    rows: list[dict[str, Any]], chosen: list[Task], value: Callable[[dict[str, Any]], float]
-) -> float:
-    by_task = [[value(row) for row in rows if row["task"] == task.folder] for task in chosen]
-    return statistics.fmean(statistics.fmean(values) for values in by_task if values)
-
-
 def _rows(config: VtabConfig, folder: Path) -> Iterable[dict[str, Any]]:
     for task in chosen_tasks(config):
         for source in config.sources:
             for seed in config.seeds:
                 run = Run(task, source, seed)
-                path = run.folder(folder) / "evaluation" / "evaluation.json"
-                if not path.exists():
-                    continue
-                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                for row in _measured(run.folder(folder)):
                     yield {"task": task.folder, "seed": seed, **row}
+
+
+def _measured(own: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run; empty if it is not done.
+
+    Where a multiplier was searched, a row with a bank has `searched`: it, and what it gives.
+    """
+    rows = _rows_of(own / EVALUATION)
+    found = own / CALIBRATION / "calibration.json"
+    if not found.exists():
+        return rows
+    calibration = json.loads(found.read_text(encoding="utf-8"))
+    multiplier = calibration["multiplier"]
+    is_own = multiplier == calibration["bank"]["scale"]
+    others = {row["target"]: row for row in (rows if is_own else _rows_of(own / SEARCHED))}
+    for row in rows:
+        if "bank" in row and row["target"] in others:
+            row["searched"] = {"multiplier": multiplier, **others[row["target"]]["bank"]}
+    return rows
+
+
+def _rows_of(evaluation: Path) -> list[dict[str, Any]]:
+    path = evaluation / "evaluation.json"
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
@@ -216,25 +193,26 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
         sets = []
         for key, name in parts.items():
             part = task.pictures(root, name)
-            where = f"path={json.dumps(part.path)}, list={json.dumps(part.list)}"
+            where = f"path={json.dumps(part.path)}"
+            where += "" if part.list is None else f", list={json.dumps(part.list)}"
             sets.append(f"{key.replace('_', '.')}={{{where}}}")
         return sets
 
     given = [
         *config.changes,
-        *lists(pictures=tasks.ALL, test=tasks.TEST),
+        *lists(pictures=task.parts.all, test=task.parts.test),
         f"name={task.folder.lower()}",
         f"classes={task.classes}",
         f"source={run.source}",
         f"loop.seed={run.seed}",
     ]
     recipe = read_recipe(FinetuneConfig, config.recipe, given)
-    if recipe.search is not None:
-        given += lists(search_train=tasks.TRAIN, search_validation=tasks.VALIDATION)
+    train, validation = task.parts.train, task.parts.validation
+    if recipe.search is not None and train is not None and validation is not None:
+        given += lists(search_train=train, search_validation=validation)
         recipe = read_recipe(FinetuneConfig, config.recipe, given)
-    if config.ladder is None:
-        return recipe
-    return recipe.model_copy(update={"ladder": config.ladder})
+    own = {"ladder": config.ladder, "proportional": config.proportional}
+    return recipe.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
@@ -243,22 +221,44 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
     finished = finetune(recipe, own)
     tuned_on = recipe.backbone
     full = recipe.method == "full"
-    evaluate(
-        EvaluateConfig(
-            name=run.task.folder,
-            backbone=tuned_on.model_copy(update={"name": str(finished), "architecture": None})
-            if full
-            else tuned_on,
-            task=None if full else str(finished),
-            model=f"{run.task.name}, source {run.source}",
-            bank=config.bank,
-            ladder=recipe.ladder,
-            pictures=recipe.test,
-            targets=config.targets,
-            limit=config.limit,
-        ),
-        own / "evaluation",
+    targets = [target for target in config.targets if target != run.source]
+    searched = bool(config.bank and config.multipliers and targets)
+    asked = EvaluateConfig(
+        name=run.task.folder,
+        backbone=tuned_on.model_copy(update={"name": str(finished), "architecture": None})
+        if full
+        else tuned_on,
+        task=None if full else str(finished),
+        model=f"{run.task.name}, source {run.source}",
+        bank=config.bank,
+        ladder=recipe.ladder,
+        proportional=recipe.proportional,
+        # Its own, whatever calibration somebody attaches to the model meanwhile.
+        multiplier=open_bank(config.bank).info.scale if config.bank and searched else None,
+        pictures=recipe.test,
+        targets=config.targets,
+        limit=config.limit,
     )
+    evaluate(asked, own / EVALUATION)
+    if not config.bank or not searched:
+        return
+    # On pictures that it was tuned on: the test pictures are for the test.
+    found = calibrate(
+        CalibrateConfig(
+            backbone=asked.backbone,
+            task=asked.task,
+            model=asked.model,
+            bank=config.bank,
+            pictures=recipe.pictures,
+            limit=config.multiplier_pictures,
+            targets=targets,
+            multipliers=config.multipliers,
+        ),
+        own / CALIBRATION,
+    )
+    multiplier = json.loads(found.read_text(encoding="utf-8"))["multiplier"]
+    if multiplier != asked.multiplier:
+        evaluate(asked.model_copy(update={"multiplier": multiplier}), own / SEARCHED)
 
 
 def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:

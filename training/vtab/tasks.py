@@ -1,8 +1,8 @@
-"""The tasks of VTAB-1k, and whether a folder holds one.
+"""The tasks of VTAB-1k and others, and whether a folder holds one.
 
 Layout that is common for parameter-efficient tuning: a folder a task, with `images/` (or the same
 in `images.tar`) and the lists `train800.txt`, `val200.txt`, `train800val200.txt` and `test.txt`,
-a line `relative/path class` each.
+a line `relative/path class` each. A task of another layout says where its parts are.
 
 Reference: VTAB, arXiv:1910.04867; ToCom, section 4.1.
 """
@@ -10,14 +10,25 @@ Reference: VTAB, arXiv:1910.04867; ToCom, section 4.1.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 from tocom import DataError
 from training.config import PicturesConfig
-from training.pictures.sets import open_pictures
+from training.pictures.readers import ListReader
+from training.pictures.sets import class_names, open_pictures
 
-Group = Literal["Natural", "Specialized", "Structured"]
-TRAIN, VALIDATION, ALL, TEST = "train800.txt", "val200.txt", "train800val200.txt", "test.txt"
+
+class Parts(NamedTuple):
+    """Where the parts of a task are, below its folder: lists (.txt), .tar files or folders."""
+
+    all: str
+    test: str
+    train: str | None = None  # with `validation`, to search on; None: a part of `all` is drawn
+    validation: str | None = None
+
+
+#: The lists of a task of VTAB-1k.
+VTAB_1K = Parts("train800val200.txt", "test.txt", "train800.txt", "val200.txt")
 
 
 @dataclass(frozen=True)
@@ -29,26 +40,30 @@ class Task:
         folder: below the root.
         group: whose mean it counts in.
         classes: how many there are.
-        test: pictures to test on; None: as many as the list names.
+        test: pictures to test on; None: as many as there are.
         train: pictures to train on, likewise.
+        parts: where its pictures are.
     """
 
     name: str
     folder: str
-    group: Group
+    group: str
     classes: int
     test: int | None = None
     train: int | None = None
+    parts: Parts = VTAB_1K
 
     def pictures(self, root: Path, part: str) -> PicturesConfig:
-        """Return one of the task's lists as a set of pictures."""
+        """Return one of the task's parts as a set of pictures."""
         folder = root / self.folder
+        if not part.endswith(".txt"):
+            return PicturesConfig(path=str(folder / part))
         tar = folder / "images.tar"
         path = tar if tar.is_file() and not (folder / "images").is_dir() else folder
         return PicturesConfig(path=str(path), list=part)
 
 
-def _vtab(name: str, folder: str, group: Group, classes: int, test: int) -> Task:
+def _vtab(name: str, folder: str, group: str, classes: int, test: int) -> Task:
     return Task(name, folder, group, classes, test, train=1000)
 
 
@@ -84,39 +99,51 @@ def check(root: Path, task: Task) -> list[str]:
     if not folder.is_dir():
         return [f"{task.name}: there is no folder {folder}"]
     problems: list[str] = []
-    names: dict[str, Counter[tuple[str, int]]] = {}
-    for part in (TRAIN, VALIDATION, ALL, TEST):
+    lists: dict[str, Counter[tuple[str, int]]] = {}
+    for part in dict.fromkeys(part for part in task.parts if part is not None):
         try:
             pictures = open_pictures(task.pictures(root, part))
+            classes = class_names(pictures)
         except DataError as error:
             problems.append(f"{task.name}: {error}")
             continue
-        samples: list[tuple[str, int]] = pictures.reader.samples
-        expected = {TEST: task.test, ALL: task.train}.get(part)
-        if expected is not None and len(samples) != expected:
-            problems.append(f"{task.name}: {part} names {len(samples)} pictures, not {expected}")
-        if part == TEST:
-            names[part] = Counter((path, 0) for path, _ in samples)
+        expected = {task.parts.test: task.test, task.parts.all: task.train}.get(part)
+        if expected not in (None, len(pictures)):
+            problems.append(f"{task.name}: {part} has {len(pictures)} pictures, not {expected}")
+        if not isinstance(pictures.reader, ListReader):
+            if len(classes) != task.classes:
+                problems.append(
+                    f"{task.name}: {part} has {len(classes)} classes, not {task.classes}"
+                )
             continue
-        names[part] = Counter(samples)
+        samples: list[tuple[str, int]] = pictures.reader.samples
+        if part == task.parts.test:
+            lists[part] = Counter((path, 0) for path, _ in samples)
+            continue
+        lists[part] = Counter(samples)
         if (highest := max(label for _, label in samples)) >= task.classes:
             problems.append(
                 f"{task.name}: {part} has the class {highest}; there are {task.classes}, from 0"
             )
-    return problems + _compare(task, names)
+    return problems + _compare(task, lists)
 
 
-def _compare(task: Task, names: dict[str, Counter[tuple[str, int]]]) -> list[str]:
+def _compare(task: Task, lists: dict[str, Counter[tuple[str, int]]]) -> list[str]:
     """Return in what the lists contradict each other."""
     problems = []
-    if {TRAIN, VALIDATION, ALL} <= names.keys():
-        if names[TRAIN] + names[VALIDATION] != names[ALL]:
-            problems.append(f"{task.name}: {ALL} is not {TRAIN} and {VALIDATION} together")
-        missing = set(range(task.classes)) - {label for _, label in names[ALL]}
+    everything, test = task.parts.all, task.parts.test
+    parts = [lists[part] for part in (task.parts.train, task.parts.validation) if part in lists]
+    # Of other tasks what is searched on need not be all that is trained on in the end.
+    whole = task.parts == VTAB_1K and len(parts) == 2 and everything in lists
+    if whole and parts[0] + parts[1] != lists[everything]:
+        together = f"{task.parts.train} and {task.parts.validation} together"
+        problems.append(f"{task.name}: {everything} is not {together}")
+    if everything in lists:
+        missing = set(range(task.classes)) - {label for _, label in lists[everything]}
         if missing:
-            problems.append(f"{task.name}: {ALL} has no picture of the class {min(missing)}")
-    if {ALL, TEST} <= names.keys():
-        seen = {path for path, _ in names[ALL]}
-        if both := sorted(path for path, _ in names[TEST] if path in seen):
+            problems.append(f"{task.name}: {everything} has no picture of the class {min(missing)}")
+    if {everything, test} <= lists.keys():
+        seen = {path for path, _ in lists[everything]}
+        if both := sorted(path for path, _ in lists[test] if path in seen):
             problems.append(f"{task.name}: {both[0]} is trained on and tested on")
     return problems

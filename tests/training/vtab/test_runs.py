@@ -1,0 +1,339 @@
+import json
+import os
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.banks import random_bank
+from tests.training.lists import write_lists
+from tocom import ConfigError, DataError, load_backbone
+from training.measuring_config import EvaluateConfig
+from training.presets import read_recipe
+from training.vtab import runs as module
+from training.vtab import tasks
+from training.vtab.config import VtabConfig
+from training.vtab.runs import Run, check, chosen_tasks, report, vtab
+from training.vtab.table import table
+from training.vtab.tasks import Task
+
+COLOURS = {"name": "Colours", "folder": "colours", "group": "Natural", "classes": 3}
+CHANGES = (
+    "adaptformer.bottleneck=4",
+    "search.values=[0.1, 1.0]",
+    "loop.epochs=1",
+    "loop.batch_size=6",
+    "loop.learning_rate=0.01",
+    "loop.workers=0",
+)
+
+
+@pytest.fixture
+def root(pictures: Path, tmp_path: Path) -> Path:
+    write_lists(tmp_path / "data", "colours", pictures)
+    return write_lists(tmp_path / "data", "shades", pictures)
+
+
+def recipe(root: Path, model_folder: Path, **changes: Any) -> VtabConfig:
+    values: dict[str, Any] = {
+        "root": str(root),
+        "tasks": [COLOURS, COLOURS | {"name": "Shades", "folder": "shades", "group": "Structured"}],
+        "sources": [0, 2],
+        "targets": [0, 3],
+        "changes": [f"backbone.name={json.dumps(str(model_folder))}", *CHANGES],
+    }
+    return VtabConfig.model_validate(values | changes)
+
+
+def test_all_runs_make_a_table_and_are_not_done_twice(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder))).save(tmp_path / "bank")
+    config = recipe(root, model_folder, bank=str(bank))
+    path = vtab(config, tmp_path / "runs")
+    text = path.read_text()
+    assert "| source | rate | Colours | Shades | Natural | Structured | mean of groups |" in text
+    lines = [line for line in text.splitlines() if line.startswith(("| 0", "| 2"))]
+    assert [line.split("|")[1:3] for line in lines] == [
+        [" 0 ", " 0 "], [" 0 ", " 3 "], [" 2 ", " 0 "], [" 2 ", " 3 "],
+    ]  # fmt: skip
+    assert " / " in lines[1]  # with the bank
+    assert " / " not in lines[0]  # there is no delta
+    said = json.loads((tmp_path / "runs" / "vtab.json").read_text())
+    assert len(said["rows"]) == 8
+
+    def cell(rows: list[dict[str, Any]]) -> list[float]:
+        found = (row for row in rows if (row["source"], row["target"]) == (2, 3))
+        return [row["plain"]["top1"] for row in found]
+
+    assert cell(said["mean"]) == [pytest.approx(sum(cell(said["rows"])) / 2)]
+    assert (tmp_path / "runs" / "matrix.png").exists()
+    monkeypatch.setattr("training.loop.run", lambda *_: pytest.fail("trained again"))
+    assert vtab(config, tmp_path / "runs").read_text() == text
+
+
+def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path: Path) -> None:
+    config = recipe(root, model_folder, sources=[1])
+    one = vtab(config, tmp_path / "one").read_text()
+    two = vtab(config.model_copy(update={"jobs": 2}), tmp_path / "two").read_text()
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("mask", "visible", "given"),
+    [
+        ("6,7", 2, ["6", "7", "6"]),
+        ("GPU-8932f937, GPU-46f8b33e", 2, ["GPU-8932f937", "GPU-46f8b33e", "GPU-8932f937"]),
+        ("MIG-1b2c,MIG-5d6e", 1, ["MIG-1b2c", "MIG-5d6e", "MIG-1b2c"]),
+        ("3,99", 1, ["3", "3", "3"]),  # there is no 99
+        ("", 0, ["", "", ""]),
+        (None, 2, ["0", "1", "0"]),
+        (None, 0, [None, None, None]),
+    ],
+)
+def test_each_process_has_one_of_the_gpus_that_are_allowed(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mask: str | None, visible: int, given: list[str | None],
+) -> None:  # fmt: skip
+    seen = []
+
+    def start_all(jobs: int, *_: Any, initializer: Any, initargs: Any) -> Any:
+        for _ in range(jobs):
+            with monkeypatch.context() as process:
+                process.setattr("torch.set_num_threads", lambda _: None)
+                process.setattr(os, "environ", dict(os.environ))
+                initializer(*initargs)
+                seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return nullcontext()
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", start_all)
+    module._share_out(recipe(root, model_folder, jobs=3), [], tmp_path)
+    assert seen == given
+
+
+def test_groups_count_alike() -> None:
+    chosen = [Task(name, name, group, 2) for name, group in
+              (("a", "Natural"), ("b", "Natural"), ("c", "Structured"))]  # fmt: skip
+    rows = [
+        {"task": name, "source": 0, "target": 8, "seed": 0,
+         "plain": {"top1": top1}, "bank": {"top1": top1 + 1}}
+        for name, top1 in (("a", 50.0), ("b", 70.0), ("c", 20.0))
+    ]  # fmt: skip
+    line = table(rows, chosen).splitlines()[-1]
+    assert line == (
+        "| 0 | 8 | 50.0 / 51.0 | 70.0 / 71.0 | 20.0 / 21.0 | 60.0 / 61.0 | 20.0 / 21.0 "
+        "| 40.0 / 41.0 |"
+    )
+
+
+def test_vtabs_table_is_the_papers() -> None:
+    groups = [task.group for task in tasks.VTAB]
+    assert [groups.count(group) for group in ("Natural", "Specialized", "Structured")] == [7, 4, 8]
+    assert len({task.folder for task in tasks.VTAB}) == 19
+    assert all(task.train == 1000 for task in tasks.VTAB)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("val200.txt", None, "val200.txt cannot be read"),
+        ("val200.txt", "images/red/4.png 2\n", "is not train800.txt and val200.txt together"),
+        ("train800val200.txt", "images/red/0.png 3\n", "has the class 3; there are 3, from 0"),
+        ("train800val200.txt", "images/red/0.png 2\n", "has no picture of the class 0"),
+        ("test.txt", "images/red/0.png 2\n", "images/red/0.png is trained on and tested on"),
+        ("test.txt", "images/red/9.png 2\n", "names images/red/9.png, which is not in"),
+    ],
+)
+def test_faulty_data_is_told_first(
+    root: Path, model_folder: Path, tmp_path: Path, file: str, text: str | None, problem: str
+) -> None:
+    path = root / "colours" / file
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(DataError, match=problem):
+        vtab(recipe(root, model_folder), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_is_missing_is_listed(root: Path, model_folder: Path) -> None:
+    config = recipe(root, model_folder, tasks=[COLOURS, "cifar", "kitti"])
+    with pytest.raises(DataError, match=r"(?s)no folder .*cifar.*no folder .*kitti"):
+        check(config)
+    assert check(recipe(root, model_folder)).endswith("2 tasks are complete")
+
+
+def test_an_unknown_task_names_those_there_are(root: Path, model_folder: Path) -> None:
+    config = recipe(root, model_folder, tasks=["mnist"])
+    with pytest.raises(ConfigError, match="no task 'mnist'; it has: cifar, caltech101"):
+        check(config)
+
+
+def test_there_is_no_table_of_nothing(root: Path, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        report(recipe(root, model_folder), tmp_path)
+
+
+# Multipliers of the bank's deltas
+
+
+def test_a_multiplier_is_searched_for_each_model_and_measured_beside_the_banks_own(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder)), 1.0).save(tmp_path / "bank")
+    config = recipe(
+        root, model_folder, bank=str(bank), tasks=[COLOURS], sources=[2], multipliers=[0.01, 30.0]
+    )
+    text = vtab(config, tmp_path / "runs").read_text()
+    own = tmp_path / "runs" / "colours" / "source-2" / "seed-0"
+    found = json.loads((own / "calibration" / "calibration.json").read_text())
+    assert (found["pictures"]["count"], found["measure"]) == (18, "kl")  # not those of the test
+    assert {row["multiplier"] for row in found["tried"]} == {0.01, 1.0, 30.0}
+    searched = found["multiplier"]
+    assert searched == 0.01  # a random bank repairs nothing
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    assert all(row["multiplier"] == 1.0 for row in rows)
+    result = json.loads((own / "evaluation-searched" / "evaluation.json").read_text())
+    for row, other in zip(rows, result["rows"], strict=True):
+        assert other["multiplier"] == 0.01
+        assert row["searched"] == {"multiplier": 0.01, **other["bank"]}
+        assert row["searched"]["kl"] != row["bank"]["kl"]
+    assert "plain merging / with the bank / with the multiplier that was searched" in text
+    assert "the bank's own is 1.\n\n| source | Colours |\n|---|---|\n| 2 | 0.01 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | 3 |"))
+    assert line.count(" / ") == 2 * 3  # of the task, its group and the mean
+    monkeypatch.setattr("training.loop.run", lambda *_: pytest.fail("trained again"))
+    assert vtab(config, tmp_path / "runs").read_text() == text
+
+
+def test_a_bank_whose_own_multiplier_is_the_best_is_measured_once(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder)), 0.01).save(tmp_path / "bank")
+    config = recipe(
+        root, model_folder, bank=str(bank), tasks=[COLOURS], sources=[0], multipliers=[30.0]
+    )
+    vtab(config, tmp_path / "runs")
+    assert not list((tmp_path / "runs").rglob("evaluation-searched"))
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["target"] == 3)
+    assert row["searched"] == {"multiplier": 0.01, **row["bank"]}
+
+
+def test_without_a_bank_there_is_nothing_to_multiply(root: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="a multiplier is of a bank's deltas: give a bank, too"):
+        EvaluateConfig.model_validate(
+            {"backbone": {"name": "x"}, "pictures": {"path": "y"}, "multiplier": 0.1}
+        )
+
+
+def test_a_bank_for_the_other_attention_is_told_first(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder))).save(tmp_path / "bank")
+    config = recipe(root, model_folder, bank=str(bank), proportional=False)
+    with pytest.raises(ConfigError, match="is for proportional=True, the fine-tuning for False"):
+        vtab(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# Tasks of other layouts
+
+
+@pytest.fixture
+def folders(pictures: Path, tmp_path: Path) -> Path:
+    """The three colours in folders train, val and test of class folders."""
+    with tarfile.open(pictures) as tar:
+        tar.extractall(tmp_path / "all", filter="data")
+    parts = {"train": range(4), "val": range(4, 6), "test": range(6, 8)}
+    for part, numbers in parts.items():
+        for colour in ("blue", "green", "red"):
+            folder = tmp_path / "data" / "hues" / part / colour
+            folder.mkdir(parents=True)
+            for i in numbers:
+                (tmp_path / "all" / colour / f"{i}.png").rename(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+HUES = {
+    "name": "Hues", "folder": "hues", "group": "FGVC", "classes": 3, "pictures": "train",
+    "test": "test", "train_count": 12, "test_count": 6,
+}  # fmt: skip
+OFFICIAL = {"train": "train", "validation": "val"}
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_task_may_have_folders_and_an_official_validation_set(
+    folders: Path, model_folder: Path, tmp_path: Path, official: bool
+) -> None:
+    task = HUES | (OFFICIAL if official else {})
+    changes = [f"backbone.name={json.dumps(str(model_folder))}", *CHANGES[3:], "method=linear",
+               "search.values=[0.01, 0.02]", "search.share=0.25"]  # fmt: skip
+    config = recipe(folders, model_folder, tasks=[task], sources=[1], recipe="fgvc-full",
+                    changes=[*changes, "loop.epochs=1", "loop.precision=no"])  # fmt: skip
+    assert check(config).endswith("1 tasks are complete")
+    (chosen,) = chosen_tasks(config)
+    made = module._recipe(config, Run(chosen, 1, 0))
+    assert (made.pictures.path, made.pictures.list) == (str(folders / "hues" / "train"), None)
+    assert made.test.path == str(folders / "hues" / "test")
+    assert made.search is not None
+    validation = made.search.validation
+    assert (validation and validation.path) == (str(folders / "hues/val") if official else None)
+    text = vtab(config, tmp_path / "runs").read_text()
+    assert "| source | rate | Hues | FGVC | mean of groups |" in text
+    said = json.loads((tmp_path / "runs/hues/source-1/seed-0/task/task.json").read_text())
+    assert said["training"]["pictures"] == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"classes": 4}, r"Hues: train has 3 classes, not 4\n.*test has 3 classes, not 4"),
+        ({"train_count": 13}, "Hues: train has 12 pictures, not 13"),
+        ({"test_count": 7}, "Hues: test has 6 pictures, not 7"),
+        (OFFICIAL | {"validation": "valid"}, "Hues: there are no pictures at .*hues/valid"),
+        ({"pictures": "all.txt"}, r"all\.txt cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_folders_is_told(
+    folders: Path, model_folder: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(DataError, match=f"(?s){problem}"):
+        check(recipe(folders, model_folder, tasks=[HUES | changes]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pictures": "train"}, "'Colours' has both pictures and test, or neither"),
+        ({"train": "train"}, "'Colours' has both train and validation, or neither"),
+        (OFFICIAL, "'Colours' has train and validation, but no pictures"),
+    ],
+)
+def test_half_a_layout_is_refused(
+    root: Path, model_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(root, model_folder, tasks=[COLOURS | changes])
+
+
+def test_the_presets_have_the_papers_data_sets() -> None:
+    found = {
+        task.name: (task.classes, task.train, task.test, task.parts.validation)
+        for preset in ("cifar100", "fgvc")
+        for task in chosen_tasks(read_recipe(VtabConfig, preset, ["root=data"]))
+    }
+    assert found == {
+        "CIFAR-100": (100, 50_000, 10_000, None),
+        "CUB-200": (200, 5_994, 5_794, None),
+        "Stanford Cars": (196, 8_144, 8_041, None),
+        "Flowers102": (102, 1_020, 6_149, "val"),
+        "Stanford Dogs": (120, 12_000, 8_580, None),
+    }

@@ -1,0 +1,79 @@
+"""The part of a recipe that every training run has: its batch, its length, what it leaves."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from training.recipe import Recipe
+
+
+class _LoopConfig(Recipe):
+    """What every training run has, but for its length."""
+
+    batch_size: int = Field(gt=0, description="pictures a step, over all processes")
+    accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
+    learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
+    weight_decay: float = Field(0.05, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Accelerate's mixed precision"
+    )
+    seed: int = 0
+    workers: int = Field(1, ge=0, description="processes that decode pictures")
+    save_every: int = Field(100, gt=0, description="steps between checkpoints")
+    watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
+    on_unreadable: Literal["stop", "skip"] = Field(
+        "stop", description="a picture that cannot be decoded; skipped ones are counted"
+    )
+    on_full_disk: Literal["stop", "skip"] = Field(
+        "stop", description="a checkpoint or metrics that cannot be written"
+    )
+    time_limit: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="minutes, after which a run saves and stops; the same command resumes it",
+    )
+    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
+    wandb: bool = Field(False, description="also log to Weights & Biases, as the project tocom")
+    deterministic: bool = Field(
+        False, description="torch's deterministic algorithms: the same bits on a GPU, slower"
+    )
+    recompute_blocks: bool = Field(
+        False,
+        description="gradient checkpointing: keep what enters a block, run it again for its "
+        "gradients; less memory, more time",
+    )
+
+
+class LoopConfig(_LoopConfig):
+    """A training run of so many steps."""
+
+    steps: int = Field(gt=0, lt=10**6)
+    warmup_steps: int = Field(0, ge=0)
+
+
+class EpochLoopConfig(_LoopConfig):
+    """A training run of so many passes over its pictures."""
+
+    epochs: float = Field(gt=0, allow_inf_nan=False)
+    warmup_epochs: float = Field(0, ge=0, allow_inf_nan=False)
+    # Not of a distillation, which runs at so many pairs of rates, each a graph of its own.
+    compile: bool = Field(False, description="compile the forward by torch.compile")
+
+    @model_validator(mode="after")
+    def _compiled_or_run_again(self) -> "EpochLoopConfig":
+        if self.compile and self.recompute_blocks:
+            raise ValueError(
+                "compile and recompute_blocks exclude each other: a compiled forward decides by "
+                "itself what is computed again"
+            )
+        return self
+
+    def over(self, pictures: int) -> LoopConfig:
+        """Return the run in steps, for a number of pictures."""
+        values = self.model_dump(exclude={"epochs", "warmup_epochs", "compile"})
+        each = pictures / self.batch_size
+        steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
+        return LoopConfig(steps=steps, warmup_steps=warmup, **values)
