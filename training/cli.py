@@ -1,23 +1,27 @@
-"""`tocom-train`: distil banks, fine-tune models, measure both, keep what was measured."""
+"""`tocom-train`: distil banks, fine-tune models, measure both, keep what was measured.
+
+Reads the arguments; what they ask for is imported after that, for which torch takes seconds.
+"""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tocom import TocomError
 from tocom.allocator import keep_freed_memory
-from training.config import (
-    CalibrateConfig,
-    DistillConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    VtabConfig,
-)
-from training.ladders.compare_config import CompareConfig
-from training.ladders.search_config import LadderSearchConfig
-from training.presets import presets, read_recipe
+from tocom.command_line import Parser, Version
+
+#: The commands that take a recipe, and what they do.
+COMMANDS = {
+    "search": "search a ladder of cheaper forwards for a backbone; needs no labels",
+    "distill": "make a bank of plug-ins for a backbone; needs no labels",
+    "finetune": "tune a backbone on a labelled task",
+    "evaluate": "measure a model at every rate, with and without a bank",
+    "compare": "measure methods and ladders side by side on one model",
+    "calibrate": "search the multiplier of a bank's deltas for a model",
+    "vtab": "tune on many tasks at many rates, and make the table of all",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,22 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tocom-train", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("search", _search, "search a ladder of cheaper forwards for a backbone; needs no labels"),
-        ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
-        ("finetune", _finetune, "tune a backbone on a labelled task"),
-        ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
-        ("compare", _compare, "measure methods and ladders side by side on one model"),
-        ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
-        ("vtab", _vtab, "tune on many tasks at many rates, and make the table of all"),
-    ):
+def _parser() -> Parser:
+    parser = Parser(prog="tocom-train", description=__doc__.partition("\n")[0])
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
-            "recipe", help=f"a TOML file or a preset ({', '.join(presets())})", metavar="CONFIG"
-        )
+        command.add_argument("recipe", help="a TOML file or the name of a preset", metavar="CONFIG")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="loop.steps=10")
         command.add_argument(
             "--folder",
@@ -70,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="run folder (default: runs/NAME); resumed if there",
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=_run)
         if name == "finetune":
             command.add_argument(
                 "--method",
@@ -89,71 +84,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _search(arguments: argparse.Namespace) -> None:
-    from training.ladders.search import search
+def _run(arguments: argparse.Namespace) -> None:
+    from training.presets import find_recipe, parse_overrides, read_recipe
 
-    config = read_recipe(LadderSearchConfig, arguments.recipe, arguments.overrides)
-    path = search(config, _folder(arguments, config.name))
-    print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
-    print(path)
+    # Before what reads them is imported.
+    find_recipe(arguments.recipe)
+    method = [f"method={arguments.method}"] if getattr(arguments, "method", None) else []
+    overrides = [*arguments.overrides, *method]
+    parse_overrides(overrides)
+    from training.program.commands import COMMANDS as RUN
+    from training.program.kinds import KINDS
 
+    config = read_recipe(KINDS[arguments.command], arguments.recipe, overrides)
+    if getattr(arguments, "check", False):
+        from training.vtab import check
 
-def _distill(arguments: argparse.Namespace) -> None:
-    from training.distill import distill  # keeps `--help` quick
-
-    config = read_recipe(DistillConfig, arguments.recipe, arguments.overrides)
-    print(distill(config, _folder(arguments, config.name)))
-
-
-def _finetune(arguments: argparse.Namespace) -> None:
-    from training.finetune import finetune
-
-    method = [f"method={arguments.method}"] if arguments.method else []
-    config = read_recipe(FinetuneConfig, arguments.recipe, arguments.overrides + method)
-    print(finetune(config, _folder(arguments, config.name)))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from training.evaluate import evaluate
-
-    config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
-    print(evaluate(config, _folder(arguments, config.name)))
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from training.ladders.compare import compare_methods
-
-    config = read_recipe(CompareConfig, arguments.recipe, arguments.overrides)
-    print(compare_methods(config, _folder(arguments, config.name)))
-
-
-def _calibrate(arguments: argparse.Namespace) -> None:
-    from training.calibrate import calibrate
-
-    config = read_recipe(CalibrateConfig, arguments.recipe, arguments.overrides)
-    path = calibrate(config, _folder(arguments, config.name))
-    print(json.loads(path.read_text(encoding="utf-8"))["summary"], file=sys.stderr)
-    print(path)
-
-
-def _vtab(arguments: argparse.Namespace) -> None:
-    from training.vtab import check, vtab
-
-    config = read_recipe(VtabConfig, arguments.recipe, arguments.overrides)
-    if arguments.check:
         print(check(config))
-    else:
-        print(vtab(config, _folder(arguments, config.name)))
+        return
+    RUN[arguments.command](config, arguments.folder or Path("runs") / config.name)
 
 
 def _attach(arguments: argparse.Namespace) -> None:
     from training.attach import attach
 
     print(attach(arguments.result, arguments.folder))
-
-
-def _folder(arguments: argparse.Namespace, name: str) -> Path:
-    return arguments.folder or Path("runs") / name
 
 
 if __name__ == "__main__":
