@@ -1,6 +1,7 @@
 """All programs: what they tell of themselves, and of mistakes, without importing torch."""
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,11 @@ def test_a_mistake_is_told_quickly_in_one_line(command, message):
     assert complaint.startswith(command.split()[0])
     assert message in complaint
     assert complaint.count("\n") == 1
+
+
+def test_a_port_in_use_is_told_quickly():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, _, complaint = run("tocom-serve", "--port", str(port))
+    assert code == 2
+    assert complaint.endswith(f"port {port}: Address already in use\n")
