@@ -59,11 +59,16 @@ def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
+def quiet(said: str) -> bool:
+    """Whether a program has said nothing but that it starts."""
+    return all(re.match("Listening on |.* INFO ", line) for line in said.splitlines())
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "code"),
     [
-        ("SIGINT", [], 128 + signal.SIGINT),
-        ("SIGTERM", [], 128 + signal.SIGTERM),
+        ("SIGINT", ["--port", "0"], 128 + signal.SIGINT),
+        ("SIGTERM", ["--port", "0"], 128 + signal.SIGTERM),
         ("SIGINT", ["check"], 128 + signal.SIGINT),
         ("SIGTERM", ["check"], 128 + signal.SIGTERM),
     ],
@@ -89,7 +94,7 @@ def test_a_signal_while_modules_are_imported(name, arguments, code):
     """
     ended = run_program(program, name, *arguments)
     assert ended.returncode == code
-    assert re.fullmatch(r"(Listening on .*\n)?", ended.stdout)
+    assert quiet(ended.stdout)
 
 
 def test_ctrl_c_while_the_models_warm_up_is_quiet(tiny):
@@ -111,7 +116,8 @@ def test_ctrl_c_while_the_models_warm_up_is_quiet(tiny):
     """
     ended = run_program(program, "--port", "0", "--model", f"tiny={tiny.backbone}")
     assert ended.returncode == 128 + signal.SIGINT
-    assert re.fullmatch(r"Listening on http://127\.0\.0\.1:\d+: .*\n", ended.stdout)
+    assert re.search(r"^Listening on http://127\.0\.0\.1:\d+: ", ended.stdout, re.MULTILINE)
+    assert quiet(ended.stdout)
 
 
 def test_ctrl_c_while_a_graph_is_compiled(tiny):
