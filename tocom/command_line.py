@@ -9,7 +9,13 @@ from tocom.wording import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells mistakes in one line each, with the word that was probably meant."""
+    """Tells mistakes in one line each, with the word that was probably meant.
+
+    Attributes:
+        hint: is added where an option is like none that there are.
+    """
+
+    hint = ""
 
     def __init__(self, **arguments: Any) -> None:
         # A part of an option's name would come to mean another one with the next option.
@@ -29,7 +35,7 @@ class Parser(argparse.ArgumentParser):
                 break
             name = word.partition("=")[0]
             if name.startswith("--") and name not in known:
-                self.error(f"there is no option {name}{did_you_mean(name, known)}")
+                self.error(f"there is no option {name}{did_you_mean(name, known) or self.hint}")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -7,10 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tocom import TocomError
+from tocom import ConfigError, TocomError
 from tocom.allocator import keep_freed_memory
 from tocom.command_line import Parser, Version
+from tocom.wording import did_you_mean
 
 #: The commands that take a recipe, and what they do.
 COMMANDS = {
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="tocom-train", description=__doc__.partition("\n")[0])
+    parser.hint = "; keys of a recipe are key=value"
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -64,6 +67,11 @@ def _parser() -> Parser:
             type=Path,
             metavar="DIR",
             help="run folder (default: runs/NAME); resumed if there",
+        )
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check the recipe and all that it names, tell what would run, and end",
         )
         command.set_defaults(run=_run)
         if name == "finetune":
@@ -81,33 +89,68 @@ def _parser() -> Parser:
     command.add_argument("result", type=Path, help="an evaluation.json or calibration.json")
     command.add_argument("folder", type=Path, help="a model folder or a bank folder")
     command.set_defaults(run=_attach)
+    text = "list the presets, or show one and all keys of its command"
+    command = commands.add_parser("presets", help=text, description=text)
+    command.add_argument("show", nargs="*", metavar="show NAME", help="of a preset")
+    command.set_defaults(run=_presets)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from training.presets import find_recipe, parse_overrides, read_recipe
+    # What can be told before torch is imported is told before.
+    from training.presets import command_of, find_recipe, parse_overrides, presets, read_recipe
 
-    # Before what reads them is imported.
-    find_recipe(arguments.recipe)
+    command, recipe = arguments.command, arguments.recipe
+    path = find_recipe(recipe)
     method = [f"method={arguments.method}"] if getattr(arguments, "method", None) else []
     overrides = [*arguments.overrides, *method]
     parse_overrides(overrides)
+    if path != Path(recipe) and (other := command_of(recipe)) != command:
+        mine = ", ".join(each for each in presets() if command_of(each) == command)
+        raise ConfigError(f"{recipe} is a preset of {other}; those of {command} are: {mine}")
     from training.program.commands import COMMANDS as RUN
     from training.program.kinds import KINDS
 
-    config = read_recipe(KINDS[arguments.command], arguments.recipe, overrides)
-    if getattr(arguments, "check", False):
+    config: Any = read_recipe(KINDS[command], recipe, overrides)
+    folder = arguments.folder or Path("runs") / config.name
+    if arguments.dry_run:
+        from training.program.dry_run import dry_run
+
+        print(dry_run(config, folder))
+    elif getattr(arguments, "check", False):
         from training.vtab import check
 
         print(check(config))
-        return
-    RUN[arguments.command](config, arguments.folder or Path("runs") / config.name)
+    else:
+        RUN[command](config, folder)
 
 
 def _attach(arguments: argparse.Namespace) -> None:
     from training.attach import attach
 
     print(attach(arguments.result, arguments.folder))
+
+
+def _presets(arguments: argparse.Namespace) -> None:
+    from training.presets import command_of, presets, summary_of
+
+    if not arguments.show:
+        width = max(map(len, presets()))
+        for command in COMMANDS:
+            print(command)
+            for name in presets():
+                if command_of(name) == command:
+                    print(f"  {name:<{width}}  {summary_of(name)}")
+        return
+    word, *names = arguments.show
+    if word != "show" or len(names) != 1:
+        raise ConfigError(f"it is presets, or presets show NAME; got {' '.join(arguments.show)}")
+    if names[0] not in presets():
+        meant = did_you_mean(names[0], presets())
+        raise ConfigError(f"there is no preset {names[0]!r}{meant or '; presets lists them'}")
+    from training.program.describe import described
+
+    print(described(names[0]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reading recipes: TOML files or presets by name, changed by `key=value` overrides."""
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -62,8 +63,25 @@ def presets() -> list[str]:
     return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
+def command_of(preset: str) -> str:
+    """Return the command that a preset is for, as its first lines show it."""
+    text = _preset(preset).read_text(encoding="utf-8")
+    found = re.search(rf"^# .*(?:tocom-train|training\.cli) (\w+) {preset} ", text, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def summary_of(preset: str) -> str:
+    """Return what a preset is, in a line: its first one."""
+    return _preset(preset).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _preset(name: str) -> Path:
+    return Path(str(resources.files("training") / "recipes" / f"{name}.toml"))
+
+
 def find_recipe(recipe: str) -> Path:
-    """Return the file of a recipe: its path, or the name of a preset.
+    """Return the file of a recipe: what is at its path, or the preset of that name.
 
     Raises:
         ConfigError: if there is none.
@@ -71,7 +89,7 @@ def find_recipe(recipe: str) -> Path:
     if Path(recipe).is_file():
         return Path(recipe)
     if recipe in presets():
-        return Path(str(resources.files("training") / "recipes" / f"{recipe}.toml"))
+        return _preset(recipe)
     raise ConfigError(
         f"there is no recipe file and no preset {recipe!r}{did_you_mean(recipe, presets())} "
         "(tocom-train presets lists them)"

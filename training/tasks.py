@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from tocom import DataError
-from training.config import PicturesConfig
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import open_pictures
 
 Group = Literal["Natural", "Specialized", "Structured"]

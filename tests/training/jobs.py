@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tocom import load_backbone
 from training import loop
-from training.config import AugmentConfig, LoopConfig, PicturesConfig
+from training.config import AugmentConfig, LoopConfig
 from training.pictures.augment import evaluation_transform
 from training.pictures.batches import Pictures
+from training.pictures.config import PicturesConfig
 
 
 class Brightness:

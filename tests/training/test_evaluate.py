@@ -16,10 +16,11 @@ from tests.training.banks import random_bank
 from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
-from training.config import EvaluateConfig, PicturesConfig
+from training.config import EvaluateConfig
 from training.evaluate import evaluate, matrix_table, sign_test, table
 from training.measuring import class_indices, standard_error
 from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.plot import changes, plot_evaluation
 
 ROOT = Path(__file__).parents[2]
