@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.bank import Bank
-from adapters.compose import compose
+from adapters.composition import compose
 from adapters.durable import new_files
 from adapters.ladder import digest, tuned_on_another
 from tocom import (

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.bank import Bank
-from adapters.compose import compose
+from adapters.composition import compose
 from adapters.durable import new_folder
 from tocom import Delta, LowRank, RateError, TocomError
 from tocom.delta import TARGETS, parts

@@ -27,10 +27,11 @@ from torch import Tensor
 from adapters import BackboneInfo, BankInfo
 from tocom import Backbone, Variant, forward, load_backbone
 from tocom.vit import embed, outputs
-from training.config import BackboneConfig, DistillConfig, PicturesConfig
+from training.config import BackboneConfig, DistillConfig
 from training.distill import Plugins, draw_rates
 from training.loop_config import LoopConfig
 from training.losses import kd_loss
+from training.pictures.config import PicturesConfig
 
 Rates = tuple[int, list[int]]
 

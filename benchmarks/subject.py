@@ -10,8 +10,8 @@ from server.models.loading import load_model
 from server.models.served import ServedModel
 from server.settings import BUNDLED_MODEL, ModelSettings
 from tocom import bundled_folder
-from training.config import PicturesConfig
 from training.measuring import class_indices
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import open_pictures
 
 

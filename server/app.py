@@ -24,6 +24,7 @@ from server.oip import infer as oip_infer
 from server.oip import metadata as oip_metadata
 from server.oip.statistics import Statistics
 from server.page import routes as page_routes
+from server.progress import Progress, Tell, tell_nobody
 from server.settings import Settings
 from server.v1 import batch, infer, models
 from server.web import status
@@ -31,7 +32,6 @@ from server.web.access import Access, require_api_key, require_known_key
 from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.problems import add_handlers
 from server.web.serving import Serving
-from tocom import TOME
 from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,18 @@ higher rates are cheaper, and a bank of plug-ins makes up for what merging costs
 """
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     """Load the models and return the application; its engine starts with it.
+
+    Args:
+        settings: all of them.
+        tell: is told how far loading and warming up have come.
 
     Raises:
         TocomError: if a model or bank cannot be loaded; nothing has been started then.
     """
     keep_freed_memory()
-    registry = Registry(load_models(settings))
+    registry = Registry(load_models(settings, tell))
     counted = Metrics(registry, settings.slo_ms / 1000)
     engine = Engine(
         max_batch=settings.max_batch,
@@ -76,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         version="1",
         description=DESCRIPTION,
         redoc_url=None,
-        lifespan=_lifespan(serving),
+        lifespan=_lifespan(serving, tell),
         telemetry=tracing.telemetry(provider),
     )
     app.state.serving = serving
@@ -111,14 +115,16 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    serving: Serving, tell: Tell
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         serving.engine.start()
         graphs = serving.models.get(None).graphs
         graphs.start(serving.engine.call)
         try:
-            await asyncio.to_thread(warm_up, serving)
+            await asyncio.to_thread(warm_up, serving, tell)
             yield
         finally:
             await asyncio.to_thread(serving.engine.stop)
@@ -127,30 +133,31 @@ def _lifespan(serving: Serving) -> Callable[[FastAPI], AbstractAsyncContextManag
     return lifespan
 
 
-def warm_up(serving: Serving) -> None:
+def warm_up(serving: Serving, tell: Tell) -> None:
     """Make the deltas of every model's rates, and run it: what is slow at first is slow now.
 
     It is also how the engine gets to know how long batches take: those of one image and full
-    ones, at every fourth rate and where merging begins. Between these it estimates.
+    ones, at every fourth rate and where merging begins. Between these it estimates. The setting
+    `warmup` may ask for less: rate 0 of each ladder, or nothing.
     """
     sizes = sorted({1, serving.settings.max_batch})
     said = time.monotonic()
     handles = [each for model in serving.models.all() for each in model.ladders]
-    for model in handles:
+    for model in handles if serving.settings.warmup != "none" else ():
         # From the highest, whose delta is the dearest one if it cannot be folded for want of room.
-        rates = range(model.max_rate, -1, -1)
-        name = f"{model.name} on {model.ladder.name}" if model.ladder != TOME else model.name
-        for done, rate in enumerate(rates, start=1):
-            if serving.stopping.is_set():
-                return
+        every = range(model.max_rate, -1, -1)
+        rates = every if serving.settings.warmup == "all" else every[-1:]
+        for done, rate in enumerate(rates):
+            progress = Progress(model.name, model.ladder.name, done, len(rates))
+            tell(progress)
+            if time.monotonic() - said > PROGRESS:
+                said = time.monotonic()
+                logger.info("%s", progress)
             work = model.at(rate, compensate=True)
             is_run = rate <= 1 or rate in rates[::STRIDE]
             prepare = partial(work.warm_up, sizes) if is_run else work.make_delta
             serving.engine.call(prepare).result()
-            if time.monotonic() - said > PROGRESS:
-                said = time.monotonic()
-                logger.info("model %s: %d of %d rates are warm", name, done, len(rates))
         # Where batches run, as graphs may already measure there.
-        serving.engine.call(partial(model.controller.times.settle, rates, sizes)).result()
-        logger.info("model %s is warm: rates 0 to %d", name, model.max_rate)
+        serving.engine.call(partial(model.controller.times.settle, every, sizes)).result()
+        logger.info("%s", Progress(model.name, model.ladder.name, len(rates), len(rates)))
     serving.warm.set()

@@ -1,18 +1,94 @@
-"""The arguments of `tocom-serve`. Needs no torch, which takes seconds to import."""
+"""The arguments of `tocom-serve`, made of its settings. Needs no torch, which takes seconds."""
 
 import argparse
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from server.settings import SECRET, Settings, load_settings
+from tocom import ConfigError
+from tocom.command_line import Parser, Version
 
 #: What may be said of a model besides its name and backbone.
 MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder")
 
+DESCRIPTION = """\
+Serve vision transformers at any token-merging rate: the bundled model, if nothing else is said.
+"""
+EPILOG = """\
+Each setting may also be a TOCOM_... variable (TOCOM_PORT) or stand in the TOML file of --config
+(port = 9000); arguments win over variables, and these over the file. Secrets (admin_key, api_keys)
+are never arguments, which others on this machine can see.
+"""
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """Return what reads the arguments; `command` says what they ask for."""
+    whole = Parser(
+        prog="tocom-serve",
+        usage="%(prog)s [--SETTING VALUE ...] [COMMAND ...]",
+        argument_default=argparse.SUPPRESS,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    whole.add_argument("--version", action=Version)
+    whole.set_defaults(command="serve")
+    commands = whole.add_subparsers(title="without a server", metavar="COMMAND")
+    _add_settings(whole)
+
     # What is not given is absent: a command must not overwrite what was given before it.
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--config", metavar="FILE", help="TOML file with settings")
-    common.add_argument(
+    command = commands.add_parser(
+        "check",
+        usage="%(prog)s [--SETTING VALUE ...]",
+        argument_default=argparse.SUPPRESS,
+        help="load and run all models, once",
+    )
+    _add_settings(command)
+    command.set_defaults(command="check")
+
+    command = commands.add_parser(
+        "classify",
+        usage="%(prog)s PHOTO [PHOTO ...] [--rate RATE] [--top-k K] [--json] [--SETTING VALUE ...]",
+        argument_default=argparse.SUPPRESS,
+        conflict_handler="resolve",
+        help="tell what photographs show",
+    )
+    _add_settings(command)
+    command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    command.add_argument(
+        "--rate",
+        default="0",
+        help="rate on the default ladder: of `tome`, tokens merged per block (default: 0)",
+    )
+    command.add_argument(
+        "--top-k", type=int, dest="predictions", metavar="K", help="predictions for each"
+    )
+    command.add_argument("--json", action="store_true", help="a line of JSON for each")
+    command.set_defaults(command="classify", json=False, predictions=None)
+    return whole
+
+
+def settings(parsed: argparse.Namespace) -> Settings:
+    """Return the settings that arguments, variables and the file say.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    given = {
+        name: value
+        for name, value in vars(parsed).items()
+        if name in Settings.model_fields or name == "config"
+    }
+    if "models" in given:
+        given["models"] = [_model(text) for text in given["models"]]
+    return load_settings(**given)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("settings")
+    group.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    group.add_argument(
         "--model",
         dest="models",
         action="append",
@@ -21,29 +97,49 @@ def parser() -> argparse.ArgumentParser:
         f"{', '.join(MODEL_KEYS)}, of which ladder may be repeated; "
         "e.g. imagenet=timm/deit_tiny_patch16_224.fb_in1k,bank=bundled:deit_tiny_bank",
     )
-    whole = argparse.ArgumentParser(
-        prog="tocom-serve",
-        parents=[common],
-        argument_default=argparse.SUPPRESS,
-        description="Serve vision transformers at any token-merging rate. Every setting can also "
-        "be given as a TOCOM_... environment variable or in a TOML file.",
-    )
-    whole.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    whole.add_argument("--port", type=int, help="port to listen on (default: 8000; 0: a free one)")
-    whole.set_defaults(command="serve")
-    commands = whole.add_subparsers(title="without a server", metavar="COMMAND")
+    for name, field in Settings.model_fields.items():
+        if name != "models" and name not in SECRET:
+            group.add_argument(f"--{name.replace('_', '-')}", help=_help(field), **_values(field))
 
-    command = commands.add_parser("check", parents=[common], help="load and run all models, once")
-    command.set_defaults(command="check")
 
-    command = commands.add_parser("classify", parents=[common], help="tell what photographs show")
-    command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
-    command.add_argument(
-        "--rate",
-        default="0",
-        help="rate on the default ladder: of `tome`, tokens merged per block (default: 0)",
-    )
-    command.add_argument("--top-k", type=int, metavar="K", help="predictions for each")
-    command.add_argument("--json", action="store_true", help="a line of JSON for each")
-    command.set_defaults(command="classify")
-    return whole
+def _values(field: FieldInfo) -> dict[str, Any]:
+    """Return how a setting is written; what its value means is the settings' matter."""
+    kinds = [each for each in get_args(field.annotation) if each is not type(None)]
+    if get_origin(field.annotation) is Literal:
+        return {"metavar": "|".join(kinds)}
+    kind = kinds[0] if kinds else field.annotation
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"metavar": {int: "N", float: "X", Path: "PATH"}.get(kind, "VALUE")}
+
+
+def _help(field: FieldInfo) -> str:
+    text = str(field.description)
+    if "default:" not in text:
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
+
+
+def _model(text: str) -> dict[str, str | list[str]]:
+    """Read `NAME=BACKBONE[,KEY=VALUE...]`; what the values mean is the settings' matter."""
+    first, *rest = text.split(",")
+    name, _, backbone = first.partition("=")
+    model: dict[str, str | list[str]] = {"name": name, "backbone": backbone}
+    ladders = []
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key not in MODEL_KEYS or not value:
+            raise ConfigError(
+                f"--model {text}: expected KEY=VALUE with one of {', '.join(MODEL_KEYS)}, "
+                f"got {part!r}"
+            )
+        if key == "ladder":
+            ladders.append(value)
+        else:
+            model[key] = value
+    if ladders:
+        model["ladders"] = ladders
+    if not name or not backbone:
+        raise ConfigError(f"--model {text}: expected NAME=BACKBONE")
+    return model

@@ -1,69 +1,28 @@
-"""What the commands of `tocom-serve` do, once they are known."""
+"""What the commands of `tocom-serve` do, and what it says once it serves."""
 
 import argparse
 import json
 import shlex
-import signal
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import server.timm_without_dynamo  # noqa: F401  # isort: split
 from adapters import BankInfo
-from server import offline, process
-from server.arguments import MODEL_KEYS
+from server import offline
 from server.models.served import ServedModel
-from server.settings import Settings, load_settings
+from server.settings import Settings
 from server.web.serving import Serving
-from tocom import TOME, BackboneError, ConfigError, TocomError, bundled_folder
+from tocom import TOME, BackboneError, TocomError, bundled_folder
 from tocom.allocator import keep_freed_memory
 
-#: Options that are settings.
-_SETTINGS = ("config", "host", "models", "port")
 
-
-def run(parsed: argparse.Namespace) -> int:
-    """Do what the arguments ask for; return the exit code.
+def run(settings: Settings, parsed: argparse.Namespace) -> int:
+    """Do what the arguments ask for without a server; return the exit code.
 
     Raises:
-        KeyboardInterrupt: if Ctrl-C ends it, or SIGTERM ends a server that is still loading.
+        TocomError: if it cannot be done.
     """
-    try:
-        return _COMMANDS[parsed.command](_settings(parsed), parsed)
-    except TocomError as error:
-        print(f"tocom-serve: {error}", file=sys.stderr)
-        return 2
-
-
-def _settings(parsed: argparse.Namespace) -> Settings:
-    given = {name: value for name, value in vars(parsed).items() if name in _SETTINGS}
-    if "models" in given:
-        given["models"] = [_parse_model(text) for text in given["models"]]
-    return load_settings(**given)
-
-
-def _parse_model(text: str) -> dict[str, str | list[str]]:
-    """Read `NAME=BACKBONE[,KEY=VALUE...]`; what the values mean is the settings' matter."""
-    first, *rest = text.split(",")
-    name, _, backbone = first.partition("=")
-    model: dict[str, str | list[str]] = {"name": name, "backbone": backbone}
-    ladders = []
-    for part in rest:
-        key, _, value = part.partition("=")
-        if key not in MODEL_KEYS or not value:
-            raise ConfigError(
-                f"--model {text}: expected KEY=VALUE with one of {', '.join(MODEL_KEYS)}, "
-                f"got {part!r}"
-            )
-        if key == "ladder":
-            ladders.append(value)
-        else:
-            model[key] = value
-    if ladders:
-        model["ladders"] = ladders
-    if not name or not backbone:
-        raise ConfigError(f"--model {text}: expected NAME=BACKBONE")
-    return model
+    return _COMMANDS[parsed.command](settings, parsed)
 
 
 def _check(settings: Settings, _: argparse.Namespace) -> int:
@@ -84,7 +43,7 @@ def _check(settings: Settings, _: argparse.Namespace) -> int:
 
 def _classify(settings: Settings, asked: argparse.Namespace) -> int:
     keep_freed_memory()
-    classifier = offline.Classifier(settings, asked.rate, asked.top_k)
+    classifier = offline.Classifier(settings, asked.rate, asked.predictions)
     failed = 0
     for photo in asked.photos:
         try:
@@ -109,19 +68,8 @@ def _classify(settings: Settings, asked: argparse.Namespace) -> int:
     return failed
 
 
-def _serve(settings: Settings, _: argparse.Namespace) -> int:
-    # SIGTERM ends the server as Ctrl-C does, also while it is still loading.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # First, so that a port in use is told before models are loaded for it.
-    with closing(process.bind(settings.host, settings.port)) as listener:
-        host, port = listener.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print("Loading models ...", flush=True)
-        process.serve(settings, listener, lambda serving: _greet(serving, address))
-    return 0
-
-
-def _greet(serving: Serving, address: str) -> None:
+def greet(serving: Serving, address: str) -> None:
+    """Say what is served and how to use it."""
     models = serving.models.all()
     print(f"Serving on {address} (Ctrl-C ends it)")
     for model in models:
@@ -159,4 +107,4 @@ def _sample() -> Path:
     return photos[0].relative_to(Path.cwd()) if photos[0].is_relative_to(Path.cwd()) else photos[0]
 
 
-_COMMANDS = {"check": _check, "classify": _classify, "serve": _serve}
+_COMMANDS = {"check": _check, "classify": _classify}

@@ -14,7 +14,7 @@ from server.models.served import RateWork, ServedModel
 from server.schemas import Prediction
 from server.settings import Settings
 from server.v1 import answers
-from tocom import FoldedWeights
+from tocom import FoldedWeights, RateError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Classifier:
 
         Args:
             settings: say which; of their other models nothing is loaded.
-            rate: an exact one.
+            rate: an exact one; there is no load here that `auto` could go by.
             predictions: how many; default: as the settings say.
 
         Raises:
@@ -68,6 +68,11 @@ class Classifier:
         self._settings = settings
         first = settings.model_copy(update={"models": settings.models[:1]})
         (self.model,) = load_models(first)
+        if rate == "auto":
+            raise RateError(
+                "rate auto needs a server, whose load it goes by; here it is a whole number from "
+                f"0 to {self.model.max_rate}"
+            )
         self.work = self.model.at(self.model.parse_rate(rate), compensate=True)
         self._top_k = top_k(predictions, self.model, settings)
 

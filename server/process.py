@@ -1,8 +1,8 @@
-"""The process that serves: its socket, its server, and how signals end it.
+"""The process that serves: its server, and how signals end it.
 
-The first SIGTERM or Ctrl-C makes the server not ready. It goes on serving for a while after
-SIGTERM, so that load balancers can notice, then takes no more connections, answers what it has
-taken and ends. The second one ends it at once.
+While the models load, the first SIGTERM or Ctrl-C ends it at once. Later it makes the server not
+ready. It goes on serving for a while after SIGTERM, so that load balancers can notice, then takes
+no more connections, answers what it has taken and ends. The second one ends it at once.
 """
 
 import math
@@ -11,82 +11,84 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 
-from server.app import create_app
 from server.observe import log
+from server.progress import Tell
 from server.settings import Settings
-from server.web.serving import Serving
-from tocom import ConfigError
+from server.web.front import Front
+
+if TYPE_CHECKING:  # torch is imported while the port is open already
+    from server.web.serving import Serving
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at an address.
-
-    Raises:
-        ConfigError: if it cannot be had.
-    """
-    with ExitStack() as on_error:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = on_error.enter_context(socket.socket(family, kind, protocol))
-            # A port that a former server has just left may be taken at once.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
-        on_error.pop_all()
-        return listener
-
-
-def serve(settings: Settings, listener: socket.socket, greet: Callable[[Serving], None]) -> None:
+def serve(
+    settings: Settings,
+    listener: socket.socket,
+    opened: Callable[[], None],
+    ready: Callable[["Serving"], None],
+) -> None:
     """Load the models and serve them until a signal asks for the end.
+
+    The port is open all the time: until the models are ready, requests are told to come again.
 
     Args:
         settings: the server's.
         listener: where to listen.
-        greet: is called once the server serves.
+        opened: is called once the port is open.
+        ready: is called once the models are ready.
 
     Raises:
         TocomError: if the models cannot be loaded.
     """
     log.configure(settings)
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        access_log=False,  # our own log has a line for each request
-        log_config=None,  # and formats what uvicorn says
-        log_level=settings.log_level,
-        # Requests end at their own deadline, before they would be cut off.
-        timeout_graceful_shutdown=settings.timeout_ms // 1000 + 2,
-    )
-    _Server(config, app.state.serving, greet).run(sockets=[listener])
+    server = _Server(settings, opened, ready)
+    server.run(sockets=[listener])
+    if server.front.failure is not None:
+        raise server.front.failure
+
+
+def _load(settings: Settings, tell: Tell) -> FastAPI:
+    import server.timm_without_dynamo  # noqa: F401  # isort: split
+    from server.app import create_app
+
+    return create_app(settings, tell)
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that says when it serves and ends in steps."""
+    """Uvicorn that answers from the first moment and ends in steps."""
 
     def __init__(
-        self, config: uvicorn.Config, serving: Serving, greet: Callable[[Serving], None]
+        self, settings: Settings, opened: Callable[[], None], ready: Callable[["Serving"], None]
     ) -> None:
+        self.front = Front(partial(_load, settings), self._is_ready, self._has_failed)
+        config = uvicorn.Config(
+            self.front,
+            access_log=False,  # our own log has a line for each request
+            log_config=None,  # and formats what uvicorn says
+            log_level=settings.log_level,
+            # Requests end at their own deadline, before they would be cut off.
+            timeout_graceful_shutdown=settings.timeout_ms // 1000 + 2,
+        )
         super().__init__(config)
-        self._serving = serving
-        self._greet = greet
+        self._opened = opened
+        self._ready = ready
+        self._serving: Serving | None = None
         self._end = math.inf  # when to take no more connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if not self._serving.stopping.is_set():
-            self._greet(self._serving)
+        self._opened()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._serving.stopping.is_set():
-            # Not by the signal's default action: as the first process of a container it has none.
+        if self._serving is None or self._serving.stopping.is_set():
+            # There is nothing to finish, or no more time for it. Not by the signal's default
+            # action: as the first process of a container it has none.
             os._exit(128 + sig)
         self._serving.stopping.set()
         delay = self._serving.settings.drain_delay_ms / 1000 if sig == signal.SIGTERM else 0
@@ -94,3 +96,10 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or time.monotonic() >= self._end
+
+    def _is_ready(self, app: FastAPI) -> None:
+        self._serving = app.state.serving
+        self._ready(app.state.serving)
+
+    def _has_failed(self) -> None:
+        self.should_exit = True

@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from tocom import ConfigError
+from tocom.wording import did_you_mean, value_fault
 
 
 class ModelSettings(BaseModel):
@@ -151,6 +152,11 @@ class Settings(BaseSettings):
         default=True,
         description="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, still twice as large as "
         "the model wants them",
+    )
+    warmup: Literal["all", "first", "none"] = Field(
+        default="all",
+        description="what runs before the server is ready: all rates of all models; first: rate 0 "
+        "of each; none: nothing. What has not run is slow the first time",
     )
     max_batch: int = Field(default=16, ge=1, description="images in one forward")
     max_graphs: int = Field(
@@ -309,12 +315,23 @@ def load_settings(config: str | Path | None = None, **arguments: Any) -> Setting
     try:
         return FromFile(**arguments)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        # A fault of no single setting has all of them as its input.
-        secret = not first["loc"] or first["loc"][0] in SECRET
-        got = "" if secret else f", got {first['input']!r}"
-        what = f"setting {where}" if where else "the settings"
-        raise ConfigError(f"{what}: {first['msg']}{got}") from error
+        raise ConfigError(_fault(error.errors()[0])) from error
     except ValueError as error:
         raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error
+
+
+def _fault(fault: Any) -> str:
+    """Say what is wrong with a setting."""
+    where = ".".join(str(part) for part in fault["loc"])
+    what = f"setting {where}" if where else "the settings"
+    if fault["type"] == "extra_forbidden":
+        kinds: dict[str, type[BaseModel]] = {"models": ModelSettings, "api_keys": ApiKey}
+        kind = kinds.get(fault["loc"][0], Settings)
+        meant = did_you_mean(str(fault["loc"][-1]), kind.model_fields)
+        return f"there is no {what}{meant or '; tocom-serve --help lists all'}"
+    # A fault of no single setting has all of them as its input.
+    secret = not where or fault["loc"][0] in SECRET
+    got = "" if secret or fault["type"] == "missing" else f", got {fault['input']!r}"
+    if fault["type"] == "value_error":
+        return f"{what}: {fault['ctx']['error']}{got}"
+    return f"{what} {value_fault(fault)}{got}"

@@ -26,8 +26,8 @@ DOORS: dict[str, set[str]] = {
 
 #: The same inside the server, floor by floor: a room may import those on lower floors.
 FLOORS: tuple[set[str], ...] = (
-    {"arguments", "errors", "settings", "schemas", "timm_without_dynamo"},
-    {"engine"},
+    {"address", "errors", "progress", "settings", "schemas", "timm_without_dynamo"},
+    {"arguments", "engine"},
     {"models"},
     {"inference", "observe"},
     {"web"},

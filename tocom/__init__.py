@@ -4,10 +4,8 @@ Pure functions; a model is never patched, mutated or copied per rate. Knows noth
 banks, training or serving, which build on it.
 """
 
-from tocom.adapter import Adapter
-from tocom.backbones import Backbone, bundled_folder, load_backbone
-from tocom.cost import Cost, cost
-from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
+from typing import TYPE_CHECKING
+
 from tocom.errors import (
     BackboneError,
     BankError,
@@ -22,12 +20,34 @@ from tocom.errors import (
     TocomError,
     UnsupportedModelError,
 )
-from tocom.ladder import TOME, Ladder, Plan, plan
-from tocom.merging import Match, match, merge, unmerge
+from tocom.on_demand import on_demand
 from tocom.schedule import Rate, schedule
-from tocom.supported import check_supported
-from tocom.variant import Variant
-from tocom.vit import Trace, forward, forward_features, trace
+
+if TYPE_CHECKING:
+    from tocom.adapter import Adapter
+    from tocom.backbones import Backbone, bundled_folder, load_backbone
+    from tocom.costs import Cost, cost
+    from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
+    from tocom.ladder import TOME, Ladder, Plan, plan
+    from tocom.merging import Match, match, merge, unmerge
+    from tocom.supported import check_supported
+    from tocom.variant import Variant
+    from tocom.vit import Trace, forward, forward_features, trace
+else:
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "adapter": ["Adapter"],
+            "backbones": ["Backbone", "bundled_folder", "load_backbone"],
+            "costs": ["Cost", "cost"],
+            "delta": ["AnyDelta", "Delta", "FoldedWeights", "LowRank", "check_delta", "fold"],
+            "ladder": ["TOME", "Ladder", "Plan", "plan"],
+            "merging": ["Match", "match", "merge", "unmerge"],
+            "supported": ["check_supported"],
+            "variant": ["Variant"],
+            "vit": ["Trace", "forward", "forward_features", "trace"],
+        },
+    )
 
 __all__ = [
     "Adapter",
@@ -71,3 +91,7 @@ __all__ = [
     "trace",
     "unmerge",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,22 +1,30 @@
-"""`tocom-train`: distil banks, fine-tune models, measure both, keep what was measured."""
+"""`tocom-train`: distil banks, fine-tune models, measure both, keep what was measured.
+
+Reads the arguments; what they ask for is imported after that, for which torch takes seconds.
+"""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tocom import TocomError
+from tocom import ConfigError, TocomError
 from tocom.allocator import keep_freed_memory
-from training.config import (
-    DistillConfig,
-    FinetuneConfig,
-)
-from training.ladders.compare_config import CompareConfig
-from training.ladders.search_config import LadderSearchConfig
-from training.measuring_config import CalibrateConfig, EvaluateConfig
-from training.presets import presets, read_recipe
-from training.vtab.config import VtabConfig
+from tocom.command_line import Parser, Version
+from tocom.wording import did_you_mean
+
+#: The commands that take a recipe, and what they do.
+COMMANDS = {
+    "search": "search a ladder of cheaper forwards for a backbone; needs no labels",
+    "distill": "make a bank of plug-ins for a backbone; needs no labels",
+    "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
+    "finetune": "tune a backbone on a labelled task",
+    "evaluate": "measure a model at every rate, with and without a bank",
+    "compare": "measure methods and ladders side by side on one model",
+    "calibrate": "search the multiplier of a bank's deltas for a model",
+    "vtab": "tune on many tasks at many rates, and make the table of all",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,22 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tocom-train", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("search", _search, "search a ladder of cheaper forwards for a backbone; needs no labels"),
-        ("distill", _distill, "make a bank of plug-ins for a backbone; needs no labels"),
-        ("finetune", _finetune, "tune a backbone on a labelled task"),
-        ("evaluate", _evaluate, "measure a model at every rate, with and without a bank"),
-        ("compare", _compare, "measure methods and ladders side by side on one model"),
-        ("calibrate", _calibrate, "search the multiplier of a bank's deltas for a model"),
-        ("vtab", _vtab, "tune on many tasks at many rates, and make the table of all"),
-    ):
+def _parser() -> Parser:
+    parser = Parser(prog="tocom-train", description=__doc__.partition("\n")[0])
+    parser.hint = "; keys of a recipe are key=value"
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
-            "recipe", help=f"a TOML file or a preset ({', '.join(presets())})", metavar="CONFIG"
-        )
+        command.add_argument("recipe", help="a TOML file or the name of a preset", metavar="CONFIG")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="loop.steps=10")
         command.add_argument(
             "--folder",
@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="run folder (default: runs/NAME); resumed if there",
         )
-        command.set_defaults(run=run)
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check the recipe and all that it names, tell what would run, and end",
+        )
+        command.set_defaults(run=_run)
         if name == "finetune":
             command.add_argument(
                 "--method",
@@ -85,64 +90,40 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("result", type=Path, help="an evaluation.json or calibration.json")
     command.add_argument("folder", type=Path, help="a model folder or a bank folder")
     command.set_defaults(run=_attach)
+    text = "list the presets, or show one and all keys of its command"
+    command = commands.add_parser("presets", help=text, description=text)
+    command.add_argument("show", nargs="*", metavar="show NAME", help="of a preset")
+    command.set_defaults(run=_presets)
     return parser
 
 
-def _search(arguments: argparse.Namespace) -> None:
-    from training.ladders.search import search
+def _run(arguments: argparse.Namespace) -> None:
+    # What can be told before torch is imported is told before.
+    from training.presets import command_of, find_recipe, parse_overrides, presets, read_recipe
 
-    config = read_recipe(LadderSearchConfig, arguments.recipe, arguments.overrides)
-    path = search(config, _folder(arguments, config.name))
-    print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
-    print(path)
+    command, recipe = arguments.command, arguments.recipe
+    path = find_recipe(recipe)
+    method = [f"method={arguments.method}"] if getattr(arguments, "method", None) else []
+    overrides = [*arguments.overrides, *method]
+    parse_overrides(overrides)
+    if path != Path(recipe) and (other := command_of(recipe)) != command:
+        mine = ", ".join(each for each in presets() if command_of(each) == command)
+        raise ConfigError(f"{recipe} is a preset of {other}; those of {command} are: {mine}")
+    from training.program.commands import COMMANDS as RUN
+    from training.program.kinds import KINDS
 
+    config: Any = read_recipe(KINDS[command], recipe, overrides)
+    folder = arguments.folder or Path("runs") / config.name
+    if arguments.dry_run:
+        from training.program.dry_run import dry_run
 
-def _distill(arguments: argparse.Namespace) -> None:
-    from training.distill import distill  # keeps `--help` quick
+        print(dry_run(config, folder))
+    elif getattr(arguments, "check", False):
+        from training.vtab.runs import check
 
-    config = read_recipe(DistillConfig, arguments.recipe, arguments.overrides)
-    print(distill(config, _folder(arguments, config.name)))
-
-
-def _finetune(arguments: argparse.Namespace) -> None:
-    from training.finetune import finetune
-
-    method = [f"method={arguments.method}"] if arguments.method else []
-    config = read_recipe(FinetuneConfig, arguments.recipe, arguments.overrides + method)
-    print(finetune(config, _folder(arguments, config.name)))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from training.evaluate import evaluate
-
-    config = read_recipe(EvaluateConfig, arguments.recipe, arguments.overrides)
-    print(evaluate(config, _folder(arguments, config.name)))
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from training.ladders.compare import compare_methods
-
-    config = read_recipe(CompareConfig, arguments.recipe, arguments.overrides)
-    print(compare_methods(config, _folder(arguments, config.name)))
-
-
-def _calibrate(arguments: argparse.Namespace) -> None:
-    from training.calibrate import calibrate
-
-    config = read_recipe(CalibrateConfig, arguments.recipe, arguments.overrides)
-    path = calibrate(config, _folder(arguments, config.name))
-    print(json.loads(path.read_text(encoding="utf-8"))["summary"], file=sys.stderr)
-    print(path)
-
-
-def _vtab(arguments: argparse.Namespace) -> None:
-    from training.vtab.runs import check, vtab
-
-    config = read_recipe(VtabConfig, arguments.recipe, arguments.overrides)
-    if arguments.check:
         print(check(config))
     else:
-        print(vtab(config, _folder(arguments, config.name)))
+        RUN[command](config, folder)
 
 
 def _attach(arguments: argparse.Namespace) -> None:
@@ -151,8 +132,26 @@ def _attach(arguments: argparse.Namespace) -> None:
     print(attach(arguments.result, arguments.folder))
 
 
-def _folder(arguments: argparse.Namespace, name: str) -> Path:
-    return arguments.folder or Path("runs") / name
+def _presets(arguments: argparse.Namespace) -> None:
+    from training.presets import command_of, presets, summary_of
+
+    if not arguments.show:
+        width = max(map(len, presets()))
+        for command in COMMANDS:
+            print(command)
+            for name in presets():
+                if command_of(name) == command:
+                    print(f"  {name:<{width}}  {summary_of(name)}")
+        return
+    word, *names = arguments.show
+    if word != "show" or len(names) != 1:
+        raise ConfigError(f"it is presets, or presets show NAME; got {' '.join(arguments.show)}")
+    if names[0] not in presets():
+        meant = did_you_mean(names[0], presets())
+        raise ConfigError(f"there is no preset {names[0]!r}{meant or '; presets lists them'}")
+    from training.program.describe import described
+
+    print(described(names[0]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from adapters.schema import Proportional
 from adapters.task import data_config
 from training.ladders.choice import LadderChoice
 from training.loop_config import EpochLoopConfig, LoopConfig
+from training.pictures.config import PicturesConfig, PictureSets
 from training.recipe import Recipe
 
 #: Of what is made: banks and tasks have their names in paths and addresses.
@@ -24,36 +25,6 @@ class BackboneConfig(Recipe):
 
     name: str = Field(description="as for tocom.load_backbone: a timm name, bundled:NAME, a path")
     architecture: str | None = Field(None, description="timm's name, for a bare weights file")
-
-
-class PicturesConfig(Recipe):
-    """A set of pictures; `training.pictures.sets` says what is read and how."""
-
-    path: str = Field(
-        min_length=1, description="a folder, a .tar, a folder of .tar files or hfds/ORG/NAME"
-    )
-    split: str | None = Field(None, description="of a hub data set, which must name it: train")
-    columns: tuple[str, str] = Field(
-        ("image", "label"), description="of a hub data set: where pictures and classes are"
-    )
-    list: str | None = Field(
-        None, description="a file of lines `relative/path class`, in the folder or beside the .tar"
-    )
-    times: int = Field(1, ge=1, description="how often each picture counts in an epoch")
-
-    @model_validator(mode="after")
-    def _split_or_list(self) -> "PicturesConfig":
-        if self.path.startswith("hfds/"):
-            if self.split is None or self.list is not None:
-                raise ValueError(
-                    f"{self.path} is a hub data set: it needs a split and takes no list"
-                )
-        elif self.split is not None:
-            raise ValueError(
-                f"{self.path} is no hub data set (hfds/ORG/NAME): it has no split {self.split!r}; "
-                "give the folder or the list of that part"
-            )
-        return self
 
 
 class AugmentConfig(Recipe):
@@ -89,7 +60,9 @@ class DistillConfig(Recipe):
 
     name: Name = Field(description="the bank's name")
     backbone: BackboneConfig
-    pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
+    pictures: PictureSets = Field(
+        description='to learn from: pictures=photos.tar, several as pictures=["a.tar", "b"]'
+    )
     unseen: int = Field(
         0, ge=0, description="pictures held out of `pictures`, watched while training"
     )
@@ -175,7 +148,9 @@ class ElasticConfig(Recipe):
 
     name: Name = "elastic"
     backbone: BackboneConfig
-    pictures: tuple[PicturesConfig, ...] = Field(min_length=1)
+    pictures: PictureSets = Field(
+        min_length=1, description="to learn from; labels are not read: pictures=photos.tar"
+    )
     unseen: int = Field(
         96, gt=0, description="pictures held out of `pictures`, watched while training"
     )
@@ -247,8 +222,8 @@ class FinetuneConfig(Recipe):
 
     name: Name
     backbone: BackboneConfig
-    pictures: PicturesConfig
-    test: PicturesConfig
+    pictures: PicturesConfig = Field(description="to learn from: pictures=train.tar")
+    test: PicturesConfig = Field(description="to test on: test=test.tar")
     classes: int | None = Field(
         None, gt=0, description="of the head; default: those that the pictures have"
     )

@@ -21,9 +21,8 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adapters import BackboneInfo, Bank, BankInfo
+from adapters import BackboneInfo, Bank, BankInfo, compose_steps
 from adapters.bank import ladder_entries, tensor_shapes
-from adapters.compose import compose_steps
 from adapters.task import data_config, share
 from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
 from tocom.vit import Outputs, State, embed, outputs

@@ -26,10 +26,11 @@ from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.vit import embed, outputs
 from training import loop
-from training.config import FinetuneConfig, PicturesConfig
+from training.config import FinetuneConfig
 from training.ladders.chosen import chosen_ladder
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.run_folder import TrainingError, read_metrics, refuse_other_run
 from training.seeds import derive
@@ -58,7 +59,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
 
 
 def _make(config: FinetuneConfig, folder: Path, finished: Path) -> None:
-    classes = _check(config)
+    classes = check_inputs(config)
     asked = config
     if config.search and config.search.values:
         config = _searched(config, classes, folder / "search")
@@ -94,7 +95,7 @@ def _test(config: FinetuneConfig, described: Path) -> None:
     state.wait_for_everyone()
 
 
-def _check(config: FinetuneConfig) -> list[str]:
+def check_inputs(config: FinetuneConfig) -> list[str]:
     """Return the names of the classes.
 
     Raises:

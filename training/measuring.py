@@ -35,8 +35,9 @@ from tocom import (
     load_backbone,
 )
 from tocom.vit import embed, outputs
-from training.config import BackboneConfig, PicturesConfig
+from training.config import BackboneConfig
 from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.recipe import Recipe
 from training.run_folder import refuse_other_recipe

@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from training.config import BackboneConfig, CropPct, PicturesConfig
+from training.config import BackboneConfig, CropPct
 from training.ladders.choice import LadderChoice
+from training.pictures.config import PicturesConfig
 from training.recipe import Recipe
 
 Rate = Annotated[int, Field(ge=0)]
@@ -22,7 +23,7 @@ class EvaluateConfig(Recipe):
     )
     model: str | None = Field(None, description="what tables and plots call it")
     bank: str | None = Field(None, description="a bank folder, bundled:NAME or a store reference")
-    pictures: PicturesConfig
+    pictures: PicturesConfig = Field(description="to measure on: pictures=test.tar")
     limit: int | None = Field(
         None, gt=0, description="so many pictures, spread evenly over the set; default: all"
     )
@@ -70,7 +71,7 @@ class CalibrateConfig(Recipe):
     )
     model: str | None = Field(None, description="what the table calls it")
     bank: str = Field(description="a bank folder, bundled:NAME or a store reference")
-    pictures: PicturesConfig
+    pictures: PicturesConfig = Field(description="to measure on: pictures=test.tar")
     limit: int | None = Field(
         None, gt=0, description="so many pictures, spread evenly over the set; default: all"
     )

@@ -17,9 +17,9 @@ from benchmarks.estimates import markdown
 from tocom import Backbone, Ladder, Variant, cost, load_backbone
 from tocom.reduction import MCTF, DiffRate, Method, ToMe, options_of
 from tocom.vit import embed, outputs
-from training.config import PicturesConfig
 from training.measuring import compare
 from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import open_pictures
 
 STUDIED: list[Method] = [

@@ -17,6 +17,7 @@ from server.models.graphs import Graphs
 from server.models.ladders import are_same, open_ladders
 from server.models.served import ServedModel
 from server.models.weights import Backbones
+from server.progress import Progress, Tell, tell_nobody
 from server.schemas import Evaluation
 from server.settings import ModelSettings, Settings
 from tocom import Backbone, ConfigError, Ladder, cost
@@ -24,13 +25,17 @@ from tocom import Backbone, ConfigError, Ladder, cost
 logger = logging.getLogger(__name__)
 
 
-def load_models(settings: Settings) -> list[ServedModel]:
+def load_models(settings: Settings, tell: Tell = tell_nobody) -> list[ServedModel]:
     """Load all models of a server, where its settings say.
 
     From here on one torch thread is all that the process's threads get, but for forwards. OpenMP's
     threads wait awake for their next operation, of which a forward has hundreds, only as long as
     all that it ever started have a core each: a second team, however idle, makes them sleep in
     between, and a forward take up to twice as long.
+
+    Args:
+        settings: say which and where.
+        tell: is told which one is being loaded.
 
     Raises:
         TocomError: if one cannot be loaded, or there is no such device.
@@ -53,7 +58,11 @@ def load_models(settings: Settings) -> list[ServedModel]:
         Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype), threads=threads),
         settings.max_folded_bytes,
     )
-    return [load_model(each, backbones, batch, slo, store) for each in settings.models]
+    models = []
+    for each in settings.models:
+        tell(Progress(each.name))
+        models.append(load_model(each, backbones, batch, slo, store))
+    return models
 
 
 def load_model(

@@ -13,7 +13,15 @@ INFERENCE = "inference"
 
 #: What is asked every few seconds for ever, and of interest only where it fails.
 PROBES = frozenset(
-    ("/healthz", "/metrics", "/readyz", "/v1/status", "/v2/health/live", "/v2/health/ready")
+    (
+        "/healthz",
+        "/livez",
+        "/metrics",
+        "/readyz",
+        "/v1/status",
+        "/v2/health/live",
+        "/v2/health/ready",
+    )
 )
 
 #: Times that a route may note, in milliseconds, as Server-Timing and traces call them.

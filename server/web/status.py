@@ -26,6 +26,7 @@ async def status(serving: ServingDep) -> Status:
     return describe(serving)
 
 
+@router.get("/livez", responses=described(503))
 @router.get("/healthz", responses=described(503))
 async def healthz(serving: ServingDep) -> Health:
     """Tell whether the server lives: its event loop, which answers this, and its engine."""

@@ -111,7 +111,7 @@ def test_what_cannot_be_done_is_one_line(published, folder, tmp_path, capsys):
     assert "must be in 0..3, got 9" in refused(capsys, "export", "tiny", tmp_path / "x", *rates)
     with pytest.raises(SystemExit, match="2"):
         main(["polish"])
-    assert "invalid choice: 'polish'" in capsys.readouterr().err
+    assert "there is no 'polish', did you mean publish?" in capsys.readouterr().err
 
 
 def test_export_writes_a_lora(published, tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.app import create_app
+from server.progress import Progress
 from server.settings import BUNDLED_MODEL
 from tocom import BackboneError, ConfigError
 
@@ -68,6 +69,31 @@ def test_the_engine_runs_warm_while_the_application_does(settings):
         assert times.known == {(rate, size) for rate in range(6) for size in (1, 16)}
         assert times.batch(4, 16) > times.batch(4, 1) > 0
     assert not engine.running
+
+
+def test_it_tells_how_far_it_is(settings):
+    told = []
+    with TestClient(create_app(settings, told.append)):
+        models = list(dict.fromkeys(progress.model for progress in told))
+        assert models == ["tiny", "bare"]
+        tiny = [each for each in told if each.model == "tiny"]
+        assert tiny == [Progress("tiny"), *(Progress("tiny", "tome", warm, 6) for warm in range(6))]
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [("first", [0]), ("none", [])])
+def test_less_may_be_warm_at_first(settings, photo, warmup, rates):
+    told = []
+    app = create_app(settings.model_copy(update={"warmup": warmup}), told.append)
+    with TestClient(app) as client:
+        assert client.get("/readyz").status_code == 200
+        assert [each.rates for each in told if each.rates] == 2 * len(rates) * [1]
+        tiny = app.state.serving.models.get("tiny")
+        assert list(tiny._made) == []
+        # What was not measured is estimated from what was.
+        assert (tiny.controller.times.batch(5, 1) > 0) == bool(rates)
+        for rate in ("5", "auto"):
+            answer = client.post(f"/v1/classify?rate={rate}", files={"file": photo})
+            assert answer.status_code == 200
 
 
 def test_a_model_that_cannot_be_loaded(settings):

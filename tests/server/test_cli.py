@@ -1,25 +1,19 @@
-"""The program itself: what it refuses, and a real process that serves and ends."""
+"""The program itself: what it does and refuses, and how it ends before it serves."""
 
-import http.client
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
+from server.arguments import parser, settings
 from server.cli import main
 from server.models.pictures import decode
+from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,11 +59,16 @@ def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
+def quiet(said: str) -> bool:
+    """Whether a program has said nothing but that it starts."""
+    return all(re.match("Listening on |.* INFO ", line) for line in said.splitlines())
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "code"),
     [
-        ("SIGINT", [], 0),
-        ("SIGTERM", [], 0),
+        ("SIGINT", ["--port", "0"], 128 + signal.SIGINT),
+        ("SIGTERM", ["--port", "0"], 128 + signal.SIGTERM),
         ("SIGINT", ["check"], 128 + signal.SIGINT),
         ("SIGTERM", ["check"], 128 + signal.SIGTERM),
     ],
@@ -79,11 +78,14 @@ def test_a_signal_while_modules_are_imported(name, arguments, code):
         import os
         import signal
         import sys
+        import threading
 
         class Finder:
             def find_spec(self, module, path, target=None):
                 if module == "torch":
                     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+                    if threading.current_thread() is not threading.main_thread():
+                        threading.Event().wait()  # until the main thread has taken note
 
         sys.meta_path.insert(0, Finder())
         from server.cli import main
@@ -91,7 +93,31 @@ def test_a_signal_while_modules_are_imported(name, arguments, code):
         sys.exit(main(sys.argv[2:]))
     """
     ended = run_program(program, name, *arguments)
-    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.returncode == code
+    assert quiet(ended.stdout)
+
+
+def test_ctrl_c_while_the_models_warm_up_is_quiet(tiny):
+    program = """if True:
+        import os
+        import signal
+        import sys
+        import threading
+
+        from server.cli import main
+        from server.models.served import RateWork
+
+        def warm_up(work, sizes):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait()
+
+        RateWork.warm_up = warm_up
+        sys.exit(main(sys.argv[1:]))
+    """
+    ended = run_program(program, "--port", "0", "--model", f"tiny={tiny.backbone}")
+    assert ended.returncode == 128 + signal.SIGINT
+    assert re.search(r"^Listening on http://127\.0\.0\.1:\d+: ", ended.stdout, re.MULTILINE)
+    assert quiet(ended.stdout)
 
 
 def test_ctrl_c_while_a_graph_is_compiled(tiny):
@@ -103,13 +129,17 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         import sys
         import threading
 
+        from server import commands
         from server.cli import main
         from server.models import graphs
         from tocom.engines import openvino
 
         compile_graph = openvino.Graph
+        ready = threading.Event()
+        commands.greet = lambda *_: ready.set()
 
         def compile_for_long(*arguments):
+            ready.wait()
             os.kill(os.getpid(), signal.SIGINT)
             for thread in threading.enumerate():
                 if thread.name == "forward":
@@ -144,11 +174,13 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         ),
         (
             ["--model", "a=x,source=high"],
-            "setting models.0.source: Input should be a valid integer",
+            "setting models.0.source must be a whole number, got 'high'",
         ),
         (["--model", "a=x", "--model", "a=y"], "two models are called 'a'"),
         (["--config", "nix.toml"], "there is no configuration file nix.toml"),
-        (["--port", "70000"], "setting port: Input should be less than or equal to 65535"),
+        (["--port", "70000"], "setting port must be at most 65535, got '70000'"),
+        (["--port", "http"], "setting port must be a whole number, got 'http'"),
+        (["--log-level", "loud"], "setting log_level must be 'critical', 'error', 'warning', "),
         (
             ["--port", "0", "--model", "a=bundled:nix"],
             "nothing bundled is called 'nix'; there are: ",
@@ -172,13 +204,31 @@ def test_a_port_in_use(capsys):
     assert capsys.readouterr().err == message
 
 
-def test_help_names_the_options(capsys):
-    with pytest.raises(SystemExit) as exit_:
+def test_every_setting_is_an_option_with_its_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert exit_.value.code == 0
     told = capsys.readouterr().out
-    assert set(re.findall(r"--\w+", told)) == {"--help", "--host", "--port", "--config", "--model"}
+    options = {name.replace("_", "-") for name in Settings.model_fields}
+    options -= {"models", "admin-key", "api-keys"}
+    negated = {"no-auto", "no-otel", "no-reduce-jpegs"}
+    assert set(re.findall(r"--([a-z][\w-]*)", told)) == {
+        *options, *negated, "help", "version", "config", "model",
+    }  # fmt: skip
     assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == ["check", "classify"]
+    words = " ".join(told.split())
+    assert "--max-batch N images in one forward (default: 16)" in words
+    assert "beyond: 503" in words
+
+
+def test_arguments_are_settings(monkeypatch):
+    monkeypatch.setenv("TOCOM_MAX_QUEUE", "7")
+    given = ["--port", "9", "--no-auto", "--threads=3", "--device", "cpu", "--slo-ms", "80"]
+    read = settings(parser().parse_args(given))
+    assert (read.port, read.auto, read.threads, read.device) == (9, False, 3, "cpu")
+    assert (read.slo_ms, read.max_queue, read.otel) == (80, 7, None)
+    # Before a command and after it.
+    read = settings(parser().parse_args(["--threads", "3", "check", "--device", "cpu"]))
+    assert (read.threads, read.device) == (3, "cpu")
 
 
 @pytest.fixture
@@ -252,7 +302,10 @@ def test_photographs_that_cannot_be_classified_do_not_stop_the_others(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rate", "auto"], "runs at the rates 0 to 5"),
+        (
+            ["--rate", "auto"],
+            "rate auto needs a server, whose load it goes by; here it is a whole n",
+        ),
         (["--rate", "6"], "runs at the rates 0 to 5"),
         (["--top-k", "11"], "top_k must be in 1..10"),
         (["--top-k", "0"], "top_k must be in 1..10"),
@@ -261,124 +314,3 @@ def test_photographs_that_cannot_be_classified_do_not_stop_the_others(
 def test_classify_says_what_is_allowed(models, photo_file, arguments, message, capsys):
     assert main(["classify", photo_file, *models, *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-@dataclass(frozen=True)
-class Process:
-    """A server in a process of its own, on a free port."""
-
-    process: subprocess.Popen
-    log: Path
-    greeting: str
-    address: str
-
-
-@pytest.fixture(scope="module")
-def processes(tiny, tmp_path_factory) -> Iterator[dict[str, Process]]:
-    """Servers that end in different ways, started together."""
-    folder = tmp_path_factory.mktemp("processes")
-    model = f"tiny={tiny.backbone},bank={tiny.bank}"
-    command = [sys.executable, "-m", "server.cli", "--port", "0", "--model", model]
-    delays = {"ended": 0, "drained": 3000, "hurried": 600_000}
-    with ExitStack() as stack:
-        started = {}
-        for name, delay in delays.items():
-            environment = os.environ | {
-                "TOCOM_DEVICE": "cpu",
-                "TOCOM_DRAIN_DELAY_MS": str(delay),
-                "PYTHONPATH": str(ROOT),
-            }
-            log = folder / name
-            process = stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    cwd=folder,
-                    stdout=subprocess.PIPE,
-                    stderr=stack.enter_context(log.open("w")),
-                    text=True,
-                )
-            )
-            stack.callback(process.kill)
-            started[name] = process, log
-        yield {name: greeted(process, log) for name, (process, log) in started.items()}
-
-
-def greeted(process: subprocess.Popen, log: Path) -> Process:
-    """Wait until a server says where it serves."""
-    greeting = ""
-    while "try it" not in greeting:
-        line = process.stdout.readline()
-        assert line, log.read_text()
-        greeting += line
-    address = re.search(r"Serving on (http://127\.0\.0\.1:\d+)", greeting)[1]
-    return Process(process, log, greeting, address)
-
-
-def ask(client: httpx.Client, photo: bytes) -> int:
-    return client.post("/v1/classify?rate=5", files={"file": photo}).status_code
-
-
-def test_a_process_says_how_to_use_it(processes):
-    server = processes["ended"]
-    assert "tiny: rates 0 to 5, bank tiny" in server.greeting
-    assert f"{server.address}/docs" in server.greeting
-    command = rf"curl -F file=@.+\.jpg '{server.address}/v1/classify\?rate=5'"
-    assert re.search(command, server.greeting)
-
-
-def test_a_request_that_has_begun_is_answered_after_ctrl_c(processes, photo):
-    server = processes["ended"]
-    host, port = server.address.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=300)
-    connection.putrequest("POST", "/v1/classify?rate=5")
-    connection.putheader("Content-Length", str(len(photo)))
-    connection.endheaders(photo[:100])
-    with httpx.Client(base_url=server.address, timeout=300) as client:
-        assert client.get("/readyz").status_code == 200  # by now the other one has begun
-    server.process.send_signal(signal.SIGINT)
-    with suppress(httpx.TransportError):
-        while httpx.get(server.address + "/readyz", timeout=300):
-            pass  # until it listens no more
-    connection.send(photo[100:])
-    answer = connection.getresponse()
-    assert answer.status == 200
-    assert json.loads(answer.read())["rate"] == 5
-    assert server.process.wait(timeout=300) == 0
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_sigterm_under_load_loses_no_request(processes, photo):
-    """Clients go elsewhere once the server says that it is not ready; until then it serves."""
-    server = processes["drained"]
-    busy = threading.Barrier(5)
-
-    def load() -> list[int]:
-        with httpx.Client(base_url=server.address, timeout=300) as client:
-            answers = [ask(client, photo)]
-            busy.wait(300)
-            while client.get("/readyz").status_code == 200:
-                answers.append(ask(client, photo))
-            # It is not ready, and serves whoever has not noticed.
-            answers.append(ask(client, photo))
-            return answers
-
-    with ThreadPoolExecutor(4) as pool:
-        loads = [pool.submit(load) for _ in range(4)]
-        busy.wait(300)
-        server.process.send_signal(signal.SIGTERM)
-        for each in loads:
-            assert set(each.result(300)) == {200}
-    assert server.process.wait(timeout=300) == 0
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_a_second_signal_ends_a_process_at_once(processes, photo):
-    server = processes["hurried"]
-    with httpx.Client(base_url=server.address, timeout=300) as client:
-        server.process.send_signal(signal.SIGTERM)
-        while client.get("/readyz").status_code == 200:
-            pass
-        assert ask(client, photo) == 200
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(timeout=300) == 128 + signal.SIGINT

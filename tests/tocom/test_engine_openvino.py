@@ -7,8 +7,7 @@ import pytest
 import timm
 import torch
 
-from adapters import open_bank
-from adapters.compose import compose
+from adapters import compose, open_bank
 from tests import oracle_case
 from tests.tocom_models import KINDS, pictures, small_model
 from tocom import Adapter, FoldedWeights, Ladder, LowRank, Variant, fold, load_backbone

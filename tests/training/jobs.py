@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tocom import load_backbone
 from training import loop
-from training.config import AugmentConfig, PicturesConfig
+from training.config import AugmentConfig
 from training.loop_config import LoopConfig
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures
+from training.pictures.config import PicturesConfig
 
 
 class Brightness:

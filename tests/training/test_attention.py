@@ -11,12 +11,13 @@ from tocom import ConfigError, forward, load_backbone
 from training import distill as distilling
 from training import evaluate as module
 from training.calibrate import calibrate
-from training.config import DistillConfig, FinetuneConfig, PicturesConfig
+from training.config import DistillConfig, FinetuneConfig
 from training.distill import distill
 from training.evaluate import evaluate
 from training.finetune import finetune
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.vtab.config import VtabConfig
 from training.vtab.runs import Run, _recipe
 from training.vtab.tasks import VTAB

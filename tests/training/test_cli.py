@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,11 @@ import pytest
 
 from tests.training.banks import random_bank
 from tocom import load_backbone
-from training.cli import main
+from training.cli import COMMANDS, main
+from training.pictures.config import PicturesConfig
+from training.pictures.sets import open_pictures
+from training.presets import command_of, find_recipe, presets
+from training.program.kinds import KINDS
 
 
 def test_distill_then_evaluate(
@@ -66,8 +71,11 @@ def test_what_measures_is_one_process(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "nope"], "no recipe file 'nope'"),
-        (["distill", "deit-tiny-small-data"], "pictures: Field required"),
+        (["distill", "nope"], "no recipe file and no preset 'nope'"),
+        (
+            ["distill", "deit-tiny-small-data"],
+            "pictures is missing: to learn from: pictures=",
+        ),
         (
             [
                 "distill",
@@ -77,7 +85,10 @@ def test_what_measures_is_one_process(
             ],
             "there are no pictures at nowhere",
         ),
-        (["finetune", "deit-tiny-task", "pictures.path=a"], "test: Field required"),
+        (
+            ["finetune", "deit-tiny-task", "pictures.path=a"],
+            "test is missing: to test on: test=",
+        ),
     ],
 )
 def test_mistakes_are_one_message_and_exit_2(
@@ -106,11 +117,126 @@ def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str], tmp_pa
 
 @pytest.mark.parametrize(
     ("arguments", "unknown"),
-    [(["distill", "x", "--rank", "1"], "--rank 1"), (["attach", "a", "b", "c"], "c")],
+    [
+        (["distill", "x", "--rank", "1"], "no option --rank; keys of a recipe are key=value"),
+        (["attach", "a", "b", "c"], "unknown arguments: c"),
+    ],
 )
 def test_unknown_arguments_are_named(
     arguments: list[str], unknown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
-    assert f"unknown arguments: {unknown}" in capsys.readouterr().err
+    assert unknown in capsys.readouterr().err
+
+
+def test_presets_are_listed_by_command_with_a_line_each(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["presets"]) == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^(\w+)$", told, re.MULTILINE) == list(COMMANDS)
+    listed = re.findall(r"^  (\S+) +(\S.*)$", told, re.MULTILINE)
+    assert sorted(name for name, _ in listed) == presets()
+    assert re.search(r"^evaluate\n  every-rate +A model at every rate of its bank\.", told, re.M)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_is_shown_with_all_keys_of_its_command(
+    preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["presets", "show", preset]) == 0
+    told = capsys.readouterr().out
+    kind = KINDS[command_of(preset)]
+    assert told.startswith(find_recipe(preset).read_text())
+    for key in kind.model_fields:
+        assert re.search(rf"^{key}\b.* \(|^{key}(\[\])?\.", told, re.MULTILINE), key
+    assert "value;" not in told  # every type has its word
+
+
+def test_keys_are_shown_with_value_type_default_and_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["presets", "show", "deit-tiny-small-data"]) == 0
+    told = capsys.readouterr().out
+    for lines in (
+        'name = "deit_tiny_patch16_224-tome"   (text; must be given)\n    the bank\'s name\n',
+        "loop.accumulation   (whole number, more than 0; default 1)\n    micro-batches a step",
+        'loop.on_full_disk   (stop or skip; default "stop")\n    a checkpoint or metrics',
+        "pictures[].path   (text; must be given)\n    a folder, a .tar, ",
+        "ladder   (tome or table; not set by default)\n",
+        "augment.scale = [0.25, 1.0]   (list of: number; default [0.08, 1.0])\n",
+    ):
+        assert lines in told, lines
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("presets show deit-tiny-taks", "no preset 'deit-tiny-taks', did you mean deit-tiny-task?"),
+        ("presets shwo x", "it is presets, or presets show NAME; got shwo x"),
+        ("distill every-rate", "every-rate is a preset of evaluate; those of distill are: deit-"),
+    ],
+)
+def test_presets_that_there_are_not(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_and_tells_and_writes_nothing(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder))).save(tmp_path / "bank")
+    common = [f"backbone.name={model_folder}", f"pictures={pictures}"]
+    count = len(open_pictures(PicturesConfig(path=str(pictures))))
+
+    def told(*arguments: str) -> str:
+        run = tmp_path / "run"
+        assert main([*arguments, *common, "--dry-run", "--folder", str(run)]) == 0
+        assert not run.exists()
+        said = capsys.readouterr().out
+        assert f"{pictures}: {count}\n" in said
+        assert f"folder    {run}, new\n" in said
+        return said
+
+    distilled = ["max_rate=4", "unseen=2", "loop.steps=9", "loop.batch_size=4"]
+    said = told("distill", "deit-tiny-small-data", *distilled)
+    assert f"steps     9 of 4 pictures, each seen {36 / (count - 2):.3g} times; 2 held out" in said
+    said = told("finetune", "deit-tiny-task", f"test={pictures}", "loop.epochs=2")
+    assert "tuned     full, at rate 0\n" in said
+    assert "2 epochs\n" in said
+    assert "at every rate\n" in told("evaluate", "every-rate", f"bank={bank}")
+    assert "multipliers and the bank's own\n" in told("calibrate", "multiplier", f"bank={bank}")
+    assert "beside the stock model\n" in told("compare", "methods")
+    assert "tries for each\n" in told("search", "half-the-compute")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("pictures=nope.tar", "there are no pictures at nope.tar"),
+        ("backbone.name=bundled:nix", "nothing bundled is called 'nix'"),
+        ("bank=bundled:nix", "nothing bundled is called 'nix'"),
+    ],
+)
+def test_a_dry_run_finds_what_is_missing(
+    pictures: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], change: str,
+    message: str,
+) -> None:  # fmt: skip
+    given = [f"backbone.name={model_folder}", f"pictures={pictures}", change]
+    assert main(["evaluate", "every-rate", "--dry-run", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_a_folder_of_another_recipe(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["evaluate", "every-rate", f"backbone.name={model_folder}", f"pictures={pictures}"]
+    run = ["--folder", str(tmp_path / "run")]
+    assert main([*given, "max_rate=1", *run]) == 0
+    assert main([*given, "max_rate=1", *run, "--dry-run"]) == 0
+    assert "run, gone on with\n" in capsys.readouterr().out
+    assert main([*given, "max_rate=2", *run, "--dry-run"]) == 2
+    assert "a run of another recipe (other: max_rate)" in capsys.readouterr().err

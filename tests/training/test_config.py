@@ -10,6 +10,7 @@ from training.config import (
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.pictures.config import PicturesConfig
 from training.presets import presets, read_recipe
 from training.vtab.config import VtabConfig
 
@@ -107,15 +108,50 @@ def test_overrides_reach_into_tables_and_read_toml() -> None:
 
 
 @pytest.mark.parametrize(
+    "override",
+    [
+        "pictures=a.tar",
+        "pictures=['a.tar']",
+        "pictures={path='a.tar'}",
+        "pictures=[{path='a.tar'}]",
+        "pictures.path=a.tar",
+    ],
+)
+@pytest.mark.parametrize("preset", ["deit-tiny-small-data", "half-the-compute", "every-rate"])
+def test_pictures_are_named_alike_everywhere(preset: str, override: str) -> None:
+    kind, _ = KINDS.get(preset, DISTILL)
+    config = read_recipe(kind, preset, ["backbone.name=x", override])
+    assert isinstance(config, DistillConfig | LadderSearchConfig | EvaluateConfig)
+    several = config.pictures if isinstance(config.pictures, tuple) else (config.pictures,)
+    assert several == (PicturesConfig(path="a.tar"),)
+
+
+def test_several_sets_of_pictures() -> None:
+    both = ["backbone.name=x", "pictures=['a.tar', {path='b', times=2}]"]
+    config = read_recipe(DistillConfig, "deit-tiny-small-data", both)
+    assert config.pictures == (PicturesConfig(path="a.tar"), PicturesConfig(path="b", times=2))
+    with pytest.raises(ConfigError, match="pictures: this is one set of pictures, got 2"):
+        read_recipe(EvaluateConfig, "every-rate", both)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loop.stepz=3", r"loop\.stepz: Extra inputs are not permitted"),
-        ("loop.steps=0", r"loop\.steps: Input should be greater than 0"),
-        ("loop.steps=many", r"loop\.steps: Input should be a valid integer"),
-        ("name=My Bank", r"name: String should match pattern '\^\[a-z0-9\].*got 'My Bank'"),
+        ("loop.stepz=3", r"there is no key 'stepz' in loop, did you mean steps\?"),
+        ("stepz=3", r"there is no key 'stepz'; there are: name, backbone, pictures, "),
+        ("pictures={pth='a'}", r"there is no key 'pth' in pictures\.0, did you mean path\?"),
+        ("pictures=3", r"pictures must be a list, got 3"),
+        (
+            "pictures=[3]",
+            r"pictures\.0: pictures are a path or a table of path, .*, got 3",
+        ),
+        ("backbone=3", r"backbone must be a table of keys and values, got 3"),
+        ("loop.steps=0", r"loop\.steps must be more than 0, got 0"),
+        ("loop.steps=many", r"loop\.steps must be a whole number, got 'many'"),
+        ("name=My Bank", r"name must match the pattern \^\[a-z0-9\].*got 'My Bank'"),
         ("name.deeper=1", "name is a value, not a table"),
         ("loop", "an override is key=value, got 'loop'"),
-        ("targets=['z']", r"targets\.0: Input should be"),
+        ("targets=['z']", r"targets\.0 must be 'q', 'k', .* or 'fc2', got 'z'"),
     ],
 )
 def test_bad_overrides_name_the_key(override: str, message: str) -> None:
@@ -124,8 +160,10 @@ def test_bad_overrides_name_the_key(override: str, message: str) -> None:
 
 
 def test_unknown_recipe_names_the_presets() -> None:
-    with pytest.raises(ConfigError, match="no recipe file 'nope'; presets: .*deit-tiny-small-data"):
+    with pytest.raises(ConfigError, match="no preset 'nope'.*presets lists them"):
         read_recipe(DistillConfig, "nope")
+    with pytest.raises(ConfigError, match="'deit-tiny', did you mean deit-tiny-task?"):
+        read_recipe(DistillConfig, "deit-tiny")
 
 
 def test_broken_toml(tmp_path: Path) -> None:

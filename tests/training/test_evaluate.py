@@ -17,7 +17,7 @@ from tests.training.pictures.files import write_tar
 from tocom import Backbone, ConfigError, DataError, RateError, forward, load_backbone
 from training import evaluate as module
 from training import measuring
-from training.config import DistillConfig, PicturesConfig
+from training.config import DistillConfig
 from training.evaluate import evaluate, matrix_table, sign_test, table
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -25,6 +25,7 @@ from training.measuring import Measurement, class_indices, load_model, standard_
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.augment import evaluation_transform
 from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.plot import changes, plot_evaluation
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from training.config import BackboneConfig, CropPct, Name, PicturesConfig
+from training.config import BackboneConfig, CropPct, Name
 from training.ladders.choice import SHARES, Shares
+from training.pictures.config import PicturesConfig
 from training.recipe import Recipe
 
 
@@ -35,7 +36,7 @@ class CompareConfig(Recipe):
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
     )
     model: str | None = Field(None, description="what tables and plots call it")
-    pictures: PicturesConfig
+    pictures: PicturesConfig = Field(description="to measure on: pictures=test.tar")
     limit: int | None = Field(
         None, gt=0, description="so many pictures, spread evenly over the set; default: all"
     )

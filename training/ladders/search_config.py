@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from training.config import BackboneConfig, CropPct, Name, PicturesConfig
+from training.config import BackboneConfig, CropPct, Name
+from training.pictures.config import PictureSets
 from training.recipe import Recipe
 
 
@@ -16,8 +17,9 @@ class LadderSearchConfig(Recipe):
     task: str | None = Field(
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
     )
-    pictures: tuple[PicturesConfig, ...] = Field(
-        min_length=1, description="sets that give as many pictures each, as far as they have them"
+    pictures: PictureSets = Field(
+        description="pictures=photos.tar; several sets give as many pictures each, as far "
+        "as they have them"
     )
     search_on: int = Field(192, gt=0, description="pictures that the search looks at")
     judge_on: int = Field(384, gt=0, description="other pictures, which judge what it found")

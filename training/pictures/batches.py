@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from tocom import Backbone, DataError
-from training.config import PicturesConfig
 from training.pictures.augment import evaluation_transform, least_side
+from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
 from training.seeds import derive

@@ -17,7 +17,7 @@ from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
 from tocom import DataError
-from training.config import PicturesConfig
+from training.pictures.config import PicturesConfig
 from training.pictures.readers import ListReader, TarReader
 
 _FRONT_TO_BACK = ("hfids", "tfds", "wds")

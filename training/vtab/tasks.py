@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tocom import DataError
-from training.config import PicturesConfig
+from training.pictures.config import PicturesConfig
 from training.pictures.readers import ListReader
 from training.pictures.sets import class_names, open_pictures
 

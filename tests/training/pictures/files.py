@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from training.config import PicturesConfig
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import PictureSet, open_pictures
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from tocom import Backbone
-from training.config import AugmentConfig, PicturesConfig
+from training.config import AugmentConfig
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures
+from training.pictures.config import PicturesConfig
 
 STRONG = AugmentConfig(
     auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5, interpolation="random", scale=(0.2, 1.0)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.training.pictures.opened import opened, scramble
 from tocom import Backbone, DataError
-from training.config import PicturesConfig
 from training.pictures.batches import evaluation_batches, train_batches
+from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 
 

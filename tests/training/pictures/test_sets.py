@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tests.training.pictures.files import colours, labels, opened, png, write_tar
 from tocom import DataError
-from training.config import PicturesConfig
+from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names
 
 

@@ -1,0 +1,1 @@
+"""The program `tocom-train`: what its commands take and do, once they are known."""
