@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.site_links import without_links
 
@@ -27,6 +28,16 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").exists()
+
+
+def test_every_page_is_in_the_navigation():
+    """Also told where mkdocs is not installed."""
+    nav = yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert {*re.findall(r"[\w/-]+\.md", nav)} == {
+        page for page in pages if not page.startswith("results/")
+    }
 
 
 @pytest.mark.parametrize(
