@@ -6,9 +6,7 @@ What they say stands in the code alone: in the fields of the settings and recipe
 docstrings of the routes. A test fails while a page says something else.
 """
 
-import argparse
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from server.app import create_app
 from server.settings import Settings
-from training.cli import _parser
-from training.recipe import Recipe
+from training.program.kinds import KINDS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -74,10 +71,9 @@ def settings_page() -> str:
 
 def recipes_page() -> str:
     """Return the page of all keys of all recipes."""
-    recipes = _recipes()
-    tables = Tables([*recipes.values()])
+    tables = Tables([*KINDS.values()])
     parts = [RECIPES]
-    for command, recipe in recipes.items():
+    for command, recipe in KINDS.items():
         what = _sentence(recipe.__doc__).partition(": ")[2]
         parts += [f"## tocom-train {command}", what[:1].upper() + what[1:], tables.keys(recipe)]
     return _page([*parts, *tables.sections()])
@@ -184,33 +180,6 @@ class Tables:
         """Tell whether a table's value is what its keys are by themselves."""
         fields = self._schemas[name].get("properties", {})
         return all(fields.get(key, {}).get("default") == each for key, each in value.items())
-
-
-def _recipes() -> dict[str, type[Recipe]]:
-    """Return the recipes of the commands that take one, in the order of `--help`."""
-    said = {}
-    waiting = Recipe.__subclasses__()
-    while waiting:
-        recipe = waiting.pop()
-        waiting += recipe.__subclasses__()
-        if match := re.match(r"`tocom-train ([\w-]+)`", recipe.__doc__ or ""):
-            said[match[1]] = recipe
-    (commands,) = (
-        action.choices
-        for action in _parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    found = {}
-    for name, command in commands.items():
-        if all(action.dest != "recipe" for action in command._actions):
-            continue
-        if name not in said:
-            raise LookupError(
-                f"no recipe that training.cli imports has a docstring like "
-                f"'`tocom-train {name}`: what it is for.'"
-            )
-        found[name] = said[name]
-    return found
 
 
 def _said(value: Any) -> Any:

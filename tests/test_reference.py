@@ -92,9 +92,3 @@ def test_all_kinds_of_keys_have_words():
     heading, what, table = tables.sections()
     assert (heading, what) == ("## Inner", "What is within.")
     assert table.endswith("| `x` | integer | `1` |  |")
-
-
-def test_a_command_whose_recipe_is_not_found_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(RECIPES["vtab"], "__doc__", "Another text.")
-    with pytest.raises(LookupError, match="a docstring like '`tocom-train vtab`: what it is for.'"):
-        reference.recipes_page()

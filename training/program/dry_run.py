@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import open_bank
-from training.config import DistillConfig, FinetuneConfig
+from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
