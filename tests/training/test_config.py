@@ -5,6 +5,7 @@ import pytest
 from tocom import ConfigError
 from training.config import (
     DistillConfig,
+    ElasticConfig,
     FinetuneConfig,
 )
 from training.ladders.compare_config import CompareConfig
@@ -20,6 +21,7 @@ KINDS = {
         LadderSearchConfig,
         ["backbone.name=x", "pictures=[{path='a.tar'}]"],
     ),
+    "elastic-small-data": (ElasticConfig, ["backbone.name=x", "pictures=a.tar"]),
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "vtab1k-adaptformer": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
