@@ -110,7 +110,8 @@ def _values(field: FieldInfo) -> dict[str, Any]:
     kind = kinds[0] if kinds else field.annotation
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"metavar": {int: "N", float: "X", Path: "PATH"}.get(kind, "VALUE")}
+    words: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+    return {"metavar": words.get(kind, "VALUE")}
 
 
 def _help(field: FieldInfo) -> str:

@@ -16,6 +16,7 @@ from tocom import TocomError
 
 if TYPE_CHECKING:
     from server.settings import Settings
+    from server.web.serving import Serving
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def _serve(settings: "Settings") -> None:
         def opened() -> None:
             print(f"Listening on {where}: 503 until the models are ready ...", flush=True)
 
-        def ready(serving: "process.Serving") -> None:
+        def ready(serving: "Serving") -> None:
             from server import commands
 
             commands.greet(serving, where)

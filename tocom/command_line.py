@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         # A part of an option's name would come to mean another one with the next option.
         super().__init__(allow_abbrev=False, **arguments)
 
-    def parse_known_args(  # type: ignore[override]
+    def parse_known_args(
         self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """Read the arguments, after a look for options that there are not.

@@ -230,6 +230,17 @@ def test_a_dry_run_finds_what_is_missing(
     assert message in capsys.readouterr().err
 
 
+def test_a_dry_run_of_many_runs_looks_at_all_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["vtab", "vtab1k", f"root={tmp_path}", "tasks=['cifar','dtd']", "--dry-run"]
+    assert main(given) == 2
+    assert f"{tmp_path} is not complete:" in capsys.readouterr().err
+    monkeypatch.setattr("training.vtab.check", lambda config: "complete")
+    assert main([*given, "sources=[0,8]", "seeds=[0,1,2]"]) == 0
+    assert "runs      12: 2 tasks, 2 sources, 3 seeds\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_refuses_a_folder_of_another_recipe(
     pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
