@@ -127,6 +127,8 @@ class Format(Generic[Info]):
             with file.open("rb") as opened:
                 return opened.read(most)
         except (FileNotFoundError, NotADirectoryError):
+            if not file.parent.exists():
+                raise self.fault(f"there is no folder {file.parent}") from None
             raise self.fault(f"{file.parent} is no {self.what}: it has no {file.name}") from None
         except OSError as error:
             raise self.fault(f"{file} cannot be read: {error}") from error

@@ -236,7 +236,14 @@ def _load_file(path: Path, architecture: str | None) -> VisionTransformer:
             classes = head.get_shape()[0] if head is not None else 0
         model = timm.create_model(architecture, num_classes=classes)
         check_supported(model, architecture)  # rather than that its weights do not fit
-        model.load_state_dict(load_file(path))
+        weights, wanted = load_file(path), model.state_dict()
+        shapes, theirs = ({k: v.shape for k, v in each.items()} for each in (wanted, weights))
+        if wrong := [k for k in {**shapes, **theirs} if shapes.get(k) != theirs.get(k)]:
+            raise BackboneError(
+                f"{path} does not hold the weights of {architecture}: {len(wrong)} tensors are "
+                f"missing, too many or of another shape, such as {', '.join(wrong[:4])}"
+            )
+        model.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         raise BackboneError(
             f"{path} does not hold the weights of {architecture}: {error}"
@@ -249,6 +256,9 @@ def _load_timm(name: str) -> VisionTransformer:
     try:
         return timm.create_model(spec, pretrained=True)
     except Exception as error:  # timm and the hub raise whatever their transport raises
+        architecture = name.rpartition("/")[2].partition(".")[0]
+        if timm.is_model(architecture):  # one that is not supported is no matter of the network
+            check_supported(timm.create_model(architecture), name)
         raise BackboneError(
             f"timm cannot load {name!r} ({type(error).__name__}: {error}). Names are as in "
             f"timm.list_pretrained('vit_*'), {BUNDLED}NAME, a model folder or a .safetensors file; "

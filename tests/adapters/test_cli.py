@@ -102,6 +102,7 @@ def test_what_cannot_be_done_is_one_line(published, folder, tmp_path, capsys):
     assert "no bank 'nobody' in" in refused(capsys, "inspect", "nobody")
     assert "a reference is NAME, NAME@DIGEST" in refused(capsys, "delete", "../tiny")
     assert "is no bank" in refused(capsys, "publish", tmp_path)
+    assert "there is no folder no/where" in refused(capsys, "publish", "no/where")
     assert "nothing bundled is called" in refused(capsys, "inspect", "bundled:nobody")
     assert "nothing is published" in refused(capsys, "verify", "--store", tmp_path / "nowhere")
     assert "Not a directory" in refused(capsys, "publish", folder, "--store", folder / "bank.json")

@@ -262,9 +262,9 @@ def test_a_bank_opens_from_wherever_it_is(store, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_opened_is_named(store, tmp_path):
-    with pytest.raises(BankError, match=r"nowhere is no bank: it has no bank\.json"):
+    with pytest.raises(BankError, match=r"there is no folder .*nowhere"):
         open_bank(str(tmp_path / "nowhere"), store)
-    with pytest.raises(BankError, match="nowhere is no bank"):
+    with pytest.raises(BankError, match="there is no folder nowhere"):
         open_bank(Path("nowhere"), store)
     with pytest.raises(StoreError, match="nothing is published in"):
         open_bank("nowhere", store)
