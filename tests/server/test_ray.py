@@ -195,7 +195,7 @@ def cluster(tiny, other_bank, tmp_path_factory) -> Iterator[Cluster]:
             reader.start()
             try:
                 dashboard = wait_for(r"dashboard at \S*?(http://[\d.:]+)", said)
-                wait_for(r"(model tiny is warm)", said)
+                wait_for(r"(model tiny: (\d+) of \2 rates are warm)", said)
                 replicas = set()
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
                     while len(replicas) < 2:

@@ -244,12 +244,12 @@ def test_mistakes_are_named_before_anything_is_written(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("multipliers=[0.1, 0]", r"multipliers\.1: Input should be greater than 0"),
-        ("multipliers=[inf]", r"multipliers\.0: Input should be a finite number"),
-        ("multipliers=[]", "multipliers: .* at least 1 item"),
-        ("targets=[-1]", r"targets\.0: Input should be greater than or equal to 0"),
-        ("limit=0", "limit: Input should be greater than 0"),
-        ("measure=loss", "measure: Input should be 'kl' or 'top1'"),
+        ("multipliers=[0.1, 0]", r"multipliers\.1 must be more than 0\.0, got 0"),
+        ("multipliers=[inf]", r"multipliers\.0 must be a number, got inf"),
+        ("multipliers=[]", "multipliers must have at least 1 of them"),
+        ("targets=[-1]", r"targets\.0 must be at least 0, got -1"),
+        ("limit=0", "limit must be more than 0, got 0"),
+        ("measure=loss", "measure must be 'kl' or 'top1', got 'loss'"),
     ],
 )
 def test_recipes_that_are_not_allowed(override: str, message: str) -> None:
