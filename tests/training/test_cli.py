@@ -236,7 +236,7 @@ def test_a_dry_run_of_many_runs_looks_at_all_data(
     given = ["vtab", "vtab1k", f"root={tmp_path}", "tasks=['cifar','dtd']", "--dry-run"]
     assert main(given) == 2
     assert f"{tmp_path} is not complete:" in capsys.readouterr().err
-    monkeypatch.setattr("training.vtab.check", lambda config: "complete")
+    monkeypatch.setattr("training.vtab.runs.check", lambda config: "complete")
     assert main([*given, "sources=[0,8]", "seeds=[0,1,2]"]) == 0
     assert "runs      12: 2 tasks, 2 sources, 3 seeds\n" in capsys.readouterr().out
 

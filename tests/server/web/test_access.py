@@ -174,11 +174,11 @@ def test_keys_are_not_shown(caplog):
     [
         ({"admin_key": "hunter2"}, "setting admin_key: .* 16 or more printable ASCII"),
         ({"admin_key": "hunter2 " * 5}, "setting admin_key: .* without spaces"),
-        ({"admin_key": ["hunter2"]}, "setting admin_key: .*string"),
-        ({"api_keys": "hunter2"}, "setting api_keys: "),
-        ({"api_keys": [{"key": "hunter2" * 5}]}, r"setting api_keys\.0\.name: Field required"),
+        ({"admin_key": ["hunter2"]}, "setting admin_key must be a text"),
+        ({"api_keys": "hunter2"}, "setting api_keys must be a list"),
+        ({"api_keys": [{"key": "hunter2" * 5}]}, r"setting api_keys\.0\.name is missing"),
         ({"api_keys": [{"name": "a", "key": "hunter2"}]}, r"api_keys\.0\.key: .* 16 or more"),
-        ({"api_keys": [{"name": "a", "kye": "hunter2"}]}, r"api_keys\.0\.(key|kye): "),
+        ({"api_keys": [{"name": "a", "kye": "hunter2"}]}, r"api_keys\.0\.key is missing"),
         (
             {"api_keys": [{"name": "a", "key": "hunter2" * 5, "burst": 3}]},
             r"api_keys\.0\.burst: .* needs a rate_limit",
