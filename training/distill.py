@@ -30,8 +30,8 @@ from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
 from training.losses import kd_loss, lesson
-from training.pictures.augment import mixing, train_transform
-from training.pictures.batches import Pictures, evaluation_batches
+from training.pictures.augment import mixing
+from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
 from training.seeds import derive
 
@@ -247,19 +247,15 @@ def distill(config: DistillConfig, folder: Path) -> Path:
         return finished
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
     backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
-    pictures = Pictures(
-        config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
-    )
-    unseen = pictures.hold_out(config.unseen)
-    seen = pictures.keys()
-    keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
-    watched = evaluation_batches(backbone, config.pictures, unseen) if unseen else ()
+    data = unlabelled(backbone, config)
     accelerator = loop.start(config.loop, folder)
     backbone.model.to(accelerator.device)
-    job = Distillation(backbone, config, [images for images, _ in watched])
-    loop.run(accelerator, job, config.loop, config, pictures, keys, folder, config.augment)
+    job = Distillation(backbone, config, data.unseen)
+    loop.run(
+        accelerator, job, config.loop, config, data.pictures, data.keys, folder, config.augment
+    )
     if accelerator.is_main_process:
-        _bank(job, config, len(seen), folder).save(finished)
+        _bank(job, config, data.distinct, folder).save(finished)
     accelerator.wait_for_everyone()
     return finished
 

@@ -28,8 +28,8 @@ from training.config import ElasticConfig
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
 from training.losses import kd_loss, lesson
-from training.pictures.augment import mixing, train_transform
-from training.pictures.batches import Pictures, evaluation_batches
+from training.pictures.augment import mixing
+from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
 from training.seeds import derive
 
@@ -176,20 +176,16 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
     backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
     tuned_from = BackboneInfo.of(backbone).digest
-    pictures = Pictures(
-        config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
-    )
-    unseen = pictures.hold_out(config.unseen)
-    seen = pictures.keys()
-    keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
-    watched = [images for images, _ in evaluation_batches(backbone, config.pictures, unseen)]
+    data = unlabelled(backbone, config)
     accelerator = loop.start(config.loop, folder)
     backbone.model.to(accelerator.device)
-    job = ElasticTuning(backbone, config, watched)
-    loop.run(accelerator, job, config.loop, config, pictures, keys, folder, config.augment)
+    job = ElasticTuning(backbone, config, data.unseen)
+    loop.run(
+        accelerator, job, config.loop, config, data.pictures, data.keys, folder, config.augment
+    )
     if accelerator.is_main_process:
         backbone.model.load_state_dict(job.student.state_dict())
-        save_model(backbone, _said(config, backbone, tuned_from, len(seen), folder), finished)
+        save_model(backbone, _said(config, backbone, tuned_from, data.distinct, folder), finished)
     accelerator.wait_for_everyone()
     return finished
 
@@ -199,5 +195,10 @@ def _said(
 ) -> dict[str, Any]:
     """Return what the model folder says of itself."""
     training = {"method": "elastic", **facts(config, distinct, folder)}
-    names = {"label_names": list(backbone.class_names)} if backbone.class_names else {}
-    return {**names, "source_rate": 0, "backbone_digest": tuned_from, "training": training}
+    return {
+        "label_names": list(backbone.class_names),
+        "source_rate": 0,
+        **({} if config.proportional else {"proportional": False}),
+        "backbone_digest": tuned_from,
+        "training": training,
+    }

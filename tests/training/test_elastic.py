@@ -86,6 +86,13 @@ def test_a_model_folder_comes_out_that_says_where_it_is_from(
     assert elastic(config, tmp_path) == tmp_path / "model"  # is there: nothing is done again
 
 
+def test_the_model_says_which_attention_it_learned_with(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    config = recipe(pictures, model_folder, proportional=False, loop={"steps": 1})
+    assert not load_backbone(str(elastic(config, tmp_path))).proportional
+
+
 def test_a_resumed_run_makes_the_same_model(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:

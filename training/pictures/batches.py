@@ -9,7 +9,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from traceback import clear_frames
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from tocom import Backbone, DataError
-from training.pictures.augment import evaluation_transform, least_side
+from training.config import DistillConfig, ElasticConfig
+from training.pictures.augment import evaluation_transform, least_side, train_transform
 from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
@@ -141,6 +142,31 @@ class Batches(DataLoader[Any]):
             # for the garbage collector, and it puts the worker's traceback before the message.
             clear_frames(error.__traceback__)
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+
+class Unlabelled(NamedTuple):
+    """Pictures to learn from without their labels."""
+
+    pictures: Pictures
+    keys: list[tuple[int, int]]  # of an epoch: a set's pictures as often as it counts
+    distinct: int
+    unseen: list[Tensor]  # batches [B, 3, H, W] that are held out, as they are measured
+
+
+def unlabelled(backbone: Backbone, config: DistillConfig | ElasticConfig) -> Unlabelled:
+    """Open the pictures of a recipe and hold some out.
+
+    Raises:
+        ConfigError, DataError: if they cannot be had, or none would be left.
+    """
+    pictures = Pictures(
+        config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
+    )
+    held_out = pictures.hold_out(config.unseen)
+    seen = pictures.keys()
+    keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
+    watched = evaluation_batches(backbone, config.pictures, held_out) if held_out else ()
+    return Unlabelled(pictures, keys, len(seen), [images for images, _ in watched])
 
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
