@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 from adapters.durable import replace_file
 from adapters.ladder import LadderInfo, read_ladder, write_ladder
-from tocom import Backbone, ConfigError, Ladder, Plan, Variant, cost
+from tocom import Backbone, ConfigError, Ladder, Plan, cost
 from tocom.reduction import Method, Unit, method_of
-from tocom.vit import embed, outputs
 from training.ladders.search_config import LadderSearchConfig
-from training.measuring import claim, compare, load_model, refuse_processes
-from training.pictures.batches import evaluation_batches
-from training.pictures.sets import open_pictures
+from training.ladders.shown import Shown, draw
+from training.measuring import claim, load_model, refuse_processes
 from training.plot import plot_search
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)
+#: How often a change moves all of a block's tokens to the next block that acts, for each costs time.
+_WHOLE_PLACES = 0.2
 #: A try is given up after a batch if it is worse so far by this share, which falls with the root
 #: of the batches seen: a few pictures say little.
 _HOPELESS = 0.12
@@ -91,41 +91,6 @@ def search(config: LadderSearchConfig, folder: Path) -> Path:
     return write_ladder(info, path)
 
 
-class Shown:
-    """Pictures, embedded, and what rung 0 answers."""
-
-    def __init__(self, backbone: Backbone, config: LadderSearchConfig, keys: list[tuple[int, int]]):
-        """Embed the pictures at `keys` (set, position) once."""
-        self.backbone = backbone
-        batches = evaluation_batches(
-            backbone, config.pictures, keys, config.batch_size, config.workers
-        )
-        device = backbone.model.patch_embed.proj.weight.device
-        self.batches: list[tuple[Tensor, Tensor]] = []
-        with torch.inference_mode():
-            for images, _ in batches:
-                tokens = embed(backbone.model, images.to(device))
-                stock = outputs(backbone.model, tokens, Variant(0, None, backbone.adapter)).logits
-                self.batches.append((tokens, stock))
-
-    @torch.inference_mode()
-    def figures(self, ladder: Ladder, rung: int, hopeless: Sequence[float] = ()) -> Tensor:
-        """Return top-1 (0), agreement and KL of each picture [P, 3] at a rung.
-
-        Args:
-            ladder, rung: what runs.
-            hopeless: mean KL after each batch from which on the rest is not run.
-        """
-        variant = Variant(rung, None, self.backbone.adapter, self.backbone.proportional, ladder)
-        done: list[Tensor] = []
-        for i, (tokens, stock) in enumerate(self.batches):
-            answer = outputs(self.backbone.model, tokens, variant).logits
-            done.append(compare(answer, stock, None).cpu())
-            if i < len(hopeless) and float(torch.cat(done)[:, 2].mean()) > hopeless[i]:
-                break
-        return torch.cat(done)
-
-
 class Search:
     """A walk for each rung, the cheapest first."""
 
@@ -137,7 +102,7 @@ class Search:
         self.patches: int = backbone.model.patch_embed.num_patches
         self.depth = len(backbone.model.blocks)
         self.state = folder / "state.json"
-        search, judge = _draw(config)
+        search, judge = draw(config)
         self.pictures, self.judges = Shown(backbone, config, search), Shown(backbone, config, judge)
         self.found: dict[int, Found] = {}
         if self.state.exists():
@@ -174,7 +139,7 @@ class Search:
         """Measure all rungs on pictures that the search has not seen."""
         ladder = self.ladder()
         rows = []
-        for rung in range(len(self.found) + 1):
+        for rung in tqdm(range(len(self.found) + 1), "judge", unit="rung", dynamic_ncols=True):
             figures = self.judges.figures(ladder, rung)
             counted = cost(self.backbone.model, rung, ladder=ladder)
             row = {
@@ -207,8 +172,8 @@ class Search:
         if best is None:
             start = self._start(cheaper, target)
             if cheaper is None:
-                self._choose_options(start)
-            best = Found(start, self._loss(start, self._figures(start)), 0, self._options())
+                self._choose_options(rung, start)
+            best = Found(start, self._loss(rung, start, self._figures(start)), 0, self._options())
         hopeless = self._hopeless(self._figures(best.removed))
         while best.tries < self.config.tries:
             rng = random.Random(f"{self.config.seed}/{rung}/{best.tries}")
@@ -216,15 +181,15 @@ class Search:
             best = replace(best, tries=best.tries + 1)
             if change is not None and change != best.removed:
                 figures = self._figures(change, hopeless)
-                if (loss := self._loss(change, figures)) < best.loss:
+                if (loss := self._loss(rung, change, figures)) < best.loss:
                     best = replace(best, removed=change, loss=loss)
                     hopeless = self._hopeless(figures)
             bar.update()
             bar.set_postfix_str(f"rung {rung}: {best.loss:.4f}", refresh=False)
             if cheaper is None and best.tries == self.config.tries // 2:
-                self._choose_options(best.removed)
+                self._choose_options(rung, best.removed)
                 figures = self._figures(best.removed)
-                loss = self._loss(best.removed, figures)
+                loss = self._loss(rung, best.removed, figures)
                 best = replace(best, loss=loss, options=self._options())
                 hopeless = self._hopeless(figures)
             if best.tries % self.config.save_every == 0 or best.tries == self.config.tries:
@@ -233,12 +198,12 @@ class Search:
         self.found[rung] = best
 
     def _start(self, cheaper: Found | None, target: float) -> Removed:
-        """Return where a walk begins: the cheaper rung with less of it, or the same everywhere."""
-        if cheaper is not None:
+        """Return where a walk begins: `start`'s rung, the cheaper rung, or the same everywhere."""
+        begun = self._begun(target)
+        if begun is not None:
+            shape = begun
+        elif cheaper is not None:
             shape = cheaper.removed
-        elif self.config.start is not None:
-            begun = read_ladder(self.config.start).ladder()
-            shape = self._plan(begun, begun.top or 0).removed
         else:
             shape = (self.patches,) * self.depth
         low, high = 0.0, 1.0
@@ -249,13 +214,21 @@ class Search:
         scaled = self._fit(random.Random(0), tuple(round(high * each) for each in shape), target)
         return scaled if cheaper is None else _nested(scaled, cheaper.removed)
 
-    def _choose_options(self, removed: Removed) -> None:
+    def _begun(self, target: float) -> Removed | None:
+        """Return what `start`'s rung with the nearest cost removes."""
+        if self.config.start is None:
+            return None
+        ladder = read_ladder(self.config.start).ladder()
+        rungs = [self._plan(ladder, rung).removed for rung in range(1, (ladder.top or 0) + 1)]
+        return min(rungs, key=lambda removed: abs(self._macs(removed) - target), default=None)
+
+    def _choose_options(self, rung: int, removed: Removed) -> None:
         """Take the best of the values to try, one option after the other."""
         for option, values in self.config.try_options.items():
             losses = {}
             for value in values:
                 self._take({option: value})
-                losses[value] = self._loss(removed, self._figures(removed))
+                losses[value] = self._loss(rung, removed, self._figures(removed))
             self._take({option: min(losses, key=losses.__getitem__)})
 
     def _take(self, options: Options) -> None:
@@ -273,15 +246,22 @@ class Search:
         amounts = list(removed)
         for _ in range(rng.choice((1, 1, 2, 3))):
             from_block, to_block = rng.sample(range(self.depth), 2)
-            # Now and then a place goes altogether, for each place costs time.
-            moved = amounts[from_block] if rng.random() < 0.1 else rng.choice(_MOVES)
-            moved = min(moved, amounts[from_block])
+            moved = min(rng.choice(_MOVES), amounts[from_block])
+            if amounts[from_block] and rng.random() < _WHOLE_PLACES:
+                moved = amounts[from_block]
+                to_block = self._nearest_place(rng, amounts, from_block)
             amounts[from_block] -= moved
             amounts[to_block] += moved
         changed = self._fit(rng, tuple(amounts), target)
         if cheaper is not None:
             changed = _nested(changed, cheaper.removed)
         return changed if self._macs(changed) <= target else None
+
+    def _nearest_place(self, rng: random.Random, amounts: Sequence[int], block: int) -> int:
+        """Return the other block that acts and is nearest to `block`; any other if none acts."""
+        others = [i for i in range(self.depth) if i != block]
+        places = [i for i in others if amounts[i]] or others
+        return min(places, key=lambda i: (abs(i - block), rng.random()))
 
     def _fit(self, rng: random.Random, removed: Removed, target: float) -> Removed:
         """Return the same with one block's amount changed so that it just costs `target`."""
@@ -327,11 +307,13 @@ class Search:
     def _figures(self, removed: Removed, hopeless: Sequence[float] = ()) -> Tensor:
         return self.pictures.figures(self.ladder(removed), 1, hopeless)
 
-    def _loss(self, removed: Removed, figures: Tensor) -> float:
+    def _loss(self, rung: int, removed: Removed, figures: Tensor) -> float:
         """Return the loss of a rung; infinite if it was given up."""
         if len(figures) < self.config.search_on:
             return math.inf
-        return self._kl(figures) * (1 + self.config.place_cost * sum(map(bool, removed)))
+        costs = self.config.place_cost
+        place_cost = costs[rung - 1] if isinstance(costs, tuple) else costs
+        return self._kl(figures) * (1 + place_cost * sum(map(bool, removed)))
 
     def _hopeless(self, figures: Tensor) -> list[float]:
         """Return the means after each batch from which on a try is given up."""
@@ -360,24 +342,6 @@ def _nested(removed: Removed, cheaper: Removed) -> Removed:
         nested.append(min(each, most - taken))
         taken += nested[-1]
     return tuple(nested)
-
-
-def _draw(config: LadderSearchConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the keys (set, position) of pictures to search and to judge on, none in both."""
-    sizes = [len(open_pictures(each)) for each in config.pictures]
-    keys = [(i, j) for i, size in enumerate(sizes) for j in range(size)]
-    wanted = config.search_on + config.judge_on
-    if wanted > len(keys):
-        raise ConfigError(
-            f"search_on and judge_on ask for {wanted} pictures, there are {len(keys)}"
-        )
-    # Each set gives as many, as far as it has them.
-    rng = random.Random(config.seed)
-    by_set = [rng.sample(range(size), size) for size in sizes]
-    drawn = sorted((place, i, j) for i, order in enumerate(by_set) for place, j in enumerate(order))
-    chosen = [(i, j) for _, i, j in drawn[:wanted]]
-    rng.shuffle(chosen)
-    return chosen[: config.search_on], chosen[config.search_on :]
 
 
 def table(info: LadderInfo) -> str:

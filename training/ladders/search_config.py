@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from training.config import BackboneConfig, CropPct, Name
 from training.pictures.config import PictureSets
@@ -34,13 +34,14 @@ class LadderSearchConfig(Recipe):
         description="multiply-adds of rungs 1, 2, ... as shares of rung 0's, falling",
     )
     start: str | None = Field(
-        None, description="a ladder.json of the model whose cheapest rung the search begins with"
+        None,
+        description="a ladder.json of the model: each rung begins with its rung of nearest cost",
     )
     tries: int = Field(300, gt=0, description="changes that are tried for each rung")
-    place_cost: float = Field(
+    place_cost: NonNegativeFloat | tuple[NonNegativeFloat, ...] = Field(
         0.005,
-        ge=0,
-        description="share of the KL that each block that acts adds to it: places cost time",
+        description="share of the KL that each block that acts adds to it, for places cost time; "
+        "one for all rungs, or one for each",
     )
     seed: int = 0
     crop_pct: CropPct = None
@@ -54,3 +55,13 @@ class LadderSearchConfig(Recipe):
         if list(shares) != sorted(set(shares), reverse=True):
             raise ValueError("shares must fall from rung to rung")
         return shares
+
+    @model_validator(mode="after")
+    def _a_cost_for_each_rung(self) -> "LadderSearchConfig":
+        costs = self.place_cost
+        if isinstance(costs, tuple) and len(costs) != len(self.shares):
+            raise ValueError(
+                f"place_cost must be one number or one for each of the {len(self.shares)} shares, "
+                f"got {len(costs)}"
+            )
+        return self
