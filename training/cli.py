@@ -109,6 +109,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if path != Path(recipe) and (other := command_of(recipe)) != command:
         mine = ", ".join(each for each in presets() if command_of(each) == command)
         raise ConfigError(f"{recipe} is a preset of {other}; those of {command} are: {mine}")
+    if sys.stderr.isatty():  # a log needs no reason for a wait
+        print(f"tocom-train {command}: starting", file=sys.stderr)
     from training.program.commands import COMMANDS as RUN
     from training.program.kinds import KINDS
 

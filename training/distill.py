@@ -33,6 +33,7 @@ from training.losses import kd_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
+from training.screen.progress import following, say
 from training.seeds import derive
 
 #: Pictures that tell what plain merging costs: the order of magnitude is what matters.
@@ -168,8 +169,13 @@ class Distillation:
         images = self.unseen[0][:PLAIN_PICTURES].to(next(self.teacher.parameters()).device)
         tokens = embed(self.teacher, images)
         variants = [self._variant(rate) for rate in range(self.config.highest + 1)]
-        plain = [outputs(self.teacher, tokens, variant, self.traced) for variant in variants]
-        losses = [self._loss(student, teacher) for teacher in plain for student in plain]
+        say(f"measuring what each pair of {len(variants)} rates loses without plug-ins")
+        plain = [
+            outputs(self.teacher, tokens, variant, self.traced)
+            for variant in following(variants, "forwards", "rate")
+        ]
+        pairs = [(student, teacher) for teacher in plain for student in plain]
+        losses = [self._loss(*pair) for pair in following(pairs, "losses", "pair")]
         found = torch.stack(losses).view(len(plain), len(plain)).cpu()  # waits for a GPU once
         # Rates that merge (nearly) alike must not outweigh all others.
         return found.clamp(min=found.max().item() / 1000)
@@ -193,7 +199,7 @@ class Distillation:
         head = self.teacher.num_classes > 0
         losses: dict[str, list[Tensor]] = {}
         pictures = sum(len(images) for images in self.unseen)
-        for images in self.unseen:
+        for images in following(self.unseen, "unseen pictures", "batch"):
             tokens = embed(self.teacher, images.to(device))
             stock = outputs(self.teacher, tokens, Variant())
             for rate in self.watched:
@@ -245,6 +251,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     refuse_other_run(folder, config)
     if (finished := folder / "bank").exists():
         return finished
+    say(f"loading {config.backbone.name}")
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
     backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
     data = unlabelled(backbone, config)

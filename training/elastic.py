@@ -31,6 +31,7 @@ from training.losses import kd_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
+from training.screen.progress import following, say
 from training.seeds import derive
 
 #: Pictures that tell what each rung costs before anything is learned.
@@ -119,7 +120,8 @@ class ElasticTuning:
         tokens = embed(self.teacher, self.unseen[0][:PLAIN_PICTURES].to(device))
         whole = outputs(self.teacher, tokens, Variant(), self.traced)
         losses = []
-        for rung in range(1, self.config.max_rate + 1):
+        say("measuring what each rung loses before anything is learned")
+        for rung in following(range(1, self.config.max_rate + 1), "losses", "rung"):
             variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
             losses.append(self._loss(outputs(self.teacher, tokens, variant, self.traced), whole))
         found = torch.stack(losses)
@@ -138,7 +140,7 @@ class ElasticTuning:
         head = self.teacher.num_classes > 0
         pictures = sum(len(images) for images in self.unseen)
         sums = torch.zeros(len(self.watched), device=device)
-        for images in self.unseen:
+        for images in following(self.unseen, "unseen pictures", "batch"):
             images = images.to(device)
             whole = outputs(self.teacher, embed(self.teacher, images), Variant())
             tokens = embed(self.student, images)
@@ -173,6 +175,7 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
     refuse_other_run(folder, config)
     if (finished := folder / "model").exists():
         return finished
+    say(f"loading {config.backbone.name}")
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)
     backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
     tuned_from = BackboneInfo.of(backbone).digest

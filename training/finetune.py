@@ -33,6 +33,7 @@ from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.run_folder import TrainingError, read_metrics, refuse_other_run
+from training.screen.progress import following, say
 from training.seeds import derive
 from training.tuning import Finetuning
 
@@ -59,6 +60,7 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
 
 
 def _make(config: FinetuneConfig, folder: Path, finished: Path) -> None:
+    say(f"loading {config.backbone.name}")
     classes = check_inputs(config)
     asked = config
     if config.search and config.search.values:
@@ -153,6 +155,7 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
         result = run / "result.json"
         refuse_other_run(run, candidate)
         if not result.exists():
+            say(f"searching: trying {config.search.key}={value:g}")
             backbone = _load(candidate)
             train, train_keys, validation, validation_keys = _split(candidate, config, backbone)
             job, accelerator = _train(
@@ -308,10 +311,12 @@ def _accuracy(
     state = PartialState()
     variant = Variant(rate, None, backbone.adapter, backbone.proportional, backbone.ladder)
     counts = torch.zeros(2, device=state.device)  # right answers, pictures
-    for images, labels in evaluation_batches(
+    batches = evaluation_batches(
         backbone, [part], keys, workers=workers,
         process=state.process_index, processes=state.num_processes,
-    ):  # fmt: skip
+    )  # fmt: skip
+    say(f"testing what was tuned on {part.list or part.path}")
+    for images, labels in following(batches, "testing", "batch"):
         tokens = embed(backbone.model, images.to(state.device, non_blocking=True))
         logits = outputs(backbone.model, tokens, variant).logits
         if (highest := int(labels.max())) >= logits.shape[1]:

@@ -35,6 +35,8 @@ from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
 from training.recipe import Recipe
 from training.run_folder import RunFolder, TrainingError
+from training.screen.header import header
+from training.screen.progress import say
 from training.seeds import derive
 
 #: What `accelerate launch` says of a configuration in which no process could save the model alone.
@@ -164,6 +166,8 @@ def run(
         )
     batches = iter(train_batches(pictures, sampler, config.workers))
     finish = pictures.transform.finish(accelerator.device)
+    values = sum(parameter.numel() for parameter in trained)
+    say(header(accelerator, config, recipe, pictures, keys, values, folder, step))
     with _interruptible() as asked, run_folder.progress(step):
         while step < config.steps:
             began = time.perf_counter()
@@ -199,7 +203,7 @@ def run(
             if stop or _due(step, config.save_every, config):
                 run_folder.save(step)
             if stop:
-                run_folder.say(f"Stopped after step {step}. The same command resumes from there.")
+                say(f"Stopped after step {step}. The same command resumes from there.")
                 raise KeyboardInterrupt
     job.module = accelerator.unwrap_model(job.module).eval()
 

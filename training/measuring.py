@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters import Bank, compose, open_task
 from adapters.durable import replace_file
@@ -41,6 +40,7 @@ from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.recipe import Recipe
 from training.run_folder import refuse_other_recipe
+from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
@@ -108,10 +108,7 @@ class Measurement:
         batches = evaluation_batches(
             self.backbone, [self.pictures], self.keys[done:], self.batch_size, self.workers
         )
-        with tqdm(
-            total=self.count * macs, initial=done * macs, unit="MAC", unit_scale=True,
-            dynamic_ncols=True,
-        ) as self._bar:  # fmt: skip
+        with Progress("measuring", self.count * macs, "MAC", done * macs) as self._bar:
             for images, folders in batches if done < self.count else ():
                 tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
                 classes = None if self.classes is None else self.classes[folders].to(self._device)
@@ -200,6 +197,7 @@ def load_model(config: BackboneConfig, task: str | None, crop_pct: float | None 
         crop_pct: share of a picture's shorter side that it sees; None: as the model says.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"loading {config.name}{f' and {task}' if task else ''}, onto {device}")
     backbone = load_backbone(config.name, config.architecture, device)
     if task:
         backbone = open_task(task).on(backbone)

@@ -21,13 +21,13 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
 from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
 from training.recipe import Recipe
+from training.screen.progress import Progress
 
 _KEPT_CHECKPOINTS = 2
 _log = logging.getLogger(__name__)
@@ -104,7 +104,6 @@ class RunFolder:
     def __init__(self, folder: Path, accelerator: Accelerator, config: LoopConfig) -> None:
         """Remember the arguments; nothing is written yet."""
         self.folder, self.accelerator, self.config = folder, accelerator, config
-        self.bar: Any = None
         self.recipe: dict[str, Any] = {}  # what was claimed
         self._cut = ""  # a new line, while the last one of the metrics has none
 
@@ -151,15 +150,12 @@ class RunFolder:
     @contextmanager
     def progress(self, step: int) -> Iterator[None]:
         """Show a progress bar from `step` on; open the trackers that were asked for."""
-        shown = self.accelerator.is_main_process
-        if shown:
+        if self.accelerator.is_main_process:
             self.accelerator.log_with = self._trackers()
             self.accelerator.init_trackers("tocom")
         try:
-            with tqdm(
-                total=self.config.steps, initial=step, unit="step", dynamic_ncols=True,
-                disable=not shown,
-            ) as self.bar:  # fmt: skip
+            with Progress("training", self.config.steps, "step", step) as self.bar:
+                self.bar.note("waiting for the first pictures")
                 yield
         finally:
             for tracker in self.accelerator.trackers:
@@ -195,13 +191,7 @@ class RunFolder:
                 self._unwritten(path, error)
         figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(figures, step=line["step"])
-        self.bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-        self.bar.update()
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self.accelerator.is_main_process:
-            self.bar.write(text)
+        self.bar.update(note=f"loss {line['loss']:.4f}")
 
     def save(self, step: int) -> None:
         """Write a checkpoint beside the others, name it when it is whole, drop the oldest."""

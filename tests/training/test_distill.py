@@ -355,7 +355,7 @@ def test_ctrl_c_and_sigterm_save_after_the_step_and_resume(
         distill(config, tmp_path / "run")
     assert signal.getsignal(number) is before
     monkeypatch.undo()
-    assert "Stopped after step 3" in capsys.readouterr().out
+    assert "Stopped after step 3" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     distill(config, tmp_path / "run")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]

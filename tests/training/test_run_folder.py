@@ -173,7 +173,7 @@ def test_a_run_whose_time_is_up_saves_and_goes_on_with_the_same_command(
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "short")
-    assert "Stopped after step 3. The same command resumes" in capsys.readouterr().out
+    assert "Stopped after step 3. The same command resumes" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("short/checkpoints/*")] == ["step-000003"]
     assert torch.equal(train(tmp_path / "short"), run(tmp_path / "whole"))
     assert steps(tmp_path / "short") == [1, 2, 3, 4]

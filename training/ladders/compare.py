@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters.durable import replace_file
 from adapters.ladder import read_ladder
@@ -32,6 +31,7 @@ from training.ladders.compare_config import CompareConfig, EntryConfig
 from training.measuring import Measurement, claim, compare, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.plot import plot_compare
+from training.screen.progress import Progress, following
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def _measure(measurement: Measurement, candidates: Sequence[Candidate]) -> list[
         measurement.workers,
     )  # fmt: skip
     whole = sum(candidate.macs for candidate in candidates)
-    with tqdm(
-        total=measurement.count * whole, unit="MAC", unit_scale=True, dynamic_ncols=True
-    ) as bar:
+    with Progress("measuring", measurement.count * whole, "MAC") as bar:
         for images, folders in batches:
             images = images.to(device)
             classes = None
@@ -180,14 +178,14 @@ def _time(
     images = torch.randn(size, candidates[0].model.patch_embed.proj.in_channels, *side)
     images = images.to(candidates[0].model.patch_embed.proj.weight.device)
     runs: dict[tuple[int, str], Callable[[], object]] = {}
-    for i, candidate in enumerate(candidates):
+    for i, candidate in enumerate(following(candidates, "compiling", "forward")):
         runs[i, "eager"] = partial(candidate, images)
         if (compiled := _compiled(candidate, size, threads)) is not None:
             runs[i, "compiled"] = partial(compiled, images)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     taken: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
-    with torch.inference_mode(), tqdm(total=repeats * len(runs), unit="run") as bar:
+    with torch.inference_mode(), Progress("timing", repeats * len(runs), "run") as bar:
         for _ in range(repeats):
             for key, run in runs.items():
                 run()

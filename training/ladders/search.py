@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adapters.durable import replace_file
 from adapters.ladder import LadderInfo, read_ladder, write_ladder
@@ -30,10 +29,11 @@ from training.ladders.search_config import LadderSearchConfig
 from training.ladders.shown import Shown, draw
 from training.measuring import claim, load_model, refuse_processes
 from training.plot import plot_search
+from training.screen.progress import Progress, following
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)
-#: How often a change moves all of a block's tokens to the next block that acts, for each costs time.
+#: How often a change moves all of a block's tokens to the next block that acts: each costs time.
 _WHOLE_PLACES = 0.2
 #: A try is given up after a batch if it is worse so far by this share, which falls with the root
 #: of the batches seen: a few pictures say little.
@@ -123,9 +123,7 @@ class Search:
         """Search all rungs."""
         rungs = range(len(self.config.shares), 0, -1)
         done = sum(found.tries for found in self.found.values())
-        with tqdm(
-            total=self.config.tries * len(rungs), initial=done, unit="try", dynamic_ncols=True
-        ) as bar:
+        with Progress("searching", self.config.tries * len(rungs), "try", done) as bar:
             for rung in rungs:
                 self._walk(rung, bar)
 
@@ -139,7 +137,7 @@ class Search:
         """Measure all rungs on pictures that the search has not seen."""
         ladder = self.ladder()
         rows = []
-        for rung in tqdm(range(len(self.found) + 1), "judge", unit="rung", dynamic_ncols=True):
+        for rung in following(range(len(self.found) + 1), "judging on other pictures", "rung"):
             figures = self.judges.figures(ladder, rung)
             counted = cost(self.backbone.model, rung, ladder=ladder)
             row = {
@@ -164,7 +162,7 @@ class Search:
             "rows": rows,
         }
 
-    def _walk(self, rung: int, bar: Any) -> None:
+    def _walk(self, rung: int, bar: Progress) -> None:
         """Search one rung; those that are cheaper were found."""
         target = self.config.shares[rung - 1] * self.whole
         cheaper = self.found.get(rung + 1)
@@ -184,8 +182,7 @@ class Search:
                 if (loss := self._loss(rung, change, figures)) < best.loss:
                     best = replace(best, removed=change, loss=loss)
                     hopeless = self._hopeless(figures)
-            bar.update()
-            bar.set_postfix_str(f"rung {rung}: {best.loss:.4f}", refresh=False)
+            bar.update(note=f"rung {rung}: {best.loss:.4f}")
             if cheaper is None and best.tries == self.config.tries // 2:
                 self._choose_options(rung, best.removed)
                 figures = self._figures(best.removed)

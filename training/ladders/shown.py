@@ -12,6 +12,7 @@ from training.ladders.search_config import LadderSearchConfig
 from training.measuring import compare
 from training.pictures.batches import evaluation_batches
 from training.pictures.sets import open_pictures
+from training.screen.progress import following
 
 
 class Shown:
@@ -26,7 +27,7 @@ class Shown:
         device = backbone.model.patch_embed.proj.weight.device
         self.batches: list[tuple[Tensor, Tensor]] = []
         with torch.inference_mode():
-            for images, _ in batches:
+            for images, _ in following(batches, "embedding pictures", "batch"):
                 tokens = embed(backbone.model, images.to(device))
                 stock = outputs(backbone.model, tokens, Variant(0, None, backbone.adapter)).logits
                 self.batches.append((tokens, stock))

@@ -23,6 +23,7 @@ from training.pictures.augment import evaluation_transform, least_side, train_tr
 from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
+from training.screen.progress import following
 from training.seeds import derive
 
 _log = logging.getLogger(__name__)
@@ -166,7 +167,8 @@ def unlabelled(backbone: Backbone, config: DistillConfig | ElasticConfig) -> Unl
     seen = pictures.keys()
     keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
     watched = evaluation_batches(backbone, config.pictures, held_out) if held_out else ()
-    return Unlabelled(pictures, keys, len(seen), [images for images, _ in watched])
+    unseen = [images for images, _ in following(watched, "reading unseen pictures", "batch")]
+    return Unlabelled(pictures, keys, len(seen), unseen)
 
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from training.measuring import refuse_processes
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.plot import plot_matrix
 from training.presets import read_recipe
+from training.screen.progress import Progress, say, silence
 from training.vtab import tasks
 from training.vtab.config import TaskConfig, VtabConfig
 from training.vtab.table import mean_over_tasks, table
@@ -76,7 +77,9 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
                 f"fine-tuning for {recipe.proportional}: give proportional={bank.info.proportional}"
             )
     if config.jobs == 1:
-        for run in runs:
+        for number, run in enumerate(runs, start=1):
+            what = f"{run.task.name}, source {run.source}, seed {run.seed}"
+            say(f"run {number} of {len(runs)}: {what}")
             _do(config, run, folder)
     else:
         _share_out(config, runs, folder)
@@ -270,8 +273,11 @@ def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:
     with ProcessPoolExecutor(
         config.jobs, context, initializer=_start, initargs=(queue, config.jobs)
     ) as pool:
-        for future in [pool.submit(_do, config, run, folder) for run in runs]:
-            future.result()
+        futures = [pool.submit(_do, config, run, folder) for run in runs]
+        with Progress("runs", len(runs), "run") as progress:
+            for future in as_completed(futures):
+                future.result()
+                progress.update()
 
 
 def _visible_gpus() -> list[str]:
@@ -285,6 +291,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _start(gpus: Any, jobs: int) -> None:
+    silence()  # bars of several processes would write over each other
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     if (gpu := gpus.get()) is not None:
         # Before CUDA is used: this process sees one GPU.
