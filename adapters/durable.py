@@ -65,10 +65,10 @@ def new_files(*paths: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Give a file a new content in one step: a reader sees the old one or the new one."""
     beside = _beside(path)
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     sync(beside)
     beside.replace(path)
     sync(path.parent)

@@ -194,10 +194,13 @@ def run(
             line = {"step": step, "loss": loss, "learning_rate": rate, "seconds": seconds} | line
             if unreadable:
                 line["unreadable"] = int(unreadable)
-            if accelerator.is_main_process and _due(step, config.watch_every, config):
+            watches = accelerator.is_main_process and _due(step, config.watch_every, config)
+            if watches:
                 job.module.eval()
                 line |= job.watch()
             run_folder.note(line)
+            if watches:
+                run_folder.show()
             # Several processes stop together, or one would wait for the others.
             stop = stops > 0 or (shares.processes == 1 and asked.is_set())
             if stop or _due(step, config.save_every, config):

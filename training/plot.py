@@ -1,5 +1,7 @@
-"""Plots of evaluations: quality against compute, and what a bank gives for each pair of rates."""
+"""Plots: the curves of a run, quality against compute, what a bank gives for each pair of rates."""
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+
+from adapters.durable import replace_file
+from training.screen.curves import Watched
 
 _MEASURES = {
     "kl": "KL to the source rate (nats)",
@@ -22,6 +27,7 @@ _CHANGES = {
     "agreement": ("agreement (points)", "RdBu", "{:+.1f}"),
     "top1": ("top-1 (points)", "RdBu", "{:+.1f}"),
 }
+_SMOOTHED = 50  # each point of a smoothed curve is the mean of such a part of the run
 _ANNOTATED = 9  # rates a side; with more, figures would cover their cells
 
 
@@ -52,6 +58,48 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     _save(figure, result, folder / "evaluation")
+
+
+def plot_curves(
+    losses: Sequence[tuple[int, float]], watched: Sequence[Watched], path: Path
+) -> None:
+    """Write a PNG of a run so far, whole or not at all.
+
+    Args:
+        losses: (step, loss) of each step.
+        watched: what was measured on unseen pictures; may be empty.
+        path: of the file.
+    """
+    figure, axes = plt.subplots(
+        1, 2 if watched else 1, figsize=(9 if watched else 4.8, 3.6), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    ((left, *right),) = axes
+    steps, values = (np.array(column) for column in zip(*losses, strict=True))
+    left.plot(steps, values, lw=0.5, alpha=0.3, color="C0")
+    window = max(1, len(values) // _SMOOTHED)
+    smooth = np.convolve(values, np.full(window, 1 / window), "valid")
+    left.plot(steps[window - 1 :], smooth, color="C0")
+    title = "loss" if window == 1 else f"loss, and its mean over {window} steps"
+    left.set(xlabel="step", ylabel="loss", title=title)
+    for axis in right:
+        for i, rate in enumerate(watched[-1].now):
+            known = [each for each in watched if rate in each.now]
+            axis.plot(
+                [each.step for each in known], [each.now[rate] for each in known], "o-", ms=3,
+                color=f"C{i}", label=f"rate {rate}",
+            )  # fmt: skip
+            if (plain := watched[-1].plain.get(rate)) is not None:
+                axis.axhline(plain, color=f"C{i}", ls="--", lw=1, alpha=0.6)
+        dashed = ", dashed: plain" if watched[-1].plain else ""
+        axis.set(xlabel="step", ylabel=watched[-1].name, title=f"on unseen pictures{dashed}")
+        axis.legend(fontsize=8)
+    for axis in (left, *right):
+        axis.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110)
+    plt.close(figure)
+    replace_file(path, drawn.getvalue())
 
 
 def plot_search(evidence: dict[str, Any], folder: Path) -> None:

@@ -27,7 +27,8 @@ from tocom import ConfigError, TocomError
 from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
 from training.recipe import Recipe
-from training.screen.progress import Progress
+from training.screen.curves import Curves
+from training.screen.progress import Progress, say
 
 _KEPT_CHECKPOINTS = 2
 _log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class RunFolder:
         """Remember the arguments; nothing is written yet."""
         self.folder, self.accelerator, self.config = folder, accelerator, config
         self.recipe: dict[str, Any] = {}  # what was claimed
+        self.curves = Curves()
+        self._undrawn = False  # whether it was said that curves are not drawn
         self._cut = ""  # a new line, while the last one of the metrics has none
 
     def claim(self, recipe: Recipe) -> None:
@@ -134,6 +137,7 @@ class RunFolder:
             if path.exists():
                 kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
                 replace_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+                self.curves = Curves.of(kept)
         self.accelerator.wait_for_everyone()
         return step
 
@@ -192,6 +196,30 @@ class RunFolder:
         figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(figures, step=line["step"])
         self.bar.update(note=f"loss {line['loss']:.4f}")
+        self.curves.add(line)
+
+    def show(self) -> None:
+        """Say how the run is doing, and draw its curves."""
+        if self.accelerator.is_main_process:
+            self.curves.tell(self.config.steps, self.bar.left())
+            self.draw()
+
+    def draw(self) -> None:
+        """Write `curves.png`; what keeps it from being written does not end a run."""
+        path = self.folder / "curves.png"
+        try:
+            from training.plot import plot_curves
+
+            plot_curves(self.curves.losses, self.curves.watched, path)
+        except ModuleNotFoundError as error:
+            if not self._undrawn:
+                self._undrawn = True
+                say(
+                    f"{path} is not drawn: {error.name} is not installed: "
+                    "pip install 'tocom-serve[train]'"
+                )
+        except OSError as error:
+            _log.warning("%s cannot be written (%s); going on", path, error)
 
     def save(self, step: int) -> None:
         """Write a checkpoint beside the others, name it when it is whole, drop the oldest."""

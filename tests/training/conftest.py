@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+from training.run_folder import RunFolder
+
 ARGUMENTS = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no curves, which takes longer than their few steps."""
+    monkeypatch.setattr(RunFolder, "draw", lambda _: None)
 
 
 @pytest.fixture(scope="session")
