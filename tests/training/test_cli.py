@@ -24,14 +24,43 @@ def test_distill_then_evaluate(
          "--folder", str(tmp_path / "run")]
     )  # fmt: skip
     assert made == 0
-    bank = capsys.readouterr().out.strip()
+    said = capsys.readouterr()
+    bank = said.out.strip()
     assert bank == str(tmp_path / "run" / "bank")
+    assert "| unseen KL at rate | plain " in said.err
+    assert f"\n  tocom-bank publish {bank}\n" in said.err
+    assert f"={model_folder},bank={bank}\n" in said.err
+    evaluation = f"evaluate every-rate backbone.name={model_folder} bank={bank} pictures="
+    assert f"\n  tocom-train {evaluation}OTHER_PICTURES\n" in said.err
     measured = main(
         ["evaluate", "every-rate", *common, f"bank={bank}", f"pictures.path={pictures}",
          "targets=[0, 4]", "--folder", str(tmp_path / "measured")]
     )  # fmt: skip
     assert measured == 0
-    assert (tmp_path / "measured" / "evaluation.json").exists()
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'measured' / 'evaluation.json'}\n"
+    assert "| source | rate | GMACs |" in said.err
+
+
+def test_the_other_commands_of_training_end_with_what_to_type_next(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"backbone.name={model_folder}", f"pictures={pictures}", "loop.workers=0"]
+    short = ["loop.batch_size=4", "--folder", str(tmp_path / "run with space")]
+    tuned = ["finetune", "deit-tiny-task", "--method", "linear", "loop.epochs=0.2", *common]
+    assert main([*tuned, f"test={pictures}", "name=mine", *short]) == 0
+    said = capsys.readouterr()
+    task = tmp_path / "run with space" / "task"
+    assert said.out == f"{task}\n"
+    assert re.search(r"of the test pictures \d+\.\d\d % are answered rightly", said.err)
+    assert f"tocom-serve --model 'mine={model_folder},task={task},bank=BANK'\n" in said.err
+    assert f" backbone.name={model_folder} task='{task}' bank=BANK " in said.err
+    short[-1] = str(tmp_path / "elastic")
+    small = ["max_rate=4", "unseen=2", "loop.steps=1"]
+    assert main(["elastic", "elastic-small-data", *common, *small, *short]) == 0
+    said = capsys.readouterr()
+    assert f"={tmp_path / 'elastic' / 'model'}\n" in said.err
+    assert f"evaluate every-rate backbone.name={tmp_path / 'elastic' / 'model'} " in said.err
 
 
 def test_calibrate_then_attach(

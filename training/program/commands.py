@@ -1,15 +1,20 @@
-"""What the commands of `tocom-train` do; each imports what it needs."""
+"""What the commands of `tocom-train` do; each imports what it needs.
+
+Each prints the path of what it made to stdout, for programs, and what people look at to stderr: a
+table or a summary, and what to type next.
+"""
 
 import json
-import sys
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.config import DistillConfig, ElasticConfig, FinetuneConfig
+from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.screen.progress import say
 from training.vtab.config import VtabConfig
 
 
@@ -17,52 +22,123 @@ def _search(config: LadderSearchConfig, folder: Path) -> None:
     from training.ladders.search import search
 
     path = search(config, folder)
-    print((path.parent / "search.md").read_text(encoding="utf-8"), file=sys.stderr)
+    _tell_table(path.parent / "search.md")
+    rungs = f"ladder={_word(path)} max_rate={len(config.shares)} beyond=0"
+    _tell_next(f"tocom-train distill RECIPE {_of(config.backbone)} pictures=PICTURES {rungs}")
     print(path)
 
 
 def _distill(config: DistillConfig, folder: Path) -> None:
     from training.distill import distill
 
-    print(distill(config, folder))
+    bank = distill(config, folder)
+    _tell_summary(folder)
+    _tell_next(
+        f"tocom-bank publish {_word(bank)}",
+        _serve(config.name, config.backbone, bank=bank),
+        f"tocom-train evaluate every-rate {_of(config.backbone)} bank={_word(bank)} "
+        "pictures=OTHER_PICTURES",
+    )
+    print(bank)
 
 
 def _elastic(config: ElasticConfig, folder: Path) -> None:
     from training.elastic import elastic
 
-    print(elastic(config, folder))
+    model = elastic(config, folder)
+    _tell_summary(folder)
+    tuned = BackboneConfig(name=str(model))
+    _tell_next(
+        _serve(config.name, tuned),
+        f"tocom-train evaluate every-rate {_of(tuned)} pictures=OTHER_PICTURES",
+    )
+    print(model)
 
 
 def _finetune(config: FinetuneConfig, folder: Path) -> None:
     from training.finetune import finetune
 
-    print(finetune(config, folder))
+    made = finetune(config, folder)
+    _tell_summary(folder)
+    full = config.method == "full"
+    described = made / ("config.json" if full else "task.json")
+    accuracy = json.loads(described.read_text(encoding="utf-8"))["training"]["test_accuracy"]
+    say(f"of the test pictures {100 * accuracy:.2f} % are answered rightly, at its source rate")
+    tuned = BackboneConfig(name=str(made)) if full else config.backbone
+    task = None if full else made
+    given = "" if full else f" task={_word(made)}"
+    _tell_next(
+        _serve(config.name, tuned, task=task, bank="BANK"),
+        f"tocom-train evaluate every-rate {_of(tuned)}{given} bank=BANK pictures=TEST_PICTURES",
+    )
+    print(made)
 
 
 def _evaluate(config: EvaluateConfig, folder: Path) -> None:
     from training.evaluate import evaluate
 
-    print(evaluate(config, folder))
+    path = evaluate(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
 
 
 def _compare(config: CompareConfig, folder: Path) -> None:
     from training.ladders.compare import compare_methods
 
-    print(compare_methods(config, folder))
+    path = compare_methods(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
 
 
 def _calibrate(config: CalibrateConfig, folder: Path) -> None:
     from training.calibrate import calibrate
 
     path = calibrate(config, folder)
-    print(json.loads(path.read_text(encoding="utf-8"))["summary"], file=sys.stderr)
+    say(json.loads(path.read_text(encoding="utf-8"))["summary"])
     print(path)
 
 
 def _vtab(config: VtabConfig, folder: Path) -> None:
     from training.vtab.runs import vtab
 
-    print(vtab(config, folder))
+    path = vtab(config, folder)
+    _tell_table(path)
+    print(path)
+
+
+def _tell_table(path: Path) -> None:
+    from training.screen.summary import aligned
+
+    say(f"\n{aligned(path.read_text(encoding='utf-8'))}\n")
+
+
+def _tell_summary(folder: Path) -> None:
+    from training.screen.summary import summary
+
+    say(f"\n{summary(folder)}")
+
+
+def _tell_next(*commands: str) -> None:
+    say("\n".join(["next, for example:", *(f"  {command}" for command in commands), ""]))
+
+
+def _serve(name: str, backbone: BackboneConfig, **parts: Path | str | None) -> str:
+    parts |= {"architecture": backbone.architecture}
+    given = [f"{key}={part}" for key, part in parts.items() if part is not None]
+    return f"tocom-serve --model {_word(','.join([f'{name}={backbone.name}', *given]))}"
+
+
+def _of(backbone: BackboneConfig) -> str:
+    """Return the model as the commands that measure are told of it."""
+    said = f"backbone.name={_word(backbone.name)}"
+    if backbone.architecture is not None:
+        said += f" backbone.architecture={backbone.architecture}"
+    return said
+
+
+def _word(text: Path | str) -> str:
+    """Return a word as a shell takes it."""
+    return shlex.quote(str(text))
 
 
 #: By name: each takes its recipe and its run folder.
