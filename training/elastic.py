@@ -172,8 +172,8 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
         BackboneError, DataError, ConfigError: before any compute is spent.
         loop.TrainingError: if training cannot go on.
     """
-    refuse_other_run(folder, config)
-    if (finished := folder / "model").exists():
+    longer = refuse_other_run(folder, config)
+    if (finished := folder / "model").exists() and not longer:
         return finished
     say(f"loading {config.backbone.name}")
     backbone = load_backbone(config.backbone.name, config.backbone.architecture)

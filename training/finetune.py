@@ -49,11 +49,11 @@ def finetune(config: FinetuneConfig, folder: Path) -> Path:
         BackboneError, DataError, ConfigError: before any compute is spent.
         loop.TrainingError: if training cannot go on.
     """
-    refuse_other_run(folder, config)
+    longer = refuse_other_run(folder, config)
     full = config.method == "full"
     finished = folder / ("model" if full else "task")
     described = finished / ("config.json" if full else "task.json")
-    if not described.exists():
+    if longer or not described.exists():
         _make(config, folder, finished)
     _test(config, described)
     return finished
@@ -153,8 +153,7 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
     for value in config.search.values:
         candidate, run = config.candidate(value), folder / f"{config.search.key}={value:g}"
         result = run / "result.json"
-        refuse_other_run(run, candidate)
-        if not result.exists():
+        if refuse_other_run(run, candidate) or not result.exists():
             say(f"searching: trying {config.search.key}={value:g}")
             backbone = _load(candidate)
             train, train_keys, validation, validation_keys = _split(candidate, config, backbone)

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,23 @@ from tocom import ConfigError, TocomError
 from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
 from training.recipe import Recipe
-from training.screen.curves import Curves
+from training.screen.curves import Curves, figure
 from training.screen.progress import Progress, say
 
 _KEPT_CHECKPOINTS = 2
+#: Keys that change nothing of what a run has learned: they may be others when it goes on.
+_FREE = {
+    f"loop.{key}"
+    for key in (
+        "save_every", "watch_every", "workers", "time_limit", "on_unreadable", "on_full_disk",
+        "tensorboard", "wandb",
+    )
+}  # fmt: skip
+#: The length of a run, which may grow.
+_LENGTHS = ("loop.steps", "loop.epochs")
+#: What a run makes at its end.
+_RESULTS = ("bank", "model", "task", "result.json")
+_LONGEST_VALUE = 60  # characters of a value in a message
 _log = logging.getLogger(__name__)
 
 
@@ -38,37 +51,79 @@ class TrainingError(TocomError):
     """A run that cannot go on; the last good checkpoint is kept."""
 
 
-def refuse_other_recipe(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other_recipe(
+    folder: Path, then: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()
+) -> None:
     """Refuse a folder whose recipe is not the one that is asked for.
 
+    Args:
+        folder: of a run.
+        then: its recipe.
+        now: the recipe that is asked for.
+        free: keys, such as loop.workers, that may differ.
+
     Raises:
-        ConfigError: naming the keys that differ.
+        ConfigError: naming the keys that differ, with both values.
     """
-    if keys := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
+    other = [
+        f"{key} {_short(there)} there, {_short(here)} here"
+        for key, (there, here) in _differing(then, now).items()
+        if key not in free
+    ]
+    if other:
         raise ConfigError(
-            f"{folder} holds a run of another recipe (other: {', '.join(keys)}); "
-            "choose another run folder"
+            f"{folder} holds a run of another recipe: {'; '.join(other)}; choose another run folder"
         )
 
 
-def refuse_other_run(folder: Path, recipe: Recipe) -> None:
+def refuse_other_run(folder: Path, recipe: Recipe) -> str:
     """Refuse a folder that holds a run of another recipe, done or not.
 
+    A recipe that differs in its length alone, and asks for more, is the same run; so is one that
+    differs in keys that change nothing of what was learned.
+
+    Returns:
+        The length of the run so far, such as `200-steps`, if the recipe asks for more; else "".
+
     Raises:
-        ConfigError: naming the keys that differ.
+        ConfigError: naming the keys that differ, with both values.
     """
-    if (path := folder / "config.json").exists():
-        try:
-            then = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path} does not say which run the folder holds ({error}); "
-                "choose another run folder"
-            ) from error
-        with suppress(ValidationError):
-            # A run that an older version began does not say what is new since: the defaults.
-            then = type(recipe).model_validate(then).model_dump(mode="json")
-        refuse_other_recipe(folder, then, recipe.model_dump(mode="json"))
+    if not (path := folder / "config.json").exists():
+        return ""
+    try:
+        then = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} does not say which run the folder holds ({error}); choose another run folder"
+        ) from error
+    with suppress(ValidationError):
+        # A run that an older version began does not say what is new since: the defaults.
+        then = type(recipe).model_validate(then).model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    longer = {
+        key: f"{there:g}-{key.removeprefix('loop.')}"
+        for key, (there, here) in _differing(then, now).items()
+        if key in _LENGTHS and there is not None and here is not None and there < here
+    }
+    refuse_other_recipe(folder, then, now, {*_FREE, *longer})
+    return next(iter(longer.values()), "")
+
+
+def _differing(then: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the keys of two recipes whose values differ, in full, with both values."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return {} if then == now else {key: (then, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for each in {**now, **then}:
+        inner = f"{key}.{each}" if key else each
+        found |= _differing(then.get(each), now.get(each), inner)
+    return found
+
+
+def _short(value: Any) -> str:
+    """Return a value of a recipe as a message has room for it."""
+    text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -111,18 +166,32 @@ class RunFolder:
         self._cut = ""  # a new line, while the last one of the metrics has none
 
     def claim(self, recipe: Recipe) -> None:
-        """Write the recipe down.
+        """Write the recipe down; what came out of a run that is to get longer is put aside.
 
         Raises:
-            ConfigError: if the folder holds a run of another recipe.
+            ConfigError: if the folder holds a run of another recipe, or one that is done and has
+                no checkpoint to go on from.
         """
         self.recipe = recipe.model_dump(mode="json")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            refuse_other_run(self.folder, recipe)
+            if before := refuse_other_run(self.folder, recipe):
+                self._put_aside(before)
             resolved = json.dumps(self.recipe, indent=2, ensure_ascii=False) + "\n"
             replace_file(self.folder / "config.json", resolved)
         self.accelerator.wait_for_everyone()
+
+    def _put_aside(self, length: str) -> None:
+        """Rename what came out of a run of this length: `bank` to `bank-200-steps`."""
+        made = [path for name in _RESULTS if (path := self.folder / name).exists()]
+        if made and not self._checkpoints():
+            raise ConfigError(
+                f"{self.folder} has no checkpoint to go on from; choose another run folder"
+            )
+        for path in made:
+            aside = path.with_name(f"{path.stem}-{length}{path.suffix}")
+            path.rename(aside)
+            say(f"what the shorter run made is now {aside}")
 
     def resume(self) -> int:
         """Load the newest checkpoint that can be read and return its step; forget what came after.
@@ -195,7 +264,7 @@ class RunFolder:
                 self._unwritten(path, error)
         figures = {key: value for key, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(figures, step=line["step"])
-        self.bar.update(note=f"loss {line['loss']:.4f}")
+        self.bar.update(note=f"loss {figure(line['loss'])}")
         self.curves.add(line)
 
     def show(self) -> None:

@@ -215,7 +215,7 @@ def test_a_finished_search_is_returned_and_another_one_refused(
     path = calibrate(config, tmp_path)
     monkeypatch.setattr(module, "Search", lambda *_: pytest.fail("searched again"))
     assert calibrate(config, tmp_path) == path
-    with pytest.raises(ConfigError, match=r"another recipe \(other: multipliers\)"):
+    with pytest.raises(ConfigError, match=r"another recipe: multipliers \[.*\] there, \[.*\] here"):
         calibrate(changed(config, multipliers=[0.3]), tmp_path)
 
 

@@ -373,10 +373,10 @@ def test_run_folder_of_another_recipe_is_refused(
 ) -> None:
     distill(recipe(pictures, model_folder, loop={"steps": 1}), tmp_path / "run")
     other = recipe(pictures, model_folder, loop={"steps": 2}, rank=3)
-    with pytest.raises(ConfigError, match=r"a run of another recipe \(other: rank, loop\)"):
+    with pytest.raises(ConfigError, match=r"a run of another recipe: rank 2 there, 3 here;"):
         distill(other, tmp_path / "run")  # its bank is not what is asked for
     (tmp_path / "run" / "bank").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"a run of another recipe \(other: rank, loop\)"):
+    with pytest.raises(ConfigError, match=r"a run of another recipe: rank 2 there, 3 here;"):
         distill(other, tmp_path / "run")
 
 

@@ -249,7 +249,7 @@ def test_a_folder_of_something_else_is_refused_by_name(
     path = evaluate(config, tmp_path / "run")
     if not finished:
         path.unlink()
-    other_recipe = r"holds a run of another recipe \(other: targets\)"
+    other_recipe = r"holds a run of another recipe: targets \[.*\] there, \[.*\] here"
     with pytest.raises(ConfigError, match=other_recipe):
         evaluate(changed(config, targets=[1]), tmp_path / "run")
 

@@ -144,7 +144,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_is_new(
     (tmp_path / "config.json").write_text(
         json.dumps({key: value for key, value in recipe.items() if key != "time_limit"})
     )
-    with pytest.raises(ConfigError, match=r"another recipe \(other: time_limit\)"):
+    with pytest.raises(ConfigError, match=r"another recipe: time_limit not set there, 1.0 here"):
         run(tmp_path, time_limit=1)
     assert torch.equal(run(tmp_path), whole)
     assert json.loads((tmp_path / "config.json").read_text()) == recipe

@@ -110,11 +110,13 @@ def _vtab(config: VtabConfig) -> Iterator[tuple[str, str]]:
 
 def _folder(config: Recipe, folder: Path) -> str:
     """Say whether a run folder is new, or gone on with; what holds another run is refused."""
-    from training.run_folder import refuse_other_recipe
+    from training.run_folder import refuse_other_recipe, refuse_other_run
 
     if not (path := folder / "config.json").exists():
         return f"{folder}, new"
     then = json.loads(path.read_text(encoding="utf-8"))
-    # What measures writes more than its recipe.
-    refuse_other_recipe(folder, then.get("recipe", then), config.model_dump(mode="json"))
-    return f"{folder}, gone on with"
+    if "recipe" in then:  # what measures writes more than that
+        refuse_other_recipe(folder, then["recipe"], config.model_dump(mode="json"))
+        return f"{folder}, gone on with"
+    longer = refuse_other_run(folder, config).replace("-", " ")
+    return f"{folder}, gone on with{f' after its {longer}' if longer else ''}"

@@ -40,8 +40,8 @@ class Watched:
     def __str__(self) -> str:
         """Return the figures in a line."""
         rates = [
-            f"{rate}: {value:.4f}"
-            + (f" (plain {self.plain[rate]:.4f})" if rate in self.plain else "")
+            f"{rate}: {figure(value)}"
+            + (f" (plain {figure(self.plain[rate])})" if rate in self.plain else "")
             for rate, value in self.now.items()
         ]
         return f"unseen {self.name} at rate {', '.join(rates)}"
@@ -89,10 +89,15 @@ class Curves:
         parts = [f"step {step:,} of {steps:,}"]
         if self.watched and self.watched[-1].step == step:
             parts.append(str(self.watched[-1]))
-        parts.append(f"loss {mean_loss(self.losses[self._told :]):.4f}")
+        parts.append(f"loss {figure(mean_loss(self.losses[self._told :]))}")
         parts.append(f"learning rate {self.learning_rate:.2e}")
         say("; ".join([*parts, *([left] if left else [])]))
         self._told = len(self.losses)
+
+
+def figure(value: float) -> str:
+    """Return a loss or a divergence as it is shown: small ones matter as much as large ones."""
+    return f"{value:#.3g}"
 
 
 def mean_loss(losses: Sequence[tuple[int, float]]) -> float:

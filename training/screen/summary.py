@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 from training.run_folder import read_metrics
-from training.screen.curves import Curves, Watched, mean_loss
+from training.screen.curves import Curves, Watched, figure, mean_loss
 from training.screen.progress import duration
 
 #: Parts of a run whose mean loss is told: the first and the last of so many.
@@ -21,7 +21,9 @@ def summary(folder: Path) -> str:
     first, last = mean_loss(curves.losses[:part]), mean_loss(curves.losses[-part:])
     over = "" if part == 1 else f" (means of {part:,} steps)"
     seconds = sum(line["seconds"] for line in lines)
-    said = [f"{len(lines):,} steps in {duration(seconds)}: loss {first:.4f} to {last:.4f}{over}"]
+    said = [
+        f"{len(lines):,} steps in {duration(seconds)}: loss {figure(first)} to {figure(last)}{over}"
+    ]
     if curves.watched:
         said.append(aligned(_table(curves.watched)))
     said.append(f"all of it is in {folder}")
@@ -55,7 +57,7 @@ def _table(watched: list[Watched]) -> str:
     header = [f"unseen {last.name} at rate", *columns, "change"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for rate, now in last.now.items():
-        cells = [f"{figures[rate]:.4f}" if rate in figures else "" for figures in columns.values()]
+        cells = [figure(figures[rate]) if rate in figures else "" for figures in columns.values()]
         change = f"{100 * (now / before[rate] - 1):+.0f} %" if before.get(rate) else ""
         lines.append(f"| {' | '.join([str(rate), *cells, change])} |")
     return "\n".join(lines)

@@ -30,6 +30,7 @@ from training.measuring import refuse_processes
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.plot import plot_matrix
 from training.presets import read_recipe
+from training.run_folder import refuse_other_run
 from training.screen.progress import Progress, say, silence
 from training.vtab import tasks
 from training.vtab.config import TaskConfig, VtabConfig
@@ -71,6 +72,12 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     ]
     for run in runs:
         recipe = _recipe(config, run)  # refuses what no run could begin with
+        own = run.folder(folder)
+        if longer := refuse_other_run(own, recipe):
+            raise ConfigError(
+                f"{own} holds a run of {longer.replace('-', ' ')}, which is measured as it is and "
+                "does not get longer; choose another run folder"
+            )
         if bank and bank.info.proportional != recipe.proportional:
             raise ConfigError(
                 f"bank {bank.info.name!r} is for proportional={bank.info.proportional}, the "

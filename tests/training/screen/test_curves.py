@@ -37,7 +37,7 @@ def test_a_run_tells_what_it_measured(
 ) -> None:
     run(Measured(), pictures, model_folder, tmp_path)
     said = capsys.readouterr().err
-    figures = "unseen KL at rate 4: 0.2500 (plain 0.5000), 8: 1.0000; loss "
+    figures = "unseen KL at rate 4: 0.250 (plain 0.500), 8: 1.00; loss "
     assert f"step 2 of 4; {figures}" in said
     assert f"step 4 of 4; {figures}" in said
     assert "learning rate " in said
@@ -61,8 +61,8 @@ def test_the_loss_that_is_told_is_the_mean_since_it_was_told_last(
     curves.add({"step": 4, "loss": 0.5, "learning_rate": 0.01})
     curves.tell(1000, "")
     assert capsys.readouterr().err.splitlines() == [
-        "step 3 of 1,000; loss 1.5000; learning rate 1.00e-02; 3 min left",
-        "step 4 of 1,000; loss 0.5000; learning rate 1.00e-02",
+        "step 3 of 1,000; loss 1.50; learning rate 1.00e-02; 3 min left",
+        "step 4 of 1,000; loss 0.500; learning rate 1.00e-02",
     ]
 
 

@@ -74,6 +74,19 @@ def test_all_runs_make_a_table_and_are_not_done_twice(
     assert vtab(config, tmp_path / "runs").read_text() == text
 
 
+def test_runs_that_are_measured_do_not_get_longer(
+    root: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    config = recipe(root, model_folder)
+    run = Run(chosen_tasks(config)[0], 0, 0)
+    own = run.folder(tmp_path / "runs")
+    own.mkdir(parents=True)
+    (own / "config.json").write_text(module._recipe(config, run).model_dump_json())
+    longer = recipe(root, model_folder, changes=[*config.changes, "loop.epochs=2"])
+    with pytest.raises(ConfigError, match="holds a run of 1 epochs, which is measured as it is"):
+        vtab(longer, tmp_path / "runs")
+
+
 def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path: Path) -> None:
     config = recipe(root, model_folder, sources=[1])
     one = vtab(config, tmp_path / "one").read_text()
