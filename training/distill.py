@@ -33,6 +33,7 @@ from training.losses import kd_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
+from training.screen.header import header
 from training.screen.progress import following, say
 from training.seeds import derive
 
@@ -256,6 +257,7 @@ def distill(config: DistillConfig, folder: Path) -> Path:
     backbone.model.pretrained_cfg |= data_config("crop", config.crop_pct)
     data = unlabelled(backbone, config)
     accelerator = loop.start(config.loop, folder)
+    say(header(accelerator, config.loop, config.backbone, data.pictures, data.keys, folder))
     backbone.model.to(accelerator.device)
     job = Distillation(backbone, config, data.unseen)
     loop.run(

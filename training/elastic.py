@@ -31,6 +31,7 @@ from training.losses import kd_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.run_folder import facts, refuse_other_run
+from training.screen.header import header
 from training.screen.progress import following, say
 from training.seeds import derive
 
@@ -181,6 +182,7 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
     tuned_from = BackboneInfo.of(backbone).digest
     data = unlabelled(backbone, config)
     accelerator = loop.start(config.loop, folder)
+    say(header(accelerator, config.loop, config.backbone, data.pictures, data.keys, folder))
     backbone.model.to(accelerator.device)
     job = ElasticTuning(backbone, config, data.unseen)
     loop.run(

@@ -33,6 +33,7 @@ from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.run_folder import TrainingError, read_metrics, refuse_other_run
+from training.screen.header import header
 from training.screen.progress import following, say
 from training.seeds import derive
 from training.tuning import Finetuning
@@ -207,6 +208,7 @@ def _train(
     """
     schedule = config.loop.over(len(keys))
     accelerator = loop.start(schedule, folder)
+    say(header(accelerator, schedule, config.backbone, pictures, keys, folder))
     backbone.model.to(accelerator.device)
     job = Finetuning(backbone, config, len(classes))
     loop.run(accelerator, job, schedule, asked, pictures, list(keys), folder, config.augment)

@@ -35,7 +35,7 @@ from training.pictures.batches import Pictures, train_batches
 from training.pictures.sampler import Shares, StepSampler
 from training.recipe import Recipe
 from training.run_folder import RunFolder, TrainingError
-from training.screen.header import header
+from training.screen.header import length
 from training.screen.progress import say
 from training.seeds import derive
 
@@ -167,7 +167,7 @@ def run(
     batches = iter(train_batches(pictures, sampler, config.workers))
     finish = pictures.transform.finish(accelerator.device)
     values = sum(parameter.numel() for parameter in trained)
-    say(header(accelerator, config, recipe, pictures, keys, values, folder, step))
+    say(length(config, keys, values, step))
     with _interruptible() as asked, run_folder.progress(step):
         while step < config.steps:
             began = time.perf_counter()

@@ -27,6 +27,7 @@ def test_distill_then_evaluate(
     said = capsys.readouterr()
     bank = said.out.strip()
     assert bank == str(tmp_path / "run" / "bank")
+    assert said.err.index("\npictures  22 distinct, ") < said.err.index("measuring what each pair")
     assert "| unseen KL at rate | plain" in said.err
     assert f"\n  tocom-bank publish {bank}\n" in said.err
     assert f"={model_folder},bank={bank}\n" in said.err
@@ -125,7 +126,7 @@ def test_mistakes_are_one_message_and_exit_2(
 ) -> None:
     assert main([argument.replace("FOLDER", str(model_folder)) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("tocom-train: ")
+    assert "\ntocom-train: " in f"\n{error}"  # below what was being loaded
     assert message in error
 
 

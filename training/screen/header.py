@@ -6,52 +6,59 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from training.config import BackboneConfig
 from training.loop_config import LoopConfig
 from training.pictures.batches import Pictures
-from training.recipe import Recipe
 
 
 def header(
     accelerator: Accelerator,
     config: LoopConfig,
-    recipe: Recipe,
+    backbone: BackboneConfig,
     pictures: Pictures,
     keys: Sequence[tuple[int, int]],
-    values: int,
     folder: Path,
-    step: int,
 ) -> str:
-    """Return a few lines.
+    """Return what is known before anything is measured, a line each.
 
     Args:
         accelerator: the devices.
         config: the loop's part of the recipe.
-        recipe: all of it.
+        backbone: which model.
         pictures: what is trained on.
         keys: which of them an epoch has, repeated as often as each counts.
-        values: so many are learned.
         folder: the run folder.
+    """
+    held = f", {len(pictures.held_out):,} held out" if pictures.held_out else ""
+    sets = _count(len(pictures.parts), "set")
+    return _rows(
+        device=_device(accelerator, config),
+        backbone=backbone.name,
+        pictures=f"{len(set(keys)):,} distinct, of {sets}{held}",
+        folder=str(folder),
+    )
+
+
+def length(config: LoopConfig, keys: Sequence[tuple[int, int]], values: int, step: int) -> str:
+    """Return how much is learned in how many steps, two lines.
+
+    Args:
+        config: the loop's part of the recipe.
+        keys: as for `header`.
+        values: so many are learned.
         step: from which the run goes on; 0: it begins.
     """
-    rows = [("device", _device(accelerator, config))]
-    backbone = getattr(recipe, "backbone", None)
-    if backbone is not None:
-        rows.append(("backbone", backbone.name))
-    distinct, sets = len(set(keys)), len(pictures.parts)
-    held = f", {len(pictures.held_out):,} held out" if pictures.held_out else ""
-    rows.append(("pictures", f"{distinct:,} distinct, of {_count(sets, 'set')}{held}"))
-    rows.append(("learned", _count(values, "value")))
-    seen = config.steps * config.batch_size / distinct
+    seen = config.steps * config.batch_size / len(set(keys))
     gone_on = f"; gone on with after step {step:,}" if step else ""
-    rows.append(
-        (
-            "steps",
-            f"{config.steps:,} of {config.batch_size:,} pictures, each seen {seen:.3g} "
-            f"times{gone_on}",
-        )
+    return _rows(
+        learned=_count(values, "value"),
+        steps=f"{config.steps:,} of {config.batch_size:,} pictures, each seen {seen:.3g} "
+        f"times{gone_on}",
     )
-    rows.append(("folder", str(folder)))
-    return "\n".join(f"{what:<8}  {value}" for what, value in rows)
+
+
+def _rows(**rows: str) -> str:
+    return "\n".join(f"{what:<8}  {value}" for what, value in rows.items())
 
 
 def _device(accelerator: Accelerator, config: LoopConfig) -> str:

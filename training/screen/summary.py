@@ -32,7 +32,7 @@ def summary(folder: Path) -> str:
 
 def aligned(text: str) -> str:
     """Return text whose Markdown tables have columns of one width."""
-    found = []
+    found: list[str] = []
     for is_table, lines in groupby(text.splitlines(), lambda line: line.startswith("|")):
         if not is_table:
             found += lines

@@ -10,7 +10,7 @@ from training.config import AugmentConfig, DistillConfig
 from training.loop_config import LoopConfig
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures
-from training.screen.header import header
+from training.screen.header import header, length
 
 
 def test_a_run_says_what_it_is_before_its_first_step(
@@ -28,15 +28,18 @@ def test_a_run_says_what_it_is_before_its_first_step(
     read = Pictures(recipe.pictures, train_transform(backbone, AugmentConfig()))
     read.hold_out(4)
     keys = 2 * read.keys()
-    said = header(Accelerator(cpu=True), recipe.loop, recipe, read, keys, 1234, tmp_path, 400)
+    accelerator = Accelerator(cpu=True)
+    said = header(accelerator, recipe.loop, recipe.backbone, read, keys, tmp_path)
     threads = torch.get_num_threads()
     assert said.splitlines() == [
         f"device    cpu, {threads} thread{'s' * (threads > 1)}",
         f"backbone  {model_folder}",
         "pictures  20 distinct, of 1 set, 4 held out",
+        f"folder    {tmp_path}",
+    ]
+    assert length(recipe.loop, keys, 1234, 400).splitlines() == [
         "learned   1,234 values",
         "steps     1,000 of 8 pictures, each seen 400 times; gone on with after step 400",
-        f"folder    {tmp_path}",
     ]
 
 
