@@ -107,6 +107,6 @@ export function put(root, part, text) {
 /** A class's name as words: data sets write underscores. */
 const words = (label) => label.replaceAll("_", " ");
 
-const percent = (share, digits) => `${(100 * share).toFixed(digits)} %`;
+export const percent = (share, digits) => `${(100 * share).toFixed(digits)} %`;
 
 const milliseconds = (value) => value.toFixed(value < 10 ? 1 : 0);

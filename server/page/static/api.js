@@ -32,19 +32,7 @@ export function classify(photo, query, signal) {
 /** Send this key with every request from now on, until the tab is closed. */
 export const useKey = (key) => sessionStorage.setItem(KEY, key);
 
-/** The line for a terminal that asks what `classify` asks. */
-export function curl(photo, query) {
-  const url = quote(absolute(`v1/classify?${query}`));
-  const key = sessionStorage.getItem(KEY) ? "-H \"X-API-Key: $KEY\" " : "";
-  if (photo.sample) return `curl -s ${quote(absolute(photo.sample))} | curl ${key}-F file=@- ${url}`;
-  // In double quotes curl takes a name as it is, but for these two.
-  const name = photo.name.replace(/["\\]/g, "\\$&");
-  return `curl ${key}-F ${quote(`file=@"${name}"`)} ${url}`;
-}
-
-const absolute = (path) => new URL(path, document.baseURI).href;
-
-const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 async function request(path, options = {}) {
   const key = sessionStorage.getItem(KEY);

@@ -5,8 +5,8 @@ import { showDifferences } from "./answer.js";
 import { Evidence } from "./evidence.js";
 import { Lane } from "./lane.js";
 import { Live } from "./live.js";
+import { Photos } from "./photos.js";
 
-const FIRST_RATE = 8;
 const at = (selector) => document.querySelector(selector);
 
 const lanes = [new Lane("A"), new Lane("B")];
@@ -14,7 +14,8 @@ const [first, second] = lanes;
 second.root.hidden = true;
 at(".lanes").append(first.root, second.root);
 const evidence = new Evidence(at(".evidence"), lanes);
-let model = null;
+const linked = new URLSearchParams(location.search); // what the address asks for at first
+let [model, photo] = [null, null];
 
 // The server: the models come when it answers, and again when it was away.
 
@@ -33,7 +34,6 @@ const live = new Live(at(".live"), {
 async function reach(what) {
   try {
     await what();
-    at("#away").hidden = true;
   } catch {
     at("#away").hidden = false;
     live.lost();
@@ -43,10 +43,11 @@ async function reach(what) {
 async function loadModels() {
   const list = await api.models();
   const picker = at("#model");
-  const { value } = picker;
+  const value = picker.value || linked.get("model");
   picker.replaceChildren(...list.map(({ name }) => new Option(name)));
   if (list.some(({ name }) => name === value)) picker.value = value;
   await useModel(picker.value);
+  at("#away").hidden = true;
 }
 
 async function useModel(name) {
@@ -59,13 +60,11 @@ async function useModel(name) {
     `${several ? "" : `${name}: `}${model.architecture}, ${model.classes} classes`;
   for (const lane of lanes) lane.useModel(model);
   live.model = model;
-  if (fresh) {
-    first.rate = Math.min(FIRST_RATE, Math.ceil(model.max_rate / 2));
-    await useSample(at(".samples button"));
-  } else {
-    askAll();
-  }
+  at(".evidence").hidden = false;
   evidence.model = model;
+  if (fresh) first.restore(linked);
+  if (photo) askAll();
+  else await photos.start(linked.get("sample"));
 }
 
 at("#model").addEventListener("change", ({ target }) => reach(() => useModel(target.value)));
@@ -83,48 +82,32 @@ function askAll() {
 
 // The photo: a sample, or one that is chosen, dropped or pasted.
 
-let latest = null; // photo that was asked for
-
-async function usePhoto(data, name, sample = null) {
-  const photo = (latest = { name, sample });
-  for (const button of document.querySelectorAll(".samples button")) {
-    button.ariaPressed = String(button.firstChild.getAttribute("src") === sample);
-  }
-  photo.file = await data;
-  // What cannot be shown is sent all the same: the server says what is wrong with it.
-  photo.bitmap = await createImageBitmap(photo.file).catch(() => null);
-  if (photo !== latest) return;
+const photos = new Photos(at(".samples"), (chosen) => {
+  photo = chosen;
+  at("#note").textContent = photo.note;
   for (const lane of lanes) lane.usePhoto(photo);
+  compare();
   askAll();
-}
-
-function useSample(button) {
-  const path = button.firstChild.getAttribute("src");
-  return usePhoto(fetch(path).then((answer) => answer.blob()), path.split("/").at(-1), path);
-}
+});
 
 at(".samples").addEventListener("click", ({ target }) => {
   const button = target.closest("button");
-  if (button) reach(() => useSample(button));
+  if (button) reach(() => photos.choose(button));
 });
 
 at("#file").addEventListener("change", ({ target }) => {
-  useFile(target);
+  photos.add(target.files);
   target.value = ""; // so that the same file may be chosen again
 });
 
-document.addEventListener("paste", ({ clipboardData }) => useFile(clipboardData));
+document.addEventListener("paste", ({ clipboardData }) => photos.add(clipboardData.files));
 
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     document.body.classList.toggle("dropping", kind === "dragover");
-    if (kind === "drop") useFile(event.dataTransfer);
+    if (kind === "drop") photos.add(event.dataTransfer.files);
   });
-}
-
-function useFile({ files: [file] }) {
-  if (file) usePhoto(file, file.name);
 }
 
 // The lanes: how their maps look, one or two of them.
@@ -147,10 +130,14 @@ at("#compare").addEventListener("change", ({ target }) => {
 for (const lane of lanes) {
   lane.addEventListener("answer", compare);
   lane.addEventListener("problem", ({ detail }) => {
+    compare();
     if (detail.status === 401) at("#key").hidden = false;
     if (detail.status === 404 || detail.status === 0) live.lost();
   });
 }
+
+// The address leads to what is shown.
+first.addEventListener("answer", () => history.replaceState(null, "", `?${first.link}`));
 
 function compare() {
   const both = !second.root.hidden && first.answer && second.answer;

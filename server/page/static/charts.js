@@ -10,16 +10,17 @@ const EDGE = { top: 28, right: 14, bottom: 22, left: 40 };
  * @param {{kind: string, points: number[][]}[]} what.series `kind` is a class; all but "dots" are
  *     joined by a line
  * @param {{x: number, lane: string}[]} what.marks where the lanes are
+ * @param {number[]} what.span what x covers
  * @param {number[]} what.ticks along x
  * @param {number[]} what.also values that y must reach
  * @param {string} what.name what y is, by what
  */
-export function plot(svg, { series, marks, ticks, also, name }) {
+export function plot(svg, { series, marks, span, ticks, also, name }) {
   const [width, height] = fit(svg);
   if (!width) return;
   const [left, right, bottom] = [EDGE.left, width - EDGE.right, height - EDGE.bottom];
   const levels = steps([...also, ...series.flatMap(({ points }) => points.map((each) => each[1]))]);
-  const across = scale(ticks, left, right);
+  const across = scale(span, left, right);
   const up = scale(levels, bottom, EDGE.top);
   const parts = [draw("text", { x: 0, y: 12 }, name)];
   for (const level of levels) {
@@ -27,7 +28,7 @@ export function plot(svg, { series, marks, ticks, also, name }) {
     parts.push(draw("line", { class: "grid", x1: left, x2: right, y1: at, y2: at }));
     parts.push(draw("text", { class: "end", x: left - 8, y: at + 4 }, short(level)));
   }
-  for (const tick of ticks) {
+  for (const tick of ticks.filter((each) => each >= span[0] && each <= span[1])) {
     parts.push(draw("text", { class: "middle", x: across(tick), y: height - 4 }, short(tick)));
   }
   for (const { x: at, lane } of marks) {

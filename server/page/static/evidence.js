@@ -4,14 +4,12 @@ import { plot, steps, wholes } from "./charts.js";
 
 const SWEEPS = 3; // answers for each rate when all are measured
 const KEPT = 20; // answers of a rate that count
-const SPAN = 5; // percent that the axis covers at least: noise must not look like a result
+const SPAN = 1; // percent that the axis covers at least: noise must not look like a result
 
 export class Evidence {
   #at; // by selector
   #lanes;
   #model = null;
-  #rows = []; // what was measured at the model's own source rate
-  #measured = null; // ladder that this is of
   #took = new Map(); // ladder -> rate -> ms of inference of each answer
   #sweep = null;
 
@@ -22,6 +20,7 @@ export class Evidence {
   constructor(root, lanes) {
     this.#at = (selector) => root.querySelector(selector);
     this.#lanes = lanes;
+    this.#at("[value=top1]").checked = true;
     root.addEventListener("change", () => this.redraw());
     this.#at(".measure").addEventListener("click", () => this.#measure());
     for (const lane of lanes) {
@@ -35,57 +34,61 @@ export class Evidence {
     this.#model = model;
     this.#took.clear();
     this.#sweep?.abort();
-    const { evaluation, ladders } = model;
-    this.#measured = (ladders.find(({ bank }) => bank) ?? ladders[0]).name;
-    const { source_rate: source } = ladders.find(({ name }) => name === this.#measured);
-    // At its own rate there is nothing to repair: both lines go through there.
-    this.#rows = (evaluation?.rows ?? []).filter((row) => row.source === source)
-      .map((row) => (row.target === source && evaluation.bank ? { ...row, bank: row.plain } : row));
-    const measured = this.#rows.length > 0;
-    this.#at(".measured").hidden = !measured;
-    this.#at(".unmeasured").hidden = measured;
-    if (measured) {
-      const labelled = this.#rows.every((row) => row.plain.top1 !== null);
-      this.#at("[value=top1]").disabled = !labelled;
-      this.#at(`[value=${labelled ? "top1" : "agreement"}]`).checked = true;
-      this.#at(".key.bank").hidden = !evaluation.bank;
-      const { pictures: { count, name } } = evaluation;
-      this.#at(".measured-on").textContent = `${evaluation.model}, ${count} pictures of ${name}`;
-    }
     this.redraw();
   }
 
   redraw() {
     if (!this.#model) return;
-    if (this.#rows.length) this.#drawAccuracy();
+    this.#drawAccuracy();
     this.#drawLatency();
   }
 
+  /** What was measured on a ladder, by rate: the model's evaluation, or else what the ladder says. */
+  #measured({ name, rungs, source_rate: source }) {
+    const { evaluation } = this.#model;
+    const rows = (evaluation?.rows ?? []).filter((row) => row.source === source)
+      // At its own rate there is nothing to repair: both lines go through there.
+      .map((row) => (row.target === source && evaluation.bank ? { ...row, bank: row.plain } : row));
+    // An evaluation does not name its ladder, but what its rates cost.
+    if (rows.length && rows.every(({ target, gmacs }) => near(rungs[target]?.macs / 1e9, gmacs))) {
+      const { count, name: of } = evaluation.pictures;
+      rows.sort((a, b) => a.target - b.target);
+      return { rows, on: `${evaluation.model}, ${count} pictures of ${of}` };
+    }
+    const said = rungs.filter(({ agreement }) => agreement !== null);
+    return { rows: said.map((rung) => ({ target: rung.rate, plain: rung })), on: `As the ladder ${name} says.` };
+  }
+
   #drawAccuracy() {
-    const rows = this.#rows;
+    const { ladder } = this.#lanes[0];
+    const { rows, on } = this.#measured(ladder);
+    this.#at(".measured").hidden = !rows.length;
+    this.#at(".unmeasured").hidden = rows.length > 0;
+    if (!rows.length) return;
+    const labelled = rows.every(({ plain }) => plain.top1 !== null);
+    this.#at("[value=top1]").disabled = !labelled;
+    if (!labelled) this.#at("[value=agreement]").checked = true;
+    this.#at(".key.bank").hidden = !rows.some(({ bank }) => bank);
+    this.#at(".measured-on").textContent = on;
     const figure = this.#at("[name=figure]:checked").value;
+    const cost = ({ rungs }, rate) => rungs[rate].macs / 1e9;
     const series = ["plain", "bank"].map((kind) => ({
       kind,
-      points: rows.filter((row) => row[kind]).map((row) => [row.gmacs, row[kind][figure]]),
+      points: rows.filter((row) => row[kind])
+        .map((row) => [cost(ladder, row.target), row[kind][figure]]),
     }));
-    const measured = ({ ladder, rate }) =>
-      rows.find((row) => ladder.name === this.#measured && row.target === rate);
-    const gmacs = (lane) => measured(lane)?.gmacs ?? lane.ladder.rungs[lane.rate].macs / 1e9;
+    const span = [cost(ladder, ladder.max_rate), cost(ladder, 0)];
+    const highest = Math.max(...series.flatMap(({ points }) => points.map(([, y]) => y)));
     plot(this.#at(".accuracy"), {
       series,
-      marks: this.#shown().map((lane) => ({ lane: lane.name, x: gmacs(lane) })),
-      ticks: steps(rows.map((row) => row.gmacs)),
-      also: [Math.max(...series.flatMap(({ points }) => points.map(([, y]) => y))) - SPAN],
+      marks: this.#shown().map((lane) => ({ lane: lane.name, x: cost(lane.ladder, lane.rate) })),
+      span,
+      ticks: steps(span),
+      also: [highest - SPAN],
       name: figure === "top1" ? "% right, by GMACs" : "% answered as at its own rate, by GMACs",
     });
     this.#at(".accuracy-words").textContent = this.#shown().map((lane) => {
-      const { rate, ladder: { name, rungs } } = lane;
-      const { plain, bank } = measured(lane) ?? {};
-      const { kl } = rungs[rate]; // what the ladder itself says
-      if (!plain && kl !== null) return `Rate ${rate} of ${name}: KL ${kl.toPrecision(3)}.`;
-      if (!plain) return `Rate ${rate}: not measured.`;
-      const repaired = bank ? `, ${bank[figure].toFixed(1)} % with the bank` : "";
-      return `Rate ${rate}: ${plain[figure].toFixed(1)} % plain${repaired}.`;
+      return say(lane.rate, this.#measured(lane.ladder).rows, figure);
     }).join(" ");
   }
 
@@ -101,6 +104,7 @@ export class Evidence {
         { kind: "bank", points: all.map(([rate, took]) => [rate, median(took)]) },
       ],
       marks: shown.map(({ name, rate }) => ({ lane: name, x: rate })),
+      span: [0, ladder.max_rate],
       ticks: wholes(ladder.max_rate, 8),
       also: [0],
       name: "ms of inference, by rate",
@@ -139,6 +143,23 @@ export class Evidence {
   #shown() {
     return this.#lanes.filter((lane) => !lane.root.hidden);
   }
+}
+
+const near = (a, b) => Math.abs(a / b - 1) < 0.01; // both are rounded
+
+/** Say what was measured at a rate, or what lies between its measured neighbours. */
+function say(rate, rows, figure) {
+  const below = rows.findLast(({ target }) => target <= rate);
+  const above = rows.find(({ target }) => target >= rate);
+  if (!below || !above) return `Rate ${rate}: not measured.`;
+  const [from, to] = [below.target, above.target];
+  const at = (kind) => {
+    const [low, high] = [below[kind][figure], above[kind][figure]];
+    return `${(low + ((high - low) * (rate - from)) / (to - from || 1)).toFixed(1)} %`;
+  };
+  const between = from < to ? `, in between the measured ${from} and ${to}` : "";
+  const repaired = below.bank && above.bank ? `, ${at("bank")} with the bank` : "";
+  return `Rate ${rate}: ${between && "about "}${at("plain")} plain${repaired}${between}.`;
 }
 
 function median(values) {

@@ -1,12 +1,14 @@
 /** One rate: its slider, its question to the server, and what came out of it. */
 
-import { classify, curl } from "./api.js";
-import { element, put, showAnswer, showCost } from "./answer.js";
+import { classify } from "./api.js";
+import { element, percent, put, showAnswer, showCost } from "./answer.js";
+import { CALLS } from "./calls.js";
 import { wholes } from "./charts.js";
 import { MergeMap } from "./map.js";
 
 const SETTLE = 80; // ms without a move of the slider before the server is asked
 const TOP = 5;
+const FIRST_RATE = 8;
 
 export class Lane extends EventTarget {
   answer = null;
@@ -15,6 +17,7 @@ export class Lane extends EventTarget {
   #photo = null;
   #timer = 0;
   #asking = null;
+  #asked = null; // query of the answer
   #at; // a part by its class
   #slider;
 
@@ -48,6 +51,7 @@ export class Lane extends EventTarget {
       this.#useLadder(this.#model.ladders[target.selectedIndex]);
       this.ask();
     });
+    this.#at("language").addEventListener("change", () => this.#showCall());
     this.#at("copy").addEventListener("click", () => this.#copy());
   }
 
@@ -62,13 +66,35 @@ export class Lane extends EventTarget {
     this.#moved();
   }
 
-  /** Serve another model; ladder and rate stay where they can. */
+  /** What an address must ask for to lead to the answer. */
+  get link() {
+    const query = new URLSearchParams(this.#asked);
+    for (const name of ["top_k", "merge_map"]) query.delete(name);
+    const sample = this.#photo.sample?.match(/(\w+)\.jpg$/)[1];
+    if (sample) query.set("sample", sample);
+    return query;
+  }
+
+  /** Move to where an address leads, as far as this model goes there. */
+  restore(query) {
+    const ladder = this.#model.ladders.find(({ name }) => name === query.get("ladder"));
+    if (ladder) this.#useLadder(ladder);
+    const { max_rate: highest } = this.ladder;
+    const rate = query.get("rate");
+    const there = /^\d+$/.test(rate) && Number(rate) <= highest;
+    this.rate = there ? rate : Math.min(FIRST_RATE, Math.ceil(highest / 2));
+    this.#at("auto").checked = rate === "auto";
+    this.#at("compensate").checked = query.get("compensate") !== "false";
+  }
+
+  /** Serve another model; rate and ladder stay where they can, if the ladder was chosen. */
   useModel(model) {
     this.#model = model;
     const { ladders } = model;
+    const chosen = this.#at("ladders").hidden ? "" : this.ladder.name;
     this.#at("ladder").replaceChildren(...ladders.map(({ name }) => new Option(name)));
     this.#at("ladders").hidden = ladders.length < 2;
-    this.#useLadder(ladders.find(({ name }) => name === this.ladder?.name) ?? ladders[0]);
+    this.#useLadder(ladders.find(({ name }) => name === chosen) ?? ladders[0]);
     if (this.#photo) this.usePhoto(this.#photo);
   }
 
@@ -87,11 +113,12 @@ export class Lane extends EventTarget {
     this.#moved();
   }
 
-  /** @param {{file: Blob, name: string, bitmap: ?ImageBitmap, sample: ?string}} photo */
+  /** Show another photo, as `Photos` gives it. */
   usePhoto(photo) {
     this.#photo = photo;
     this.answer = null;
-    if (this.#model) this.map.show(photo.bitmap, this.#model);
+    this.#at("problem").hidden = true;
+    if (this.#model) this.map.show(photo.picture, this.#model);
   }
 
   /** Ask the server, unless asked otherwise within `delay` ms; what is under way is given up. */
@@ -113,8 +140,8 @@ export class Lane extends EventTarget {
     const query = this.#question(this.#at("auto").checked ? "auto" : this.rate);
     try {
       this.answer = await classify(this.#photo, query, this.#asking.signal);
+      this.#asked = query;
       this.#show();
-      put(this.root, "call", curl(this.#photo, query));
     } catch (problem) {
       if (problem.name === "AbortError") return; // another question is on its way
       this.#fail(problem);
@@ -132,41 +159,53 @@ export class Lane extends EventTarget {
 
   #show() {
     this.#at("problem").hidden = true;
-    this.#at("result").classList.remove("none");
+    this.root.classList.remove("none");
     this.#slider.value = this.answer.rate;
     this.#moved();
     showAnswer(this.root, this.answer);
+    this.#showCall();
     this.map.tokens = this.answer.merge_map;
     this.dispatchEvent(new Event("answer"));
   }
 
+  #showCall() {
+    put(this.root, "call", CALLS[this.#at("language").value](this.#photo, this.#asked));
+  }
+
+  /** Say what was wrong, and show nothing of another rate beside it. */
   #fail(problem) {
-    const { title, message, retryAfter } = problem;
+    const { title, message, status, retryAfter } = problem;
     const again = retryAfter ? ` \u2013 asking again in ${retryAfter} s` : "";
-    const box = this.#at("problem");
-    box.textContent = `${title}: ${message}${again}`;
-    box.hidden = false;
-    this.#at("result").classList.toggle("none", !this.answer);
+    const advice = status === 415 ? ". Convert it to JPEG or PNG." : "";
+    this.root.classList.add("none");
+    this.usePhoto(this.#photo);
+    put(this.root, "problem", `${title}: ${message}${again}${advice}`);
+    this.#at("problem").hidden = false;
     if (retryAfter) this.ask(1000 * retryAfter);
     this.dispatchEvent(new CustomEvent("problem", { detail: problem }));
   }
 
   #moved() {
+    if (!this.ladder) return;
     const { rate } = this;
     this.#slider.style.setProperty("--part", rate / Math.max(1, this.#slider.max));
-    this.#slider.ariaValueText = `${rate}${this.#at("auto").checked ? ", chosen by the server" : ""}`;
+    const [words, auto] = [this.#words(rate), this.#at("auto").checked];
+    this.#slider.ariaValueText = `${rate} ${words}${auto ? ", chosen by the server" : ""}`;
     put(this.root, "rate", rate);
-    put(this.root, "rate-words", this.#words(rate));
+    put(this.root, "rate-words", words);
     put(this.root, "reason", "");
-    if (this.ladder) showCost(this.root, this.ladder, rate);
+    showCost(this.root, this.ladder, rate);
     this.dispatchEvent(new Event("rate"));
   }
 
   #words(rate) {
-    if (this.ladder && this.ladder.name !== "tome") {
-      return rate ? `of ${this.ladder.max_rate}, by ${this.ladder.method}` : "the stock model";
+    const { name, max_rate: highest, rungs } = this.ladder;
+    if (name !== "tome") {
+      const share = `${percent(rungs[rate].share, 0)} of the multiply-adds`;
+      return `of ${highest}, ${rate ? share : "the stock model"}`;
     }
-    return rate ? `token${rate > 1 ? "s" : ""} merged away in each block` : "no merging: the stock model";
+    if (!rate) return "no merging: the stock model";
+    return `token${rate > 1 ? "s" : ""} merged away in each block`;
   }
 
   /** Say what is looked at: a group of patches, or the whole. */
@@ -185,6 +224,7 @@ export class Lane extends EventTarget {
       const patches = `${group.patches.length} ${group.patches.length === 1 ? "patch" : "patches"}`;
       text = group.dropped ? `${patches} dropped` : `${patches} \u2192 1 token`;
     }
+    if (this.#photo && !this.#photo.picture) text = `This browser cannot show ${this.#photo.name}.`;
     put(this.root, "caption", text);
     this.#at("caption").classList.toggle("looked", Boolean(group));
     if (aloud) put(this.root, "spoken", text);

@@ -37,7 +37,7 @@ in_browser = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def address(tiny) -> Iterator[str]:
     """A server of the bundled model, which was measured, and of a tiny one, which was not."""
     settings = Settings(models=(BUNDLED_MODEL, tiny), device="cpu", max_batch=1)
@@ -45,7 +45,7 @@ def address(tiny) -> Iterator[str]:
         yield f"http://{address}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)

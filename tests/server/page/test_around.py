@@ -1,16 +1,12 @@
-"""The page in a browser: what was measured, screens, keys, and when things go wrong."""
+"""The page in a browser: what was measured, screens, keys, and what the server refuses."""
 
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Route, expect
 
-from tests.server.page.conftest import MODEL, ROOT, answered, in_browser, lane, read, shown, slide
-from tests.test_packaging import SAMPLES
+from tests.server.page.conftest import MODEL, ROOT, answered, in_browser, lane, slide
 
 
 @in_browser
@@ -23,44 +19,34 @@ def test_what_was_measured_is_drawn_and_what_was_not_is_said(page):
     expect(words).to_have_text(f"Rate 12: {plain} plain, {bank} with the bank.")
     expect(page.locator(".accuracy .point.bank")).to_have_count(len(rows))
     expect(page.locator(".latency-words")).to_contain_text("Rate 12: ")
+    # The axis has no more room than values need.
+    levels = [float(text) for text in page.locator(".accuracy .end").all_text_contents()]
+    assert min(levels) > 86
+    assert max(levels) <= 88
     page.get_by_label("Agreement").check()
     agreement = rows[12]["bank"]["agreement"]
     expect(words).to_contain_text(f"{agreement:.1f} % with the bank")
+    page.get_by_label("Top-1").check()
 
     slide(page, 7)
-    expect(words).to_have_text("Rate 7: not measured.")
+    # A quarter of the way from rate 8 to rate 4.
+    plain, bank = (
+        f"{0.75 * rows[8][kind]['top1'] + 0.25 * rows[4][kind]['top1']:.1f} %"
+        for kind in ("plain", "bank")
+    )
+    expect(words).to_have_text(
+        f"Rate 7: about {plain} plain, {bank} with the bank, in between the measured 4 and 8."
+    )
     expect(page.locator(".accuracy .mark")).to_have_count(1)
 
     page.get_by_role("button", name="Measure every rate").click()
     expect(page.get_by_role("button", name="Measure every rate")).to_be_visible()
     expect(page.locator(".latency .point.bank")).to_have_count(17)
 
-    page.get_by_role("combobox").select_option("tiny")
+    page.locator("#model").select_option("tiny")
     expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
     answered(page, 5)  # the nearest that it has to 7
     expect(lane(page).locator(".caption")).to_contain_text("64 × 64 pixels, 16 patches")
-
-
-@in_browser
-def test_the_line_for_a_terminal_asks_the_same(page, tmp_path):
-    photo = tmp_path / 'it\'s "a" cup;1.jpg'
-    shutil.copy(SAMPLES / "cup.jpg", photo)
-    page.locator("#file").set_input_files(photo)
-    expect(lane(page).locator(".call")).to_contain_text("cup;1.jpg")
-    answered(page, 8)
-    run_again(page, tmp_path)
-    page.get_by_role("group", name="Sample photos").get_by_role("button").nth(3).click()
-    expect(lane(page).locator(".call")).to_contain_text("cat.jpg")
-    answered(page, 8)
-    run_again(page, tmp_path)
-
-
-def run_again(page: Page, folder: Path) -> None:
-    line = lane(page).locator(".call").inner_text().replace("curl ", "curl -sS ")
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=True
-    )
-    assert read(json.loads(done.stdout)) == shown(page)
 
 
 @in_browser
@@ -142,38 +128,15 @@ def test_the_keyboard_is_enough(page):
 def test_what_the_server_refuses_is_said_in_its_words(page):
     page.locator("#file").set_input_files(ROOT / "pyproject.toml")
     alert = lane(page).get_by_role("alert")
-    expect(alert).to_have_text("Unsupported type: the content is not a JPEG, PNG or WebP image")
+    expect(alert).to_have_text(
+        "Unsupported type: the content is not a JPEG, PNG or WebP image. Convert it to JPEG or PNG."
+    )
     expect(lane(page).locator(".predictions")).to_be_hidden()
+    expect(lane(page).locator(".caption")).to_have_text("This browser cannot show pyproject.toml.")
+    expect(page.locator(".samples [aria-pressed=true]")).to_have_count(0)
     page.get_by_role("group", name="Sample photos").get_by_role("button").first.click()
     expect(alert).to_be_hidden()
     expect(lane(page).locator(".predictions")).to_be_visible()
-
-
-@in_browser
-def test_the_page_outlives_a_restart(page):
-    page.route("**/v1/**", lambda route: route.abort())
-    lane(page).get_by_role("slider").fill("3")
-    expect(page.locator("#away")).to_be_visible()
-    expect(lane(page).get_by_role("alert")).to_contain_text("The server does not answer")
-    page.unroute("**/v1/**")
-    answered(page, 3)
-    expect(page.locator("#away")).to_be_hidden()
-    expect(lane(page).get_by_role("alert")).to_be_hidden()
-
-
-@in_browser
-def test_it_waits_while_the_server_is_full(page):
-    def refuse(route: Route) -> None:
-        body = {"title": "Queue full", "detail": "256 images are waiting"}
-        route.fulfill(status=503, headers={"Retry-After": "1"}, json=body)
-
-    page.route("**/v1/classify*", refuse, times=1)
-    lane(page).get_by_role("slider").fill("3")
-    expect(lane(page).get_by_role("alert")).to_have_text(
-        "Queue full: 256 images are waiting – asking again in 1 s"
-    )
-    answered(page, 3)
-    expect(lane(page).get_by_role("alert")).to_be_hidden()
 
 
 @in_browser

@@ -38,6 +38,12 @@ def test_what_has_not_changed_is_not_sent_again(client):
     assert (again.status_code, again.content) == (304, b"")
 
 
+def test_a_preview_of_a_link_has_words(client):
+    text = client.get("/").text
+    for kind in ('name="description"', 'property="og:title"', 'property="og:description"'):
+        assert re.search(rf'<meta {kind} content="[^"]{{10,}}">', text)
+
+
 def test_every_sample_is_on_the_page_and_served(client):
     shown = re.findall(r'src="page/samples/(.+?)" alt="[^"]+"', client.get("/").text)
     assert sorted(shown) == sorted(path.name for path in SAMPLES.glob("*.jpg"))
@@ -62,4 +68,4 @@ def test_nothing_comes_from_elsewhere():
 
 
 def test_the_page_is_light():
-    assert sum((PAGE / name).stat().st_size for name in FILES) < 64 * 1024
+    assert sum((PAGE / name).stat().st_size for name in FILES) < 72 * 1024

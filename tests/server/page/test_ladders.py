@@ -33,7 +33,7 @@ def test_where_a_model_has_several_ladders_one_is_chosen(page, address):
     lane(page).get_by_label("Ladder").select_option("rings")
     answered(page, 2)
     expect(lane(page).locator(".call")).to_contain_text("ladder=rings")
-    expect(lane(page).locator(".rate-words")).to_have_text("of 2, by pattern")
+    expect(lane(page).locator(".rate-words")).to_have_text("of 2, 50 % of the multiply-adds")
     there = ask(address, cup, model="tiny", ladder="rings", rate=2)
     assert shown(page) == read(there)
     expect(lane(page).locator(".tokens")).to_have_text("17 → 5")
@@ -41,8 +41,35 @@ def test_where_a_model_has_several_ladders_one_is_chosen(page, address):
     budget = re.match(r"budget=(\S+) asks", lane(page).locator(".budget").inner_text())
     assert ask(address, cup, model="tiny", ladder="rings", budget=budget[1])["rate"] == 2
     slide(page, 0)
-    expect(lane(page).locator(".rate-words")).to_have_text("the stock model")
+    expect(lane(page).locator(".rate-words")).to_have_text("of 2, the stock model")
     expect(lane(page).locator(".caption")).not_to_contain_text("dropped")
+
+
+@in_browser
+def test_an_address_may_name_a_ladder(page, address):
+    page.goto(f"{address}/?model=tiny&ladder=uneven&rate=1")
+    answered(page, 1)
+    expect(lane(page).get_by_label("Ladder")).to_have_value("uneven")
+    assert "ladder=uneven" in page.url
+    expect(lane(page).locator(".rate-words")).to_have_text(
+        re.compile(r"^of 3, \d\d % of the multi")
+    )
+    expect(lane(page).locator(".ticks span")).to_have_text(["0", "1", "2", "3"])
+
+
+@in_browser
+def test_what_a_ladder_says_of_itself_is_drawn(page, address):
+    page.goto(f"{address}/?model=tiny&ladder=uneven&rate=1")
+    answered(page, 1)
+    words = page.locator(".accuracy-words")
+    expect(words).to_have_text("Rate 1: about 87.5 % plain, in between the measured 0 and 2.")
+    expect(page.locator(".measured-on")).to_have_text("As the ladder uneven says.")
+    expect(page.locator(".accuracy .point")).to_have_count(2)
+    expect(page.get_by_label("Top-1")).to_be_disabled()  # it has none for rate 0
+    slide(page, 3)
+    expect(words).to_have_text("Rate 3: not measured.")
+    lane(page).get_by_label("Ladder").select_option("tome")
+    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
 
 
 @in_browser
