@@ -28,7 +28,12 @@ from server.engine.job import Answer, Job
 from server.engine.pool import UrgentPool
 from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
 from server.engine.threads import set_torch_threads
-from server.errors import DeadlineError, QueueFullError, UnavailableError
+from server.errors import (
+    DeadlineError,
+    QueueFullError,
+    ShortDeadlineError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +191,7 @@ class Engine:
 
         Raises:
             QueueFullError: if no place is free, or what waits will take longer than there is.
+            ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
         """
         (job,) = self.submit_all(work, [prepare], deadline, due)
@@ -208,7 +214,15 @@ class Engine:
             now = self.clock()
             due = deadline if due is None else due
             unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
-            wait = self._scheduler.wait(work, due, unprepared, late=deadline > due)
+            late = deadline > due
+            alone = self._scheduler.alone(work, len(prepares), late)
+            if now + alone > deadline:
+                images = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
+                raise ShortDeadlineError(
+                    f"{images} about {alone:.3g} s on this server even when nothing else waits, and "
+                    f"{max(0.0, deadline - now):.3g} s are left; allow more time or ask for a higher rate"
+                )
+            wait = self._scheduler.wait(work, due, unprepared, late)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
