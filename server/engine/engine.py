@@ -190,6 +190,7 @@ class Engine:
             runs already is not stopped. Raises DeadlineError if inference did not start in time.
 
         Raises:
+            DeadlineError: if the deadline has passed.
             QueueFullError: if no place is free, or what waits will take longer than there is.
             ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
@@ -214,13 +215,15 @@ class Engine:
             now = self.clock()
             due = deadline if due is None else due
             unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
+            if now >= deadline:
+                raise DeadlineError("the deadline passed before the images were there")
             late = deadline > due
             alone = self._scheduler.alone(work, len(prepares), late)
             if now + alone > deadline:
-                images = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
+                what = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
                 raise ShortDeadlineError(
-                    f"{images} about {alone:.3g} s on this server even when nothing else waits, and "
-                    f"{max(0.0, deadline - now):.3g} s are left; allow more time or ask for a higher rate"
+                    f"{what} about {alone:.3g} s on this server even when nothing else waits, "
+                    f"and {deadline - now:.3g} s are left; allow more time or ask for a higher rate"
                 )
             wait = self._scheduler.wait(work, due, unprepared, late)
             if now + wait > deadline:

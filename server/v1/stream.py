@@ -234,15 +234,14 @@ class Stream:
             try:
                 engine.check_room(1 + engine.max_queue // 2)
                 return engine.submit(self._work, preparation, self._deadline)
-            except QueueFullError:
-                pass
+            except (QueueFullError, DeadlineError):
+                pass  # whether the deadline has passed, the timer tells
             except ShortDeadlineError:
                 if not self._taken:
                     raise
                 # It was long enough for some.
-                raise DeadlineError(
-                    "the deadline is too near for the images that are left"
-                ) from None
+                late = "the deadline is too near for the images that are left"
+                raise DeadlineError(late) from None
             await asyncio.sleep(PATIENCE)
 
     def _finish(

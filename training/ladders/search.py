@@ -33,7 +33,7 @@ from training.plot import plot_search
 
 #: Tokens that one change moves.
 _MOVES = (1, 1, 2, 3, 4, 8)
-#: How often a change moves all of a block's tokens to the next block that acts, for each costs time.
+#: How often a change moves all of a block's tokens to the next block that acts: each costs time.
 _WHOLE_PLACES = 0.2
 #: A try is given up after a batch if it is worse so far by this share, which falls with the root
 #: of the batches seen: a few pictures say little.

@@ -6,7 +6,7 @@ import threading
 import pytest
 from torch import Tensor
 
-from server.errors import QueueFullError, ShortDeadlineError, UnavailableError
+from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
 
 
@@ -30,6 +30,8 @@ def test_a_deadline_that_an_idle_server_cannot_keep_is_the_clients_mistake(make,
         submit(engine, work, 1, clock.now + 1)
     with pytest.raises(ShortDeadlineError, match="2 images take about 4 s .* 3 s are left"):
         engine.submit_all(work, [image(1), image(2)], clock.now + 3)
+    with pytest.raises(DeadlineError, match="the deadline passed before the images were there"):
+        submit(engine, work, 1, clock.now)
     assert engine.load().taken == 0
     submit(engine, work, 1, clock.now + 2)
     settle(engine)

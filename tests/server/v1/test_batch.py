@@ -274,9 +274,10 @@ def test_a_full_queue_is_waited_for_and_half_of_it_is_left_to_others(settings, p
 
 def test_a_deadline_is_for_the_whole_request(settings, photo, held, monkeypatch):
     async def talk(app):
-        # However long the model takes here, it is no reason to refuse the request at once.
+        # The queue is so long that the image waits for its place until the deadline.
         scheduler = app.state.serving.engine._scheduler
-        monkeypatch.setattr(scheduler, "alone", lambda work, images, late: 0.0)
+        monkeypatch.setattr(scheduler, "alone", lambda *_: 0.0)
+        monkeypatch.setattr(scheduler, "wait", lambda *_: math.inf)
         batch = Conversation(app, query=b"deadline_ms=1")
         batch.say(line(photo))
         problem_ = await batch.hear()
