@@ -83,6 +83,16 @@ def _check_key(key: SecretStr) -> SecretStr:
 
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 
+
+def _check_origin(origin: str) -> str:
+    # Browsers send it just so; with a path or a last slash it would never match.
+    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+        raise ValueError("an origin is scheme://host or scheme://host:port, without a path, or *")
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]
+
 #: Settings of which no message may show a part.
 SECRET = ("admin_key", "api_keys")
 
@@ -238,6 +248,11 @@ class Settings(BaseSettings):
     )
     api_keys: tuple[ApiKey, ...] = Field(
         default=(), description="keys of which inference wants one; none: it is open to all"
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(),
+        description="web origins whose pages may call this server from a browser, as "
+        "`https://app.example.org`; `*`: any",
     )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="least severe message that is logged; info logs each request"

@@ -87,6 +87,11 @@ def test_a_file_that_is_not_toml(tmp_path):
             r"setting models\.0\.source must be at least 0, got -1",
         ),
         ({"models": [{"name": "a", "backbone": "x"}] * 2}, "two models are called 'a'"),
+        (
+            {"cors_origins": ["https://app.example.org/"]},
+            "setting cors_origins.0: an origin is scheme://host or scheme://host:port, without a "
+            "path, or *, got 'https://app.example.org/'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):
