@@ -90,7 +90,7 @@ def test_a_file_that_is_not_toml(tmp_path):
         (
             {"cors_origins": ["https://app.example.org/"]},
             "setting cors_origins.0: an origin is scheme://host or scheme://host:port, without a "
-            "path, or *, got 'https://app.example.org/'",
+            r"path, or \*, got 'https://app.example.org/'",
         ),
     ],
 )
