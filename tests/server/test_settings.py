@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+from server.arguments import parser
+from server.arguments import settings as settings_of
 from server.settings import BUNDLED_MODEL, ModelSettings, Settings, load_settings
 from tocom import ConfigError
 
@@ -64,6 +66,14 @@ def test_a_file_that_is_not_toml(tmp_path):
     file.write_text("port: 8000")
     with pytest.raises(ConfigError, match=r"serve\.toml cannot be read: .*line 1"):
         load_settings(file)
+
+
+def test_an_argument_that_is_a_list_may_be_repeated(monkeypatch):
+    origins = ["https://a.example", "http://localhost:5173"]
+    given = [f"--cors-origins={origin}" for origin in origins]
+    assert list(settings_of(parser().parse_args(given)).cors_origins) == origins
+    monkeypatch.setenv("TOCOM_CORS_ORIGINS", '["*"]')
+    assert load_settings().cors_origins == ("*",)
 
 
 @pytest.mark.parametrize(
