@@ -62,12 +62,9 @@ TAGS = [
     {"name": oip_metadata.TAG, "description": "What those clients ask of servers and models"},
 ]
 
-#: What scripts of other origins may send and read beyond what browsers always let them.
-CORS = {
-    "allow_methods": ("GET", "POST"),
-    "allow_headers": ("Authorization", "Content-Type", "X-API-Key", REQUEST_ID, HEADER),
-    "expose_headers": (REQUEST_ID, "Server-Timing", "Retry-After", HEADER),
-}
+#: Headers that scripts of other origins may send, and read of answers.
+SENT = ("Authorization", "Content-Type", "X-API-Key", REQUEST_ID, HEADER)
+READ = (REQUEST_ID, "Server-Timing", "Retry-After", HEADER)
 
 
 def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
@@ -134,7 +131,13 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
     app.add_middleware(tracing.Attributes)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=SENT,
+            expose_headers=READ,
+        )
     app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app

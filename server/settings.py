@@ -230,8 +230,8 @@ class Settings(BaseSettings):
     drain_delay_ms: int = Field(
         default=0,
         ge=0,
-        description="milliseconds that a server goes on taking requests after SIGTERM while /readyz "
-        "fails: time for load balancers to notice",
+        description="milliseconds that a server goes on taking requests after SIGTERM while "
+        "/readyz fails: time for load balancers to notice",
     )
     stall_ms: int = Field(
         default=60_000,
