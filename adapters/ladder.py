@@ -22,14 +22,16 @@ MAX_BYTES = 2**20
 class MethodInfo(Strict):
     """A method: its name and the options that are not at their defaults, or all."""
 
-    name: str
-    options: dict[str, bool | int | float | str] = Field({})
+    name: str = Field(description="name of the method, such as `tome`")
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="values of its options, by name"
+    )
 
 
 class LadderPart(Strict):
     """A ladder, as a bank or a task says which one it is for."""
 
-    name: str = Field(pattern=f"^{NAME}$")
+    name: str = Field(pattern=f"^{NAME}$", description="what requests call it")
     method: MethodInfo
     patches: int = Field(ge=0, lt=2**31, description="patches of the pictures it is for")
     rungs: Annotated[tuple[tuple[int, ...], ...], Field(max_length=1000)] | None = Field(

@@ -107,6 +107,8 @@ def _values(field: FieldInfo) -> dict[str, Any]:
     kinds = [each for each in get_args(field.annotation) if each is not type(None)]
     if get_origin(field.annotation) is Literal:
         return {"metavar": "|".join(kinds)}
+    if get_origin(field.annotation) is tuple:
+        return {"metavar": "VALUE", "action": "append"}
     kind = kinds[0] if kinds else field.annotation
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -116,7 +118,9 @@ def _values(field: FieldInfo) -> dict[str, Any]:
 
 def _help(field: FieldInfo) -> str:
     text = str(field.description)
-    if "default:" not in text:
+    if isinstance(field.default, tuple):
+        text += "; may be repeated"
+    elif "default:" not in text:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         text += f" (default: {default})"
     return text.replace("%", "%%")

@@ -100,6 +100,17 @@ class ParameterError(ServerError):
     title = "Invalid parameter"
 
 
+class ShortDeadlineError(ServerError):
+    """A deadline that even an idle server could not keep.
+
+    422, not 504 or 503: nothing was tried, and the same request would be refused again. Clients
+    and proxies repeat what fails with a 5xx, and operators are woken by it.
+    """
+
+    status = 422
+    title = "Deadline too short"
+
+
 class ImageError(ServerError):
     """An image of a known format that cannot be decoded or used."""
 

@@ -83,6 +83,16 @@ def _check_key(key: SecretStr) -> SecretStr:
 
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 
+
+def _check_origin(origin: str) -> str:
+    # Browsers send it just so; with a path or a last slash it would never match.
+    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+        raise ValueError("an origin is scheme://host or scheme://host:port, without a path, or *")
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]
+
 #: Settings of which no message may show a part.
 SECRET = ("admin_key", "api_keys")
 
@@ -198,16 +208,19 @@ class Settings(BaseSettings):
         default=0.0,
         ge=0,
         le=1000,
-        description="how long an idle server lets an image wait for company; 0: not at all",
+        description="milliseconds that an idle server lets an image wait for others to fill a "
+        "batch; 0: not at all",
     )
     timeout_ms: int = Field(
-        default=30_000, ge=1, description="from a request's arrival to its answer; beyond: 504"
+        default=30_000,
+        ge=1,
+        description="milliseconds from a request's arrival to its answer; beyond: 504",
     )
     slo_ms: int = Field(
         default=500,
         ge=1,
-        description="within which requests without a deadline of their own should be answered: "
-        "what rate=auto plans for",
+        description="milliseconds in which requests without a deadline should be answered: what "
+        "rate=auto plans for",
     )
     auto: bool = Field(default=True, description="whether requests may ask for rate=auto")
     auto_min_rate: int = Field(default=0, ge=0, description="lowest rate that auto may choose")
@@ -217,11 +230,13 @@ class Settings(BaseSettings):
     drain_delay_ms: int = Field(
         default=0,
         ge=0,
-        description="how long a server that got SIGTERM goes on taking requests while /readyz "
-        "says no: time for load balancers to notice",
+        description="milliseconds that a server goes on taking requests after SIGTERM while "
+        "/readyz fails: time for load balancers to notice",
     )
     stall_ms: int = Field(
-        default=60_000, ge=1000, description="a batch that runs longer makes /healthz fail"
+        default=60_000,
+        ge=1000,
+        description="milliseconds; a batch that runs longer makes /healthz fail",
     )
     top_k: int = Field(default=5, ge=1, description="predictions in an answer if it asks for none")
     max_top_k: int = Field(default=1000, ge=1, description="predictions that may be asked for")
@@ -234,10 +249,16 @@ class Settings(BaseSettings):
     )
     admin_key: Key | None = Field(
         default=None,
-        description="secret that banks are changed with; without one they cannot be, over HTTP",
+        description="secret for changing banks over HTTP; without it they cannot be changed",
     )
     api_keys: tuple[ApiKey, ...] = Field(
-        default=(), description="keys of which inference wants one; none: it is open to all"
+        default=(),
+        description="keys for inference, which then needs one of them; none: it is open to all",
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(),
+        description="web origins whose pages may call this server from a browser, as "
+        "`https://app.example.org`; `*`: any",
     )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="least severe message that is logged; info logs each request"

@@ -1,9 +1,11 @@
 """The documentation is true: programs run, commands are accepted, tables are current."""
 
+import argparse
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 import adapters.cli
+import server.arguments
 from adapters import export_model
 from server.app import create_app
 from server.settings import ApiKey, ModelSettings, Settings
@@ -62,11 +65,17 @@ def commands(program: str) -> list[list[str]]:
     found = []
     for page in PAGES:
         for block in blocks(page, "sh"):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in lines(block):
                 words = shlex.split(line, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    del words[0]  # a variable of the call
                 if words and words[0] == program:
                     found.append(words[1:])
     return found
+
+
+def lines(block: str) -> list[str]:
+    return block.replace("\\\n", " ").splitlines()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
@@ -86,9 +95,74 @@ def test_python_examples_run(page: Path, request: pytest.FixtureRequest) -> None
 
 @pytest.mark.parametrize("arguments", commands("tocom-train"), ids=" ".join)
 def test_training_commands_are_accepted(arguments: list[str]) -> None:
-    parsed = _parser().parse_args(arguments)
+    # A ladder is read with its recipe; the page's is the one that it searches just before.
+    given = [re.sub(r"^ladder=runs/.*", "ladder=tome", each) for each in arguments]
+    parsed = _parser().parse_args(given)
     if kind := RECIPES.get(arguments[0]):  # attach takes no recipe
         read_recipe(kind, parsed.recipe, parsed.overrides)
+
+
+@pytest.mark.parametrize("command", commands("tocom-serve"), ids=" ".join)
+def test_serving_commands_are_accepted(command: list[str]) -> None:
+    if "--config" in command:  # its file is the reader's
+        assert server.arguments.parser().parse_args(command).config
+    else:
+        assert server.arguments.settings(server.arguments.parser().parse_args(command))
+
+
+def flags(parser: argparse.ArgumentParser) -> set[str]:
+    """All that a parser and its commands know."""
+    found = set()
+    for action in parser._actions:
+        found |= {*action.option_strings}
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= flags(command)
+    return found
+
+
+PROGRAMS = {
+    "tocom-bank": adapters.cli._parser,
+    "tocom-serve": server.arguments.parser,
+    "tocom-train": _parser,
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flags_in_the_text_exist(program: str) -> None:
+    known = flags(PROGRAMS[program]())
+    for page in PAGES:
+        for said in re.findall(rf"`{program} ([^`]*)`", page.read_text()):
+            asked = {word.partition("=")[0] for word in said.split() if word.startswith("--")}
+            assert asked <= known, f"{page.name}: {program} {said}"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.stem)
+def test_shell_blocks_can_be_copied(page: Path, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"needs {shell}")
+    for block in blocks(page, "sh"):
+        done = subprocess.run(
+            [shell, "-n"], input=block, capture_output=True, text=True, check=False
+        )
+        assert not done.stderr, block
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "sh")], ids=lambda p: p.stem)
+def test_shell_blocks_are_alike_in_all_shells(page: Path) -> None:
+    for block in blocks(page, "sh"):
+        for line in lines(block):
+            assert not line.startswith("$ "), line
+            bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+            # zsh looks for files where one of these is not quoted, and fails without any.
+            assert not re.search(r"[\[\]?]|<\(", bare), line
+
+
+def test_prompts_are_only_where_output_is_shown() -> None:
+    for page in PAGES[1:]:
+        for block in blocks(page, "console"):
+            assert any(not line.startswith("$ ") for line in block.splitlines()), block
 
 
 def test_bank_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +178,11 @@ def test_bank_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "delete",
     }
     for arguments in found:
+        adapters.cli._parser().parse_args(arguments)
         if arguments[0] == "export-model":  # a minute's work, done on small models elsewhere
-            adapters.cli._parser().parse_args(arguments)
             continue
+        if arguments[0] == "push" or arguments[1:2] == ["hf://my-org/my-bank"]:
+            continue  # there is no network
         mine = [
             a.replace("runs/my-bank/bank", str(bundled)).replace("my-bank", name) for a in arguments
         ]
@@ -132,26 +208,28 @@ def address() -> Iterator[str]:
         port = free.getsockname()[1]
     environment = os.environ | {"TOCOM_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "server.cli", *arguments]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     for _ in range(600):  # two models are warmed, on a machine that may be busy
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
             break
         except OSError:
-            assert server.poll() is None, "the server ended"
+            assert process.poll() is None, "the server ended"
             time.sleep(0.5)
     yield f"127.0.0.1:{port}"
-    server.terminate()
-    assert server.wait(timeout=60) == 0
+    process.terminate()
+    assert process.wait(timeout=60) == 0
 
 
 def curl_lines() -> list[str]:
+    """Every call of a server that wants nothing of the reader's: a photo, a bank, a key."""
     return [
         line.removeprefix("$ ")
         for page in PAGES
-        for block in blocks(page, "console")
-        for line in block.splitlines()
-        if line.startswith("$ curl")
+        for block in blocks(page, "console") + blocks(page, "sh")
+        for line in lines(block)
+        if "curl " in line and "localhost:8000" in line
+        if not re.search("@photo.jpg|model=flowers|ADMIN_KEY", line)
     ]
 
 

@@ -43,6 +43,18 @@ def test_every_key_of_a_recipe_is_there(command: str):
     assert rows("recipes")[f"tocom-train {command}"] == [*RECIPES[command].model_fields]
 
 
+@pytest.mark.parametrize("page", ["settings", "recipes"])
+def test_every_field_says_what_it_means(page: str):
+    text = reference.PAGES[page]()
+    parts = re.split(r"^#+ (.+)\n", text, flags=re.MULTILINE)[1:]
+    silent = [
+        f"{heading}: {key}"
+        for heading, part in zip(parts[::2], parts[1::2], strict=True)
+        for key in re.findall(r"^\| `([^`]+)` .*\|  \|$", part, re.MULTILINE)
+    ]
+    assert not silent, "these fields have no description"
+
+
 def test_links_between_tables_lead_to_one():
     text = (reference.FOLDER / "recipes.md").read_text("utf-8")
     headings = {heading.lower().replace(" ", "-") for heading in rows("recipes")}

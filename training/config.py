@@ -34,7 +34,7 @@ class AugmentConfig(Recipe):
         "random", description="evaluation: as for measuring, and nothing else of this table"
     )
     scale: tuple[float, float] = Field((0.08, 1.0), description="random crop, share of the area")
-    hflip: float = Field(0.5, ge=0, le=1)
+    hflip: float = Field(0.5, ge=0, le=1, description="probability of mirroring left to right")
     color_jitter: float = Field(0.4, ge=0, description="unused where there is auto_augment")
     auto_augment: str | None = Field(None, description="timm's notation: rand-m9-mstd0.5-inc1")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of erasing a box, with noise")
@@ -78,12 +78,14 @@ class DistillConfig(Recipe):
         "below, which are part of the way to them, learn more",
     )
     proportional: Proportional = True
-    rank: int = Field(2, gt=0)
-    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = ("q", "v")
+    rank: int = Field(2, gt=0, description="width of one step's low-rank pair")
+    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
+        ("q", "v"), description="layers of each block that the plug-ins change"
+    )
     basis: Literal["own", "shared"] = Field(
         "own", description="whether each step has an A of its own or all steps share one"
     )
-    scale: float = Field(0.1, gt=0)
+    scale: float = Field(0.1, gt=0, description="factor of the deltas, the bank's multiplier")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the low-rank hidden values")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")
     sources: int = Field(
@@ -146,7 +148,7 @@ class DistillConfig(Recipe):
 class ElasticConfig(Recipe):
     """`tocom-train elastic`: all weights of a backbone tuned for all rungs, labels unused."""
 
-    name: Name = "elastic"
+    name: Name = Field("elastic", description="name of the model and of its run folder")
     backbone: BackboneConfig
     pictures: PictureSets = Field(
         min_length=1, description="to learn from; labels are not read: pictures=photos.tar"
@@ -191,11 +193,11 @@ class AdaptFormerConfig(Recipe):
 class LoraConfig(Recipe):
     """PEFT's low-rank pairs beside linear layers."""
 
-    rank: int = Field(8, gt=0)
+    rank: int = Field(8, gt=0, description="width of each low-rank pair")
     alpha: int = Field(16, gt=0, description="the pairs count alpha / rank times")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability, on what enters the pairs")
     layers: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], ...] = Field(
-        ("attn.qkv",), min_length=1
+        ("attn.qkv",), min_length=1, description="layers of each block that get a pair"
     )
 
 
@@ -220,7 +222,7 @@ class SearchConfig(Recipe):
 class FinetuneConfig(Recipe):
     """`tocom-train finetune`: a model for a labelled task, tuned at one source rate."""
 
-    name: Name
+    name: Name = Field(description="name of the task and of its run folder")
     backbone: BackboneConfig
     pictures: PicturesConfig = Field(description="to learn from: pictures=train.tar")
     test: PicturesConfig = Field(description="to test on: test=test.tar")
@@ -232,7 +234,9 @@ class FinetuneConfig(Recipe):
     )
     adaptformer: AdaptFormerConfig = AdaptFormerConfig()
     lora: LoraConfig = LoraConfig()
-    search: SearchConfig | None = None
+    search: SearchConfig | None = Field(
+        None, description="try several values of one key first and keep the best"
+    )
     source: int = Field(0, ge=0, description="rate that the model is tuned at")
     ladder: LadderChoice = Field(
         None,
@@ -246,8 +250,12 @@ class FinetuneConfig(Recipe):
         "crop, or all of it, squashed",
     )
     crop_pct: CropPct = None
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="share of each label that is spread over all classes"
+    )
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth: largest probability of skipping a block"
+    )
     augment: AugmentConfig = AugmentConfig()
     loop: EpochLoopConfig
 

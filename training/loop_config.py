@@ -14,12 +14,14 @@ class _LoopConfig(Recipe):
     batch_size: int = Field(gt=0, description="pictures a step, over all processes")
     accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
     learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
-    weight_decay: float = Field(0.05, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.05, ge=0, description="of AdamW; biases and norms do not decay")
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest norm of the gradient; larger ones are scaled down to it"
+    )
     precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Accelerate's mixed precision"
     )
-    seed: int = 0
+    seed: int = Field(0, description="what all random draws of the run follow from")
     workers: int = Field(1, ge=0, description="processes that decode pictures")
     save_every: int = Field(100, gt=0, description="steps between checkpoints")
     watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
@@ -50,15 +52,24 @@ class _LoopConfig(Recipe):
 class LoopConfig(_LoopConfig):
     """A training run of so many steps."""
 
-    steps: int = Field(gt=0, lt=10**6)
-    warmup_steps: int = Field(0, ge=0)
+    steps: int = Field(gt=0, lt=10**6, description="length of the run")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which the learning rate rises to its peak"
+    )
 
 
 class EpochLoopConfig(_LoopConfig):
     """A training run of so many passes over its pictures."""
 
-    epochs: float = Field(gt=0, allow_inf_nan=False)
-    warmup_epochs: float = Field(0, ge=0, allow_inf_nan=False)
+    epochs: float = Field(
+        gt=0, allow_inf_nan=False, description="length of the run, in passes over the pictures"
+    )
+    warmup_epochs: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="epochs in which the learning rate rises to its peak",
+    )
     # Not of a distillation, which runs at so many pairs of rates, each a graph of its own.
     compile: bool = Field(False, description="compile the forward by torch.compile")
 

@@ -16,7 +16,7 @@ Multiplier = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class EvaluateConfig(Recipe):
     """`tocom-train evaluate`: a model at every rate, with and without a bank."""
 
-    name: str = "evaluation"
+    name: str = Field("evaluation", description="name of the run and of its folder")
     backbone: BackboneConfig
     task: str | None = Field(
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
@@ -51,7 +51,7 @@ class EvaluateConfig(Recipe):
         description="highest default target where neither a bank nor the ladder's rungs say it",
     )
     crop_pct: CropPct = None
-    batch_size: int = Field(50, gt=0)
+    batch_size: int = Field(50, gt=0, description="pictures in one forward")
     workers: int = Field(1, ge=0, description="processes that decode pictures")
 
     @model_validator(mode="after")
@@ -64,7 +64,7 @@ class EvaluateConfig(Recipe):
 class CalibrateConfig(Recipe):
     """`tocom-train calibrate`: the multiplier of a bank's deltas for one model."""
 
-    name: str = "calibration"
+    name: str = Field("calibration", description="name of the run and of its folder")
     backbone: BackboneConfig
     task: str | None = Field(
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
@@ -91,7 +91,7 @@ class CalibrateConfig(Recipe):
         "kl", description="KL divergence from the source rate, without labels; or top-1"
     )
     crop_pct: CropPct = None
-    batch_size: int = Field(50, gt=0)
+    batch_size: int = Field(50, gt=0, description="pictures in one forward")
     workers: int = Field(1, ge=0, description="processes that decode pictures")
 
     @model_validator(mode="after")

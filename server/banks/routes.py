@@ -84,7 +84,7 @@ class BankChange(BaseModel):
 
 
 BanksDep = Annotated[Banks, Depends(held("banks", Banks))]
-router = APIRouter(dependencies=[Depends(require_admin)], tags=["banks"])
+router = APIRouter(dependencies=[Depends(require_admin)], tags=["Banks"])
 
 
 @router.get(PATH, responses=described(401, 403))

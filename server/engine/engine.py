@@ -28,7 +28,12 @@ from server.engine.job import Answer, Job
 from server.engine.pool import UrgentPool
 from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
 from server.engine.threads import set_torch_threads
-from server.errors import DeadlineError, QueueFullError, UnavailableError
+from server.errors import (
+    DeadlineError,
+    QueueFullError,
+    ShortDeadlineError,
+    UnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +190,9 @@ class Engine:
             runs already is not stopped. Raises DeadlineError if inference did not start in time.
 
         Raises:
+            DeadlineError: if the deadline has passed.
             QueueFullError: if no place is free, or what waits will take longer than there is.
+            ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
         """
         (job,) = self.submit_all(work, [prepare], deadline, due)
@@ -208,7 +215,17 @@ class Engine:
             now = self.clock()
             due = deadline if due is None else due
             unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
-            wait = self._scheduler.wait(work, due, unprepared, late=deadline > due)
+            if now >= deadline:
+                raise DeadlineError("the deadline passed before the images were there")
+            late = deadline > due
+            alone = self._scheduler.alone(work, len(prepares), late)
+            if now + alone > deadline:
+                what = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
+                raise ShortDeadlineError(
+                    f"{what} about {alone:.3g} s on this server even when nothing else waits, "
+                    f"and {deadline - now:.3g} s are left; allow more time or ask for a higher rate"
+                )
+            wait = self._scheduler.wait(work, due, unprepared, late)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "

@@ -188,10 +188,20 @@ class Scheduler:
             late: whether it is wanted after that, too.
         """
         own = _due_until(self._queues.get(work, []), due) + unprepared + 1
-        each = work.controller.seconds(work.high, own)
-        if late:  # then it may run in a full batch
-            each = min(each, work.controller.times.image(work.high, min(own, self.max_batch)))
-        return self._backlog(work, due) + own * each
+        return self._backlog(work, due) + self.alone(work, own, late)
+
+    def alone(self, work: Work, images: int, late: bool) -> float:
+        """Return the seconds that images take at their cheapest if nothing else waits.
+
+        Args:
+            work: the images'.
+            images: how many.
+            late: whether they are wanted after they are due, too.
+        """
+        each = work.controller.seconds(work.high, images)
+        if late:  # then they may run in full batches
+            each = min(each, work.controller.times.image(work.high, min(images, self.max_batch)))
+        return images * each
 
     def _backlog(self, work: Work, due: float) -> float:
         """Return the seconds that what is due until then takes, the images of `work` left out."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.job import Answer
 from server.engine.scheduler import Work
-from server.errors import DeadlineError, ParameterError
+from server.errors import DeadlineError, ParameterError, ShortDeadlineError
 from server.inference.query import AUTO, RateQuery
 from server.models.served import AutoWork, RateWork, ServedModel
 from server.settings import Settings
@@ -143,9 +143,14 @@ async def answer_all(
 
     Raises:
         QueueFullError, UnavailableError: if not all of them were taken; none is run then.
+        ShortDeadlineError: if an idle server could not answer them in time.
         ClientDisconnect: if nobody waits for them any more.
     """
-    futures = engine.submit_all(work, preparations, deadline.at, deadline.due)
+    try:
+        futures = engine.submit_all(work, preparations, deadline.at, deadline.due)
+    except ShortDeadlineError as error:
+        error.args = (f"{error} (the deadline was {deadline.wanted_ms} ms)",)
+        raise
     gone = asyncio.create_task(until_gone(request))
     try:
         answered = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)

@@ -34,12 +34,37 @@ MAX_TAGS = 512
 _PNG_PICTURE = (b"IDAT", b"fcTL", b"fdAT")
 _WEBP_PICTURE = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 
+#: What other files begin with, and what they are called.
+_SIGNATURES = {
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"%PDF-": "PDF",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+#: The first brand of an ISO base media file, which phones keep pictures in.
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC"),
+    b"mif1": "HEIF",
+}
+
 # Markers of a JPEG. Any number of 0xFF may precede one; 0xFF 0x00 is a 0xFF of the data.
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # restarts are part of a scan
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA), 0xC8, *range(0xF0, 0xFE)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _APP1, _APP2, _END, _SCAN = 0xE1, 0xE2, 0xD9, 0xDA
+
+
+def other_format(data: bytes | bytearray) -> str | None:
+    """Return what a file that is not read here is, by its first bytes; None: it is not known."""
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(bytes(data[8:12]))
+    return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
 
 
 def check_container(data: bytes | bytearray) -> None:

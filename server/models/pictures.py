@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
 from server.models.budget import DECODING
-from server.models.containers import check_container, check_tags
+from server.models.containers import check_container, check_tags, other_format
 from server.models.cropping import transformed
 from server.models.served import ServedModel
 from server.settings import Settings
@@ -81,11 +81,30 @@ def _open(data: bytes | bytearray, max_pixels: int, least_side: int | None) -> I
                 image.draft(None, (least_side, least_side))
             return image
     except UnidentifiedImageError:
-        raise UnsupportedTypeError("the content is not a JPEG, PNG or WebP image") from None
+        raise UnsupportedTypeError(_refusal(other_format(data))) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLargeError(
             f"the image has far more than the {max_pixels:,} pixels that are allowed"
         ) from None
+
+
+def _refusal(kind: str | None) -> str:
+    """Say that a format is not read here, and what to do about it if it is known.
+
+    Pillow could read some more. Each would be another decoder that strangers' bytes get to, whose
+    metadata and frames nothing here counts.
+    """
+    allowed = "not a JPEG, PNG or WebP image"
+    if kind is None:
+        return f"the content is {allowed}"
+    suffix = {"JPEG XL": "jxl", "JPEG 2000": "jp2"}.get(kind, kind.lower())
+    file = f"photo.{suffix}"
+    if kind in ("GIF", "PDF", "TIFF"):
+        file = f"'{file}[0]'"  # the first picture of several
+    return (
+        f"the content is {kind}, {allowed}; convert it to JPEG or PNG, e.g. "
+        f"`magick {file} photo.jpg`"
+    )
 
 
 def _pixels_in_memory(image: ImageFile.ImageFile) -> int:

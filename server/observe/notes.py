@@ -8,8 +8,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Scope
 
-#: Tag of the routes whose requests are counted: those that run a model.
-INFERENCE = "inference"
+#: Tags of the routes whose requests are counted: those that run a model.
+INFERENCE = "Inference"
+PROTOCOL_INFERENCE = "Open Inference Protocol"
 
 #: What is asked every few seconds for ever, and of interest only where it fails.
 PROBES = frozenset(

@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.observe.metrics import Metrics
-from server.observe.notes import INFERENCE, PROBES, STAGES, notes_of
+from server.observe.notes import INFERENCE, PROBES, PROTOCOL_INFERENCE, STAGES, notes_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class RequestLog:
             _log(scope, status, seconds)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        if INFERENCE not in getattr(scope.get("route"), "tags", ()):
+        tags = getattr(scope.get("route"), "tags", ())
+        if INFERENCE not in tags and PROTOCOL_INFERENCE not in tags:
             return
         notes = notes_of(scope)
         # Refusals are quick: among the answers they would make a full server look like a fast one.

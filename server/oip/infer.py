@@ -16,7 +16,7 @@ from server.errors import ImageError
 from server.inference.ran import Ran
 from server.inference.run import Deadline, answer_all, noted, work_for
 from server.models.served import ServedModel
-from server.observe.notes import INFERENCE, note
+from server.observe.notes import PROTOCOL_INFERENCE, note
 from server.oip import tensors
 from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
 from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
@@ -31,7 +31,7 @@ from tocom import TocomError
 #: A pattern of the addresses below.
 PATH = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
 
-router = APIRouter(tags=["open inference protocol", INFERENCE])
+router = APIRouter(tags=[PROTOCOL_INFERENCE])
 
 
 def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
@@ -62,6 +62,7 @@ def _request_body() -> dict[str, Any]:
 
 @router.post(
     MODEL + "/infer",
+    summary="Run a model",
     response_model=InferResponse,
     responses={
         200: {"content": {"application/octet-stream": {}}},

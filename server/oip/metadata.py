@@ -40,25 +40,27 @@ EXTENSIONS = (
 PLATFORM = "pytorch_timm"
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
 
-router = APIRouter(tags=["open inference protocol"])
-repository = APIRouter(tags=["open inference protocol"])
+TAG = "Open Inference Protocol: metadata"
+
+router = APIRouter(tags=[TAG])
+repository = APIRouter(tags=[TAG])
 
 
-@router.get("/v2/health/live", responses=described(503))
+@router.get("/v2/health/live", summary="Is the server alive?", responses=described(503))
 async def live(serving: ServingDep) -> ServerLive:
     """Tell whether the server lives."""
     serving.check_alive()
     return ServerLive(live=True)
 
 
-@router.get("/v2/health/ready", responses=described(503))
+@router.get("/v2/health/ready", summary="Is the server ready?", responses=described(503))
 async def ready(serving: ServingDep) -> ServerReady:
     """Tell whether requests should be sent here."""
     serving.check_ready()
     return ServerReady(ready=True)
 
 
-@router.get("/v2")
+@router.get("/v2", summary="Describe the server")
 async def server_metadata() -> ServerMetadata:
     """Tell what the server is and which extensions of the protocol it has."""
     return ServerMetadata(
@@ -66,13 +68,13 @@ async def server_metadata() -> ServerMetadata:
     )
 
 
-@router.get("/v2/models/stats")
+@router.get("/v2/models/stats", summary="Statistics of all models")
 async def all_statistics(serving: ServingDep, statistics: StatisticsDep) -> StatisticsList:
     """Tell what all models have done for requests of this protocol."""
     return StatisticsList(model_stats=[statistics.of(model.name) for model in serving.models.all()])
 
 
-@router.get(MODEL, responses=described(404))
+@router.get(MODEL, summary="Describe the tensors of a model", responses=described(404))
 @router.get(VERSIONED, include_in_schema=False)
 async def model_metadata(model: AskedModel) -> ModelMetadata:
     """Tell what a model takes and gives."""
@@ -92,7 +94,7 @@ async def model_metadata(model: AskedModel) -> ModelMetadata:
     )
 
 
-@router.get(MODEL + "/ready", responses=described(404, 503))
+@router.get(MODEL + "/ready", summary="Is a model ready?", responses=described(404, 503))
 @router.get(VERSIONED + "/ready", include_in_schema=False)
 async def model_ready(model: AskedModel, serving: ServingDep) -> ModelReady:
     """Tell whether requests for a model should be sent here."""
@@ -100,7 +102,7 @@ async def model_ready(model: AskedModel, serving: ServingDep) -> ModelReady:
     return ModelReady(name=model.name, ready=True)
 
 
-@router.get(MODEL + "/config", responses=described(404))
+@router.get(MODEL + "/config", summary="Configuration of a model", responses=described(404))
 @router.get(VERSIONED + "/config", include_in_schema=False)
 async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
     """Tell how a model is served, as Triton would say it."""
@@ -135,14 +137,14 @@ async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
     )
 
 
-@router.get(MODEL + "/stats", responses=described(404))
+@router.get(MODEL + "/stats", summary="Statistics of a model", responses=described(404))
 @router.get(VERSIONED + "/stats", include_in_schema=False)
 async def model_statistics(model: AskedModel, statistics: StatisticsDep) -> StatisticsList:
     """Tell what a model has done for requests of this protocol."""
     return StatisticsList(model_stats=[statistics.of(model.name)])
 
 
-@repository.post("/v2/repository/index")
+@repository.post("/v2/repository/index", summary="List all models")
 async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
     """List the models. All are loaded, so that asking for the ready ones changes nothing."""
     state = "READY" if serving.warm.is_set() else "LOADING"
@@ -154,18 +156,23 @@ async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
 
 @repository.post(
     "/v2/repository/models/{name}/load",
+    summary="Load a model",
     responses=described(400, 401, 403, 404, 408, 413),
 )
 async def load(request: Request, name: str, serving: ServingDep) -> None:
-    """Agree that a model be loaded that is."""
+    """Confirm that a model is loaded: all models of the server always are."""
     serving.models.get(name)
     body = await in_time(read(request), SOON, round(1000 * SOON))
     if parse(RepositoryRequest, body or b"{}").parameters:
         raise ForbiddenError("models are served as the settings say: load takes no parameters")
 
 
-@repository.post("/v2/repository/models/{name}/unload", responses=described(401, 403, 404))
+@repository.post(
+    "/v2/repository/models/{name}/unload",
+    summary="Unload a model",
+    responses=described(401, 403, 404),
+)
 async def unload(name: str, serving: ServingDep) -> None:
-    """Refuse: models are served as long as the server runs."""
+    """Always refused: models are served as long as the server runs."""
     serving.models.get(name)
     raise ForbiddenError(f"the model {name!r} is served until the server ends; nothing unloads it")

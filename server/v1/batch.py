@@ -40,6 +40,7 @@ class _Lines(StreamingResponse):
 
 @router.post(
     PATH,
+    summary="Classify a stream of images",
     response_class=_Lines,
     responses={
         200: {"model": BatchLine, "description": "A line for each image"},

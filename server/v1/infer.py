@@ -31,6 +31,7 @@ router = APIRouter(tags=[INFERENCE])
 
 @router.post(
     CLASSIFY,
+    summary="Classify images",
     # What nobody asked for (logits, a merge map) is left out; an absent bank is null.
     response_model_exclude_unset=True,
     responses=described(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
@@ -56,6 +57,7 @@ async def classify(
 
 @router.post(
     EMBED,
+    summary="Embed images",
     responses=described(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={"requestBody": uploads.OPENAPI},
 )

@@ -7,16 +7,16 @@ from server.v1 import answers
 from server.web.problems import described
 from server.web.serving import ServingDep
 
-router = APIRouter()
+router = APIRouter(tags=["Models and state"])
 
 
-@router.get("/v1/models")
-async def models(serving: ServingDep) -> ModelList:
+@router.get("/v1/models", summary="List models")
+async def list_models(serving: ServingDep) -> ModelList:
     """List the models, the default one first, with what each rate costs."""
     return ModelList(models=[answers.summary(model) for model in serving.models.all()])
 
 
-@router.get("/v1/models/{name}", responses=described(404))
-async def model(name: str, serving: ServingDep) -> ModelDetail:
+@router.get("/v1/models/{name}", summary="Describe a model", responses=described(404))
+async def describe_model(name: str, serving: ServingDep) -> ModelDetail:
     """Describe one model."""
     return answers.detail(serving.models.get(name))

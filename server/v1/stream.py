@@ -9,7 +9,6 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +24,7 @@ from server.errors import (
     DeadlineError,
     ParameterError,
     QueueFullError,
+    ShortDeadlineError,
     TooLargeError,
     UnavailableError,
     UnsupportedTypeError,
@@ -231,9 +231,17 @@ class Stream:
         engine = self._serving.engine
         preparation = partial(prepare, data, self._model, self._serving.settings)
         while True:
-            with suppress(QueueFullError):
+            try:
                 engine.check_room(1 + engine.max_queue // 2)
                 return engine.submit(self._work, preparation, self._deadline)
+            except (QueueFullError, DeadlineError):
+                pass  # whether the deadline has passed, the timer tells
+            except ShortDeadlineError:
+                if not self._taken:
+                    raise
+                # It was long enough for some.
+                late = "the deadline is too near for the images that are left"
+                raise DeadlineError(late) from None
             await asyncio.sleep(PATIENCE)
 
     def _finish(

@@ -46,10 +46,21 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Describe problems of a route, for its OpenAPI entry."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    """Describe problems of a route, for its OpenAPI entry.
+
+    All refer to one schema, which is described since an answer to several images may hold problems.
+    The example is short, as there is one for each status of each route.
+    """
     return {
-        status: {"description": HTTPStatus(status).phrase, "content": content}
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {
+                MEDIA_TYPE: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "example": {"status": status, "detail": "..."},
+                }
+            },
+        }
         for status in statuses
     }
 
@@ -117,7 +128,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND:
-        detail = f"there is nothing at {request.url.path}; /docs says what there is"
+        detail = f"there is nothing at {request.url.path}; /docs lists all routes"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
         detail = f"{request.url.path} takes {allowed}, not {request.method}"

@@ -17,31 +17,31 @@ from server.schemas import Health, ModelStatus, Status
 from server.web.problems import described
 from server.web.serving import Serving, ServingDep
 
-router = APIRouter()
+router = APIRouter(tags=["Models and state"])
 
 
-@router.get("/v1/status")
+@router.get("/v1/status", summary="Load of the server")
 async def status(serving: ServingDep) -> Status:
     """Tell what the server has to do just now."""
     return describe(serving)
 
 
-@router.get("/livez", responses=described(503))
-@router.get("/healthz", responses=described(503))
+@router.get("/livez", name="livez", summary="Is it alive?", responses=described(503))
+@router.get("/healthz", summary="Is it alive?", responses=described(503))
 async def healthz(serving: ServingDep) -> Health:
     """Tell whether the server lives: its event loop, which answers this, and its engine."""
     serving.check_alive()
     return Health(status="ok")
 
 
-@router.get("/readyz", responses=described(503))
+@router.get("/readyz", summary="Is it ready?", responses=described(503))
 async def readyz(serving: ServingDep) -> Health:
     """Tell whether requests should be sent here: all is warm, and nobody has asked for the end."""
     serving.check_ready()
     return Health(status="ready")
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 def metrics(serving: ServingDep) -> PlainTextResponse:
     """Tell Prometheus what the server counts."""
     text = generate_latest(serving.metrics.registry) + generate_latest(State(serving))

@@ -56,6 +56,66 @@ def test_the_interface_is_described(client):
     assert list(classify["responses"]["422"]["content"]) == ["application/problem+json"]
 
 
+def test_the_description_reads_well(client):
+    description = client.get("/openapi.json").json()
+    operations = [each for path in description["paths"].values() for each in path.values()]
+    groups = [each["name"] for each in description["tags"]]
+    for operation in operations:
+        assert len(operation["tags"]) == 1, operation  # else it is listed twice
+        assert operation["tags"][0] in groups
+        assert operation["summary"]
+        assert re.fullmatch(r"[a-z_]+", operation["operationId"])
+    assert {each["tags"][0] for each in operations} == {*groups}
+    ids = [each["operationId"] for each in operations]
+    assert len({*ids}) == len(ids)
+
+
+def test_problems_are_described_once(client):
+    description = client.get("/openapi.json").json()
+    assert set(description["components"]["schemas"]["Problem"]["required"]) >= {"type", "detail"}
+    problems = [
+        content
+        for path in description["paths"].values()
+        for operation in path.values()
+        for response in operation["responses"].values()
+        for kind, content in response.get("content", {}).items()
+        if kind == "application/problem+json"
+    ]
+    assert problems
+    for content in problems:
+        assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+        assert len(content["example"]) == 2
+
+
+PAGE = "https://app.example.org"
+PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+
+
+def test_pages_of_other_origins_may_ask_if_they_are_named(settings, photo):
+    app = create_app(settings.model_copy(update={"cors_origins": (PAGE,), "warmup": "none"}))
+    with TestClient(app) as client:
+        wanted = PREFLIGHT | {"Access-Control-Request-Headers": "authorization,content-type"}
+        answer = client.options("/v1/classify", headers=wanted)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        other = PREFLIGHT | {"Origin": "https://example.com"}
+        assert client.options("/v1/classify", headers=other).status_code == 400
+        unwanted = PREFLIGHT | {"Access-Control-Request-Method": "DELETE"}
+        assert client.options("/v1/banks", headers=unwanted).status_code == 400
+        for files, status in (({"file": photo}, 200), ({"file": b"junk"}, 415)):
+            answer = client.post("/v1/classify", files=files, headers={"Origin": PAGE})
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == PAGE
+            exposed = answer.headers["access-control-expose-headers"].split(", ")
+            assert {"X-Request-Id", "Server-Timing", "Retry-After"} <= {*exposed}
+
+
+def test_pages_of_other_origins_may_not_ask_by_default(client, photo):
+    assert client.options("/v1/classify", headers=PREFLIGHT).status_code == 405
+    answer = client.post("/v1/classify", files={"file": photo}, headers={"Origin": PAGE})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 def test_the_engine_runs_warm_while_the_application_does(settings):
     app = create_app(settings)
     engine = app.state.serving.engine

@@ -217,6 +217,7 @@ def test_every_setting_is_an_option_with_its_help(capsys):
     assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == ["check", "classify"]
     words = " ".join(told.split())
     assert "--max-batch N images in one forward (default: 16)" in words
+    assert "`*`: any; may be repeated" in words
     assert "beyond: 503" in words
 
 

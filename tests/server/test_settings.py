@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+from server.arguments import parser
+from server.arguments import settings as settings_of
 from server.settings import BUNDLED_MODEL, ModelSettings, Settings, load_settings
 from tocom import ConfigError
 
@@ -66,6 +68,14 @@ def test_a_file_that_is_not_toml(tmp_path):
         load_settings(file)
 
 
+def test_an_argument_that_is_a_list_may_be_repeated(monkeypatch):
+    origins = ["https://a.example", "http://localhost:5173"]
+    given = [f"--cors-origins={origin}" for origin in origins]
+    assert list(settings_of(parser().parse_args(given)).cors_origins) == origins
+    monkeypatch.setenv("TOCOM_CORS_ORIGINS", '["*"]')
+    assert load_settings().cors_origins == ("*",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +97,11 @@ def test_a_file_that_is_not_toml(tmp_path):
             r"setting models\.0\.source must be at least 0, got -1",
         ),
         ({"models": [{"name": "a", "backbone": "x"}] * 2}, "two models are called 'a'"),
+        (
+            {"cors_origins": ["https://app.example.org/"]},
+            "setting cors_origins.0: an origin is scheme://host or scheme://host:port, without a "
+            r"path, or \*, got 'https://app.example.org/'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(arguments, message):

@@ -16,7 +16,7 @@ SHARES: Shares = (0.87, 0.74, 0.62, 0.5)
 class MethodLadder(Recipe):
     """A method on its usual ladder, which is made for the backbone."""
 
-    method: str
+    method: str = Field(description="name of a method of reduction, such as `tome`")
     options: dict[str, bool | int | float | str] = Field({}, description="of the method")
     shares: Shares = Field(
         SHARES,

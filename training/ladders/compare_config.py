@@ -13,7 +13,7 @@ from training.recipe import Recipe
 class EntryConfig(Recipe):
     """A method on its usual ladder, or a ladder from a file."""
 
-    method: str | None = None
+    method: str | None = Field(None, description="name of a method, on its usual ladder")
     options: dict[str, bool | int | float | str] = Field({}, description="of the method")
     ladder: str | None = Field(None, description="a ladder.json, or a folder that holds one")
     name: str | None = Field(None, description="what tables and plots call a method")
@@ -30,7 +30,7 @@ class EntryConfig(Recipe):
 class CompareConfig(Recipe):
     """`tocom-train compare`: methods and ladders side by side on one model."""
 
-    name: Name = "compare"
+    name: Name = Field("compare", description="name of the run and of its folder")
     backbone: BackboneConfig
     task: str | None = Field(
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
@@ -41,7 +41,9 @@ class CompareConfig(Recipe):
         None, gt=0, description="so many pictures, spread evenly over the set; default: all"
     )
     labelled: bool = Field(True, description="whether the pictures' classes are the model's")
-    entries: tuple[EntryConfig, ...] = Field(min_length=1)
+    entries: tuple[EntryConfig, ...] = Field(
+        min_length=1, description="methods and ladders to compare"
+    )
     shares: Shares = Field(
         SHARES,
         description="multiply-adds of the rungs of methods, as shares of the stock model's",
@@ -55,5 +57,5 @@ class CompareConfig(Recipe):
     repeats: int = Field(15, gt=0, description="runs that a median is of")
     threads: int = Field(0, ge=0, description="of timed forwards; 0: as many as there are")
     crop_pct: CropPct = None
-    batch_size: int = Field(50, gt=0)
+    batch_size: int = Field(50, gt=0, description="pictures in one forward")
     workers: int = Field(1, ge=0, description="processes that decode pictures")

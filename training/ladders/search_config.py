@@ -12,7 +12,7 @@ from training.recipe import Recipe
 class LadderSearchConfig(Recipe):
     """`tocom-train search`: a ladder for a backbone, from pictures without labels."""
 
-    name: Name = "ladder"
+    name: Name = Field("ladder", description="name of the ladder and of its run folder")
     backbone: BackboneConfig
     task: str | None = Field(
         None, description="a task folder, or bundled:NAME, that was tuned on the backbone"
@@ -23,7 +23,7 @@ class LadderSearchConfig(Recipe):
     )
     search_on: int = Field(192, gt=0, description="pictures that the search looks at")
     judge_on: int = Field(384, gt=0, description="other pictures, which judge what it found")
-    method: str = "tome"
+    method: str = Field("tome", description="name of the method that the ladder is of")
     options: dict[str, bool | int | float | str] = Field({}, description="of the method")
     try_options: dict[str, tuple[bool | int | float | str, ...]] = Field(
         {}, description="options of the method to search: their values"
@@ -43,9 +43,9 @@ class LadderSearchConfig(Recipe):
         description="share of the KL that each block that acts adds to it, for places cost time; "
         "one for all rungs, or one for each",
     )
-    seed: int = 0
+    seed: int = Field(0, description="what all random draws of the search follow from")
     crop_pct: CropPct = None
-    batch_size: int = Field(32, gt=0)
+    batch_size: int = Field(32, gt=0, description="pictures in one forward")
     workers: int = Field(1, ge=0, description="processes that decode pictures")
     save_every: int = Field(10, gt=0, description="tries between two saves")
 

@@ -13,7 +13,7 @@ class TaskConfig(Recipe):
     name: str = Field(min_length=1, description="as tables call it")
     folder: str = Field(min_length=1, description="below the root")
     group: str = Field(min_length=1, description="whose mean it counts in")
-    classes: int = Field(gt=0)
+    classes: int = Field(gt=0, description="number of classes of the task")
     pictures: str | None = Field(
         None,
         description="to train on, below the folder: a list (.txt), a .tar, or a folder of class "
@@ -42,14 +42,18 @@ class TaskConfig(Recipe):
 class VtabConfig(Recipe):
     """`tocom-train vtab`: fine-tune on each task at each source, measure at each target."""
 
-    name: str = "vtab"
+    name: str = Field("vtab", description="name of the run and of its folder")
     root: str = Field(min_length=1, description="folder of the tasks' folders")
     tasks: tuple[str | TaskConfig, ...] = Field(
         (), description="folder names of VTAB-1k's tasks, or others described; default: all 19"
     )
-    sources: tuple[Rate, ...] = Field((0,), min_length=1)
-    targets: tuple[Rate, ...] = Field((0, 4, 8, 12, 16), min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    sources: tuple[Rate, ...] = Field((0,), min_length=1, description="rates to tune models at")
+    targets: tuple[Rate, ...] = Field(
+        (0, 4, 8, 12, 16), min_length=1, description="rates to measure each model at"
+    )
+    seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="seeds of the fine-tuning; each gives a model of its own"
+    )
     ladder: LadderChoice = Field(
         None, description="what the rates mean; default: as the fine-tuning's recipe says"
     )

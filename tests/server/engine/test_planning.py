@@ -6,7 +6,7 @@ import threading
 import pytest
 from torch import Tensor
 
-from server.errors import QueueFullError, UnavailableError
+from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
 
 
@@ -19,6 +19,24 @@ def test_what_would_be_answered_too_late_is_refused_at_once(make, clock):
     with pytest.raises(QueueFullError, match="will take 4 s, and the answer is wanted in 3 s"):
         submit(engine, work, 2, clock.now + 3)
     assert submit(engine, work, 3, clock.now + 5)
+
+
+def test_a_deadline_that_an_idle_server_cannot_keep_is_the_clients_mistake(make, clock):
+    engine = make()
+    work = Exact(lambda images: images.flatten(1))
+    work.controller.times.measured(0, 1, 2.0)
+    text = "an image takes about 2 s on this server even when nothing else waits, and 1 s are left"
+    with pytest.raises(ShortDeadlineError, match=text):
+        submit(engine, work, 1, clock.now + 1)
+    with pytest.raises(ShortDeadlineError, match="2 images take about 4 s .* 3 s are left"):
+        engine.submit_all(work, [image(1), image(2)], clock.now + 3)
+    with pytest.raises(DeadlineError, match="the deadline passed before the images were there"):
+        submit(engine, work, 1, clock.now)
+    assert engine.load().taken == 0
+    submit(engine, work, 1, clock.now + 2)
+    settle(engine)
+    with pytest.raises(QueueFullError, match="what waits will take 4 s"):  # it was not too short
+        submit(engine, work, 2, clock.now + 3)
 
 
 def test_what_is_due_later_keeps_nobody_waiting(make, clock):

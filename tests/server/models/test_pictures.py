@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -105,13 +106,38 @@ def test_no_bytes():
         b"just a text\n" * 10,
         b"\x00",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        encoded(picture(0).convert("P"), "GIF"),
-        encoded(picture(0), "TIFF"),
-        encoded(picture(0), "BMP"),
+        b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
     ],
 )
 def test_other_content_is_refused_whatever_it_is_called(data):
     with pytest.raises(UnsupportedTypeError, match="not a JPEG, PNG or WebP image"):
+        decode(data, LIMIT)
+
+
+def brand(name: bytes) -> bytes:
+    """The beginning of an ISO base media file."""
+    return b"\0\0\0\x18ftyp" + name + bytes(12)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "file"),
+    [
+        (encoded(picture(0).convert("P"), "GIF"), "GIF", "'photo.gif[0]'"),
+        (encoded(picture(0), "TIFF"), "TIFF", "'photo.tiff[0]'"),
+        (encoded(picture(0), "BMP"), "BMP", "photo.bmp"),
+        (brand(b"avif"), "AVIF", "photo.avif"),
+        (brand(b"heic"), "HEIC", "photo.heic"),
+        (brand(b"mif1"), "HEIF", "photo.heif"),
+        (b"%PDF-1.7\n", "PDF", "'photo.pdf[0]'"),
+        (b"\xff\x0a" + bytes(9), "JPEG XL", "photo.jxl"),
+    ],
+)
+def test_a_known_format_is_named_with_what_to_do(data, kind, file):
+    said = (
+        f"the content is {kind}, not a JPEG, PNG or WebP image; convert it to JPEG or PNG, e.g. "
+        f"`magick {file} photo.jpg`"
+    )
+    with pytest.raises(UnsupportedTypeError, match=f"^{re.escape(said)}$"):
         decode(data, LIMIT)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import math
 import threading
 
 import pytest
@@ -271,8 +272,12 @@ def test_a_full_queue_is_waited_for_and_half_of_it_is_left_to_others(settings, p
     converse(create_app(settings.model_copy(update={"max_queue": 4})), talk)
 
 
-def test_a_deadline_is_for_the_whole_request(settings, photo, held):
+def test_a_deadline_is_for_the_whole_request(settings, photo, held, monkeypatch):
     async def talk(app):
+        # The queue is so long that the image waits for its place until the deadline.
+        scheduler = app.state.serving.engine._scheduler
+        monkeypatch.setattr(scheduler, "alone", lambda *_: 0.0)
+        monkeypatch.setattr(scheduler, "wait", lambda *_: math.inf)
         batch = Conversation(app, query=b"deadline_ms=1")
         batch.say(line(photo))
         problem_ = await batch.hear()
@@ -281,6 +286,16 @@ def test_a_deadline_is_for_the_whole_request(settings, photo, held):
         assert app.state.serving.engine.load().taken == 0
 
     converse(create_app(settings), talk)
+
+
+def test_a_deadline_that_was_long_enough_for_some_images(client, photo, monkeypatch):
+    scheduler = client.app.state.serving.engine._scheduler
+    needs = iter((0.0, 0.0, math.inf))
+    monkeypatch.setattr(scheduler, "alone", lambda *_: next(needs))  # the first is asked for twice
+    *some, last = lines(post(client, 3 * line(photo), deadline_ms=60_000))
+    assert [each["index"] for each in some] == [0]
+    assert last["error"]["status"] == 504
+    assert last["error"]["detail"] == "the deadline is too near for the images that are left"
 
 
 def test_a_client_that_sends_nothing_more_is_given_up(settings, photo):

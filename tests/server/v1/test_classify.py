@@ -167,6 +167,37 @@ def test_a_full_queue(settings, photo, tiny):
         assert ask(client, photo).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/classify?deadline_ms=1000", None),
+        ("/v1/embed?deadline_ms=1000", None),
+        ("/v1/classify/batch?deadline_ms=1000", None),
+        (
+            "/v2/models/tiny/infer",
+            {
+                "parameters": {"deadline_ms": 1000},
+                "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["AAAA"]}],
+            },
+        ),
+    ],
+)
+def test_a_deadline_too_short_for_an_idle_server_is_no_full_queue(
+    client, photo, monkeypatch, path, body
+):
+    scheduler = client.app.state.serving.engine._scheduler
+    monkeypatch.setattr(scheduler, "alone", lambda work, images, late: 20.0 * images)
+    sent = {"json": body} if body else {"files": {"file": ("photo.png", photo)}}
+    answer = client.post(path, **sent)
+    assert answer.status_code == 422
+    assert "retry-after" not in answer.headers
+    assert answer.json()["type"] == "urn:tocom:deadline-too-short"
+    detail = problem(answer)
+    assert detail.startswith("an image takes about 20 s on this server even when nothing else")
+    assert "allow more time or ask for a higher rate" in detail
+    assert ("batch" in path) or detail.endswith("(the deadline was 1000 ms)")
+
+
 @pytest.fixture
 def silent(settings, monkeypatch):
     """An application whose engine never answers, and whose clock stands still."""
@@ -352,7 +383,7 @@ def test_a_server_that_is_asked_to_end_is_not_ready_and_still_answers(settings, 
 def test_nothing_there(client):
     answer = client.get("/nix")
     assert answer.status_code == 404
-    assert problem(answer) == "there is nothing at /nix; /docs says what there is"
+    assert problem(answer) == "there is nothing at /nix; /docs lists all routes"
 
 
 def test_another_method(client):
