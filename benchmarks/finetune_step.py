@@ -60,7 +60,7 @@ def measure(backbone: str, method: str, source: int, batch: int, steps: int) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="bundled:deit_tiny_caltech101")
+    parser.add_argument("--backbone", default="bundled:deit_tiny")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["adaptformer"])
     parser.add_argument("--sources", type=int, nargs="+", default=[0, 8, 16])
     parser.add_argument("--batch", type=int, default=64)

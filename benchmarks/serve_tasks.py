@@ -64,7 +64,7 @@ def _resident() -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="bundled:deit_tiny_caltech101")
+    parser.add_argument("--backbone", default="bundled:deit_tiny")
     parser.add_argument("--bank", default="bundled:deit_tiny_bank")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--classes", type=int, default=10)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", default=str(SAMPLES), help="default: the bundled samples")
     parser.add_argument("--recipe", default="deit-tiny-small-data", help="of a distillation")
-    parser.add_argument("--backbone", default="bundled:deit_tiny_caltech101")
+    parser.add_argument("--backbone", default="bundled:deit_tiny")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])

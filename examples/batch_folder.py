@@ -1,6 +1,6 @@
 """Classify a folder of pictures in batches, without a server, and write a table.
 
-    python examples/batch_folder.py photos table.tsv --rate 8
+    python examples/batch_folder.py photos table.tsv --rate 2
     python examples/batch_folder.py photos table.tsv --budget 0.6
 
 The table is a line a picture, its columns parted by tabs: names of classes have commas. A picture
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classify a folder of pictures, in batches.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("table", type=Path)
-    parser.add_argument("--backbone", default="bundled:deit_tiny_caltech101")
+    parser.add_argument("--backbone", default="bundled:deit_tiny")
     parser.add_argument("--bank", default="bundled:deit_tiny_bank", help="of that backbone")
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--rate", type=int, default=0, help="0 is the stock model")

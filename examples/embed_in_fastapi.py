@@ -1,7 +1,7 @@
 """Put an elastic model into a FastAPI application of your own: each request has its rate.
 
     uvicorn --app-dir examples embed_in_fastapi:app
-    curl -F file=@tocom/bundled/samples/cup.jpg 'localhost:8000/classify?rate=8'
+    curl -F file=@tocom/bundled/samples/cup.jpg 'localhost:8000/classify?rate=2'
 
 All requests share one model and no lock, whatever their rates: a rate is an argument of the
 forward, and nothing is written to the model. `tocom-serve` has batches, deadlines, bounded
@@ -75,7 +75,7 @@ class Classifier:
 
 
 def create_app(
-    backbone: str = "bundled:deit_tiny_caltech101", bank: str = "bundled:deit_tiny_bank"
+    backbone: str = "bundled:deit_tiny", bank: str = "bundled:deit_tiny_bank"
 ) -> FastAPI:
     """Return the application; its model is loaded when it starts."""
 

@@ -23,7 +23,7 @@ class Demo:
     """A model, and what is shown of it."""
 
     def __init__(
-        self, backbone: str = "bundled:deit_tiny_caltech101", bank: str = "bundled:deit_tiny_bank"
+        self, backbone: str = "bundled:deit_tiny", bank: str = "bundled:deit_tiny_bank"
     ) -> None:
         self._backbone = tocom.load_backbone(backbone)
         self._bank = open_bank(bank)
@@ -88,14 +88,14 @@ def build(demo: Demo) -> Any:
         demo.show,
         inputs=[
             gradio.Image(type="pil", label="photograph"),
-            gradio.Slider(0, demo.max_rate, value=8, step=1, label="rate: tokens merged per block"),
+            gradio.Slider(0, demo.max_rate, value=2, step=1, label="rate: 0 is the stock model"),
         ],
         outputs=[
             gradio.Label(num_top_classes=3, label="what it shows"),
             gradio.Image(label="patches that became one token, as their mean"),
             gradio.Textbox(label="cost"),
         ],
-        examples=[[str(path), 8] for path in sorted(tocom.bundled_folder("samples").glob("*.jpg"))],
+        examples=[[str(path), 2] for path in sorted(tocom.bundled_folder("samples").glob("*.jpg"))],
         cache_examples=False,
         live=True,
         flagging_mode="never",

@@ -68,8 +68,8 @@ class ModelSettings(BaseModel):
 
 
 BUNDLED_MODEL = ModelSettings(
-    name="caltech101",
-    backbone="bundled:deit_tiny_caltech101",
+    name="imagenet",
+    backbone="bundled:deit_tiny",
     bank="bundled:deit_tiny_bank",
 )
 

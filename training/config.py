@@ -68,7 +68,7 @@ class DistillConfig(Recipe):
     )
     ladder: LadderChoice = Field(
         None,
-        description="what the rates mean: tome, the paper's (default); a ladder.json; a method",
+        description="what rates mean: tome, the paper's (default); a ladder.json, a bank, a method",
     )
     max_rate: int = Field(16, gt=0, description="the bank has rates 0..max_rate")
     beyond: int = Field(
@@ -158,7 +158,7 @@ class ElasticConfig(Recipe):
     )
     ladder: LadderChoice = Field(
         None,
-        description="what the rates mean: tome, the paper's (default); a ladder.json; a method",
+        description="what rates mean: tome, the paper's (default); a ladder.json, a bank, a method",
     )
     max_rate: int = Field(16, gt=0, description="rates 0..max_rate are tuned for")
     proportional: Proportional = True
@@ -240,8 +240,8 @@ class FinetuneConfig(Recipe):
     source: int = Field(0, ge=0, description="rate that the model is tuned at")
     ladder: LadderChoice = Field(
         None,
-        description="what the source rate means: tome, the paper's (default); a ladder.json; a "
-        "method",
+        description="what the source rate means: tome, the paper's (default); a ladder.json, a "
+        "bank, a method",
     )
     proportional: Proportional = True
     resize: Literal["crop", "squash"] = Field(

@@ -92,18 +92,22 @@ class ElasticTuning:
         self.traced = config.tokens > 0
         self.losses_each = config.students
         self.unseen = unseen
-        self.plain = self._plain_losses()  # [rung]
+        self.weights = self._plain_losses().sqrt().tolist()  # [rung]
         self.watched = [0, *sorted({max(1, config.max_rate * i // 4) for i in range(1, 5)})]
 
     def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        """Yield the loss of each rung, in units of what it is before anything is learned."""
+        """Yield the loss of each rung, over the root of what it is before anything is learned.
+
+        Undivided, the dear rungs would hardly count and rung 0 drift; divided by all of it, rungs
+        that are nearly the stock model would outweigh the cheap ones, which have most to learn.
+        """
         if self.mixing:
             images, _ = self.mixing(images, torch.zeros_like(labels))  # classes play no part
         with torch.no_grad():
             teacher = outputs(self.teacher, embed(self.teacher, images), Variant(), self.traced)
         for rung in draw_rungs(self.config, micro):
             student = self.module(images, rung, self.traced)
-            yield self._loss(student, teacher) / self.plain[rung] / self.config.students
+            yield self._loss(student, teacher) / self.weights[rung] / self.config.students
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         return lesson(
@@ -115,7 +119,7 @@ class ElasticTuning:
         )
 
     @torch.no_grad()
-    def _plain_losses(self) -> list[float]:
+    def _plain_losses(self) -> Tensor:
         """Return the loss of each rung of the backbone as it is; of rung 0, that of rung 1."""
         device = next(self.teacher.parameters()).device
         tokens = embed(self.teacher, self.unseen[0][:PLAIN_PICTURES].to(device))
@@ -128,7 +132,7 @@ class ElasticTuning:
         found = torch.stack(losses)
         # Rungs that are (nearly) the stock model must not outweigh all others.
         found = found.clamp(min=found.max().item() / 1000)
-        return [float(found[0]), *found.tolist()]
+        return torch.cat([found[:1], found])
 
     def notes(self, micros: range) -> dict[str, Any]:
         """Return the rungs, one for each loss."""

@@ -17,7 +17,7 @@ const DURATION = __ENV.DURATION || "30s";
 const photo = open(__ENV.PHOTO || "../../tocom/bundled/samples/cup.jpg", "b");
 
 // How often each rate is asked for: most callers want the best answer, some the cheapest.
-const SHARES = { 0: 0.4, 8: 0.3, 16: 0.2, auto: 0.1 };
+const SHARES = { 0: 0.4, 2: 0.3, 4: 0.2, auto: 0.1 };
 
 export const options = {
   scenarios: {

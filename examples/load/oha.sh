@@ -9,4 +9,4 @@
 cd "$(dirname "$0")/../.." || exit
 exec oha -z 30s -q 20 -c 64 --latency-correction --no-tui \
     -m POST -T image/jpeg -D tocom/bundled/samples/cup.jpg \
-    --rand-regex-url "${SERVER:-http://127.0.0.1:8000}/v1/classify\?rate=(0|8|16|auto)&top_k=1"
+    --rand-regex-url "${SERVER:-http://127.0.0.1:8000}/v1/classify\?rate=(0|2|4|auto)&top_k=1"

@@ -208,7 +208,7 @@ class Graphs:
                     for measure in self._call(faster).result():
                         self._call(measure).result()
         except Exception:  # whatever it is, the service goes on without the graph
-            logger.exception("%s runs eagerly: its graph cannot be made", forward.name)
+            logger.exception("%s runs eagerly: its graph cannot be had", forward.name)
             cell.eager = True
         finally:
             self._pause = self._clock() + PAUSE * (self._clock() - began)

@@ -221,6 +221,6 @@ def test_ladders_that_no_file_can_have_are_refused(tmp_path, monkeypatch):
 
 def test_a_ladder_from_the_shell_must_be_for_the_model(tmp_path, capsys):
     write_ladder(LadderInfo.of(UNEVEN), tmp_path / "ladder.json")
-    command = ["export-model", "bundled:deit_tiny_caltech101", str(tmp_path / "model.onnx")]
+    command = ["export-model", "bundled:deit_tiny", str(tmp_path / "model.onnx")]
     assert main([*command, "--rate", "1", "--ladder", str(tmp_path)]) == 2
     assert "'uneven' is for 2 blocks, the model has 12" in capsys.readouterr().err

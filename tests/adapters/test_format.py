@@ -53,10 +53,10 @@ TASK = TaskInfo(
 
 def test_digests_of_what_there_is_never_change():
     assert open_bank("bundled:deit_tiny_bank").info.digest == (
-        "f0c78389b8d939b75352efe7da88c2956079c43a54968074061d642eb0fdd6ff"
+        "c0277977f0c4810bd3916fe484004b90c2b5146e8ac170b39ef9d848fca80a43"
     )
     assert open_task("bundled:deit_tiny_textures").info.digest == (
-        "81c75d1e22518ec5617498c8ccce47a46bc34ba26ef670ee98b23aab658c86c8"
+        "83986bb473debdb2c4d4d1e5d141085f7d476c1c89bfdfce5da6a7c11089e398"
     )
     assert bank_of(BANK).info.digest == (
         "e8bfa413e4000669db8cd3b5adbf0a0d9af21a5f05890dc38ad9b1669b876bc5"

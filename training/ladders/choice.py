@@ -1,9 +1,11 @@
 """Which ladder a recipe is for: a key of many recipes."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from adapters import open_bank
 from adapters.ladder import Embedded, LadderPart, read_ladder
 from tocom.reduction import METHODS
 from training.recipe import Recipe
@@ -32,11 +34,13 @@ def _read(value: Any) -> Any:
         return value
     if value in METHODS:
         return {"method": value}
+    if value.startswith("bundled:") or (Path(value) / "bank.json").exists():
+        return open_bank(value).info.ladder or "tome"
     return read_ladder(value).model_dump(exclude={"format_version", "evidence"})
 
 
-#: `tome`, the paper's; a `ladder.json` or a folder that holds one; the name of a method, or a table
-#: of one, for its usual ladder. None: as the recipe says.
+#: `tome`, the paper's; a `ladder.json` or a folder that holds one; a bank, for its ladder; the name
+#: of a method, or a table of one, for its usual ladder. None: as the recipe says.
 LadderChoice: TypeAlias = Annotated[
     Literal["tome"] | Embedded | MethodLadder | None,
     BeforeValidator(_read, json_schema_input_type=str | LadderPart | MethodLadder | None),

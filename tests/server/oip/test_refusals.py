@@ -256,8 +256,8 @@ def test_the_example_of_the_guide_runs(address, capsys, monkeypatch):
     # As written it is for the model that the server has by default.
     for ours, theirs in {
         "localhost:8000": address,
-        "caltech101": "tiny",
-        '"rate": 8': '"rate": 4',
+        "imagenet": "tiny",
+        '"rate": 2': '"rate": 4',
     }.items():
         assert ours in example
         example = example.replace(ours, theirs)

@@ -28,7 +28,7 @@ ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-MODEL = bundled_folder("deit_tiny_caltech101")
+MODEL = bundled_folder("deit_tiny")
 
 expect.set_options(timeout=20_000)  # a busy machine is no fault of the page
 in_browser = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def page(browser, address) -> Iterator[Page]:
     page.on("console", lambda said: faults.append(said.text) if "Policy" in said.text else None)
     page.on("request", lambda sent: elsewhere.append(sent.url))
     page.goto(address)
-    answered(page, 8)
+    answered(page, 2)
     yield page
     context.close()
     assert faults == []

@@ -22,7 +22,7 @@ def test_until_the_server_answers_the_page_says_that_it_waits(page):
     for route in waiting:
         route.continue_()
     page.unroute("**/v1/**")
-    answered(page, 8)
+    answered(page, 2)
     for part in (".control", ".facts", ".terminal"):
         expect(lane(page).locator(part)).to_be_visible()
     expect(page.locator(".evidence")).to_be_visible()
@@ -79,10 +79,10 @@ def test_without_the_server_a_sample_is_not_said_to_be_in_use(page):
 def test_a_verdict_goes_with_its_answers(page):
     page.get_by_label("Compare two rates").check()
     answered(page, 0, "B")
-    expect(page.locator("#verdict")).to_contain_text("Both say cup.")
+    expect(page.locator("#verdict")).to_contain_text("Both say espresso.")
     page.route("**/v1/**", lambda route: route.abort())
     lane(page).get_by_role("slider").fill("3")
     expect(page.locator("#verdict")).to_be_empty()
     page.unroute("**/v1/**")
     slide(page, 3)
-    expect(page.locator("#verdict")).to_contain_text("Both say cup.")
+    expect(page.locator("#verdict")).to_contain_text("Both say espresso.")

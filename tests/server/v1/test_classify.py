@@ -383,7 +383,7 @@ def test_a_server_that_is_asked_to_end_is_not_ready_and_still_answers(settings, 
 def test_nothing_there(client):
     answer = client.get("/nix")
     assert answer.status_code == 404
-    assert problem(answer) == "there is nothing at /nix; /docs lists all routes"
+    assert problem(answer) == "there is nothing at /nix; /docs says what there is"
 
 
 def test_another_method(client):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from adapters import Bank, BankInfo, TaskModel, compose
-from adapters.ladder import LadderInfo, digest, write_ladder
+from adapters import Bank, BankInfo, TaskModel, compose, open_bank
+from adapters.ladder import LadderInfo, LadderPart, digest, write_ladder
 from tests.training.test_distill import recipe as distilling
 from tests.training.test_finetune import recipe as finetuning
 from tocom import TOME, BankError, ConfigError, Ladder, RateError, forward, load_backbone
@@ -123,6 +123,12 @@ def test_a_run_keeps_its_ladder_whatever_becomes_of_the_file(
     write_ladder(LadderInfo.of(other), path)
     with pytest.raises(ConfigError, match=r"another recipe: ladder\..* there, .* here"):
         distill(config(), tmp_path / "run")
+
+
+def test_a_recipe_may_take_the_ladder_of_a_bank(pictures: Path, model_folder: Path) -> None:
+    config = distilling(pictures, model_folder, max_rate=3, ladder="bundled:deit_tiny_bank")
+    assert isinstance(config.ladder, LadderPart)
+    assert config.ladder.ladder() == open_bank("bundled:deit_tiny_bank").ladder
 
 
 def test_rates_beyond_the_ladder_are_refused(

@@ -95,8 +95,24 @@ def test_a_search_may_begin_with_another_ladder(
     begun = search(config(pictures, model_folder, tries=40), tmp_path / "begun")
     asked = config(pictures, model_folder, tries=1, start=str(begun))
     found = read_ladder(search(asked, tmp_path / "found"))
-    before = read_ladder(begun).evidence["rows"][-1]["kl_search"]
-    assert found.evidence["rows"][-1]["kl_search"] <= before * 1.05  # but for the cost of places
+    # Each rung begins with its own, but for what its try changes and the cost of places.
+    for before, after in zip(
+        read_ladder(begun).evidence["rows"][1:], found.evidence["rows"][1:], strict=True
+    ):
+        assert after["kl_search"] <= before["kl_search"] * 1.05
+
+
+def test_places_that_cost_more_are_fewer(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    free = config(pictures, model_folder, tries=40, place_cost=0.0)
+    dear = config(pictures, model_folder, tries=40, place_cost=[1e6] * len(free.shares))
+    places = [
+        sum(map(bool, (read_ladder(search(asked, tmp_path / name)).rungs or ())[1]))
+        for name, asked in (("free", free), ("dear", dear))
+    ]
+    assert places[1] <= places[0]
+    assert places[1] == 1
 
 
 def test_options_are_searched_along(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
@@ -127,3 +143,10 @@ def test_what_is_wrong_is_named_before_anything_runs(
 def test_shares_fall(pictures: Path, model_folder: Path) -> None:
     with pytest.raises(ValueError, match="shares must fall from rung to rung"):
         config(pictures, model_folder, shares=[0.5, 0.9])
+
+
+def test_places_cost_the_same_at_all_rungs_or_each_has_its_own(
+    pictures: Path, model_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match="one number or one for each of the 2 shares, got 3"):
+        config(pictures, model_folder, shares=[0.9, 0.5], place_cost=[0.1, 0.1, 0.1])
