@@ -18,8 +18,8 @@ from tests.server.conftest import MAX_RATE, call, problem
 
 def test_banks_that_are_served_and_bundled_are_listed(admin, served):
     found = listed(admin)
-    assert list(found) == ["deit_tiny_patch16_224-tome", "tiny"]
-    assert found["deit_tiny_patch16_224-tome"]["origin"] == "bundled"
+    assert list(found) == ["deit_tiny-half", "tiny"]
+    assert found["deit_tiny-half"]["origin"] == "bundled"
     assert found["tiny"] == {
         "name": "tiny",
         "digest": served.bank.info.digest,

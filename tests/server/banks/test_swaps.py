@@ -191,7 +191,7 @@ def test_a_bank_is_deleted_once_nobody_uses_it(admin, store, make_bank):
 
 
 @pytest.mark.parametrize(
-    ("bank", "origin"), [("deit_tiny_patch16_224-tome", "bundled"), ("tiny", "configuration")]
+    ("bank", "origin"), [("deit_tiny-half", "bundled"), ("tiny", "configuration")]
 )
 def test_what_is_not_the_stores_stays(admin, bank, origin):
     admin.delete("/v1/models/tiny/bank")

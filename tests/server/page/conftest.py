@@ -45,7 +45,8 @@ def address(tiny) -> Iterator[str]:
         yield f"http://{address}"
 
 
-@pytest.fixture(scope="package")
+# Not longer than a module: while it lives, tests that start an event loop cannot.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
