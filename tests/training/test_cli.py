@@ -87,7 +87,6 @@ def test_calibrate_then_attach(
 @pytest.mark.parametrize(
     ("command", "needs"),
     [
-        ("evaluate every-rate", ("backbone.name", "pictures", "bank")),
         ("calibrate multiplier", ("backbone.name", "pictures", "bank")),
         ("compare methods", ("backbone.name", "pictures")),
         ("search half-the-compute", ("backbone.name", "pictures")),
