@@ -134,8 +134,9 @@ class ElasticTuning:
             variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
             losses.append(self._loss(outputs(self.teacher, tokens, variant, self.traced), whole))
         found = torch.stack(losses)
-        # Rungs that are (nearly) the stock model must not outweigh all others.
-        found = found.clamp(min=found.max().item() / 1000)
+        # Rungs that are (nearly) the stock model must not outweigh all others; where all are, they
+        # count as they are.
+        found = found.clamp(min=found.max().item() / 1000 or 1.0)
         return torch.cat([found[:1], found])
 
     def notes(self, micros: range) -> dict[str, Any]:
