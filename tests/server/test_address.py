@@ -6,10 +6,15 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from server import address
 
 SERVED = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def descriptors() -> list[int]:
+    return [int(each.name) for each in Path("/proc/self/fd").iterdir()]
 
 
 @contextmanager
@@ -17,7 +22,7 @@ def no_descriptors() -> Iterator[None]:
     """Leave this process no file descriptor to open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
-        highest = max(map(int, os.listdir("/proc/self/fd")))
+        highest = max(descriptors())
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
         try:
@@ -59,6 +64,6 @@ def test_without_descriptors_connections_are_refused_and_later_served(caplog):
 
 
 def test_a_closed_listener_gives_its_reserve_back():
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     address.bind("127.0.0.1", 0).close()
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
