@@ -5,7 +5,7 @@ Needs no torch: it is there before that is imported.
 
 import asyncio
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from server.errors import UnavailableError
 from server.progress import Progress, Tell
 from server.schemas import Health
 from server.web.middleware import RequestId
+from server.web.origins import allow_origins
 from server.web.problems import MEDIA_TYPE, problem_of
 
 #: Where a server that starts says that it lives, and what it says.
@@ -48,6 +49,7 @@ class Front:
         load: Callable[[Tell], FastAPI],
         ready: Callable[[FastAPI], None],
         failed: Callable[[], None],
+        origins: Sequence[str] = (),
     ) -> None:
         """Load nothing yet; that begins with the server.
 
@@ -55,6 +57,7 @@ class Front:
             load: makes the application, in a thread of its own.
             ready: is called once the application answers.
             failed: is called if it cannot be loaded or started.
+            origins: the setting `cors_origins`.
         """
         self.app: FastAPI | None = None
         self.failure: Exception | None = None
@@ -63,7 +66,7 @@ class Front:
         self._failed = failed
         self._progress = Progress()
         self._ended = asyncio.Event()
-        self._meanwhile: ASGIApp = RequestId(self._answer)
+        self._meanwhile: ASGIApp = RequestId(allow_origins(self._answer, origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application do it."""
