@@ -2,8 +2,8 @@
 
 A run (task, source, seed) has a folder of its own, with what `finetune`, `evaluate` and, where a
 multiplier is searched, `calibrate` make. What is there is not done again; what was measured of a
-shorter run is kept beside what is measured of the longer one. Runs know nothing of each other, so that they may be shared out to processes; a table of what there is so far can be made at
-any time.
+shorter run is kept beside what is measured of the longer one. Runs know nothing of each other, so
+that they may be shared out to processes; a table of what there is so far can be made at any time.
 
 Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, mean of the groups.
 """
