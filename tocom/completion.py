@@ -6,6 +6,7 @@ not started at each press of the key.
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -67,7 +68,8 @@ class Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> NoReturn:
         """Print the script and end."""
         assert isinstance(parser, Parser)
-        parser.exit(0, script(parser, shell))
+        sys.stdout.write(script(parser, shell))
+        parser.exit()
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def _fish(program: str, levels: list[_Level]) -> Iterator[str]:
         seen = f"__fish_seen_subcommand_from {level.command or commands}"
         start = f"complete -c {program} -n '{seen if level.command else f'not {seen}'}'"
         for word, text in level.words.items():
-            yield f"{start} -a {word}" + (f" -d {_fish_quoted(text)}" if text else "")
+            # Before a command there are no files; a preset's place may have one.
+            files = "" if level.command else " -f"
+            yield f"{start}{files} -a {word}" + (f" -d {_fish_quoted(text)}" if text else "")
         for option in level.options:
             value = ""
             if option.nargs != 0:
