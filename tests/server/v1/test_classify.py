@@ -103,7 +103,8 @@ def test_a_rate_that_is_not_allowed(client, photo, rate):
         ({"top_k": 11}, "top_k must be in 1..10 for the model 'tiny', got 11"),
         ({"top_k": 0}, "top_k: Input should be greater than or equal to 1, got '0'"),
         ({"compensate": "maybe"}, "compensate: Input should be a valid boolean"),
-        ({"rates": 3}, "there is no parameter 'rates'; /docs says which there are"),
+        ({"rates": 3}, "there is no parameter 'rates', did you mean rate?"),
+        ({"x": 3}, "there is no parameter 'x'; /docs says which there are"),
     ],
 )
 def test_other_parameters_that_are_not_allowed(client, photo, query, message):
