@@ -30,9 +30,19 @@ ALIVE = {
 RETRY_AFTER = 2
 
 PAGE = """<!doctype html>
-<meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{seconds}">
 <title>ToCom Serve is starting</title>
-<p>ToCom Serve is starting: {progress}. This page looks again by itself.</p>
+<style>
+:root {{ color-scheme: light dark; background: light-dark(#f1f2f2, #0f1214); }}
+body {{ margin: 2rem; font: 1rem/1.5 system-ui, sans-serif; }}
+progress {{ width: min(30rem, 100%); accent-color: light-dark(#b4005a, #ff78ae); }}
+</style>
+<h1>ToCom Serve is starting</h1>
+<p>Now: {progress}.</p>
+<progress aria-label="Rates that are warm" {share}></progress>
+<p>This page looks again by itself.</p>
 """
 
 
@@ -107,7 +117,10 @@ class Front:
         response: Response
         headers = {"Retry-After": str(RETRY_AFTER)}
         if request.url.path == "/" and "text/html" in request.headers.get("Accept", ""):
-            page = PAGE.format(seconds=RETRY_AFTER, progress=html.escape(str(progress)))
+            share = f'value="{progress.warm}" max="{progress.rates}"' if progress.rates else ""
+            page = PAGE.format(
+                seconds=RETRY_AFTER, progress=html.escape(str(progress)), share=share
+            )
             response = HTMLResponse(page, UnavailableError.status, headers)
         else:
             error = UnavailableError(f"the server is starting: {progress}")

@@ -110,6 +110,10 @@ def test_browsers_get_a_page_that_looks_again(start, client):
     assert page.status_code == 503
     assert re.search(r'http-equiv="refresh" content="2"', page.text)
     assert "model &lt;tiny&gt; is being loaded" in page.text
+    assert "value=" not in page.text  # nobody knows how long that takes
+    start.tell(Progress("tiny", "tome", 3, 6))
+    page = client.get("/", headers={"Accept": "text/html,*/*"})
+    assert 'value="3" max="6"' in page.text
     assert client.get("/").json()["status"] == 503  # programs get what they get everywhere
 
 
