@@ -196,7 +196,7 @@ def test_a_deadline_too_short_for_an_idle_server_is_no_full_queue(
     assert answer.json()["type"] == "urn:tocom:deadline-too-short"
     detail = problem(answer)
     assert detail.startswith("an image takes about 20 s on this server even when nothing else")
-    assert "allow more time or ask for a higher rate" in detail
+    assert "allow more time or a higher rate" in detail
     assert ("batch" in path) or detail.endswith("(the deadline was 1000 ms)")
 
 
