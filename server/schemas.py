@@ -142,6 +142,7 @@ class LadderSummary(BaseModel):
     """A ladder that a model is served on: what its rates mean."""
 
     name: str
+    digest: str = Field(description="SHA-256 of what its rates do, whatever it is called")
     method: str = Field(description="how tokens are reduced")
     options: dict[str, bool | int | float | str] = Field(description="of the method")
     max_rate: int
@@ -210,11 +211,22 @@ class EvaluationPictures(BaseModel):
     count: int
 
 
+class EvaluationLadder(BaseModel):
+    """What the rates of an evaluation refer to."""
+
+    name: str
+    method: str
+    digest: str = Field(description="that of the ladder, by which it is found among the model's")
+
+
 class Evaluation(BaseModel):
     """What `tocom-train evaluate` measured of a model and `attach` wrote into its folder."""
 
     model: str
     bank: BankSummary | None
+    ladder: EvaluationLadder | None = Field(
+        default=None, description="what its rates refer to; null: measured before results said so"
+    )
     pictures: EvaluationPictures
     rows: list[EvaluationRow]
 

@@ -227,7 +227,10 @@ def _load_file(path: Path, architecture: str | None) -> VisionTransformer:
     if not path.is_file():
         raise BackboneError(f"there is no weights file {path}")
     if architecture is None:
-        raise BackboneError(f"{path} holds weights only: say which timm architecture they are of")
+        raise BackboneError(
+            f"{path} holds weights only: say which timm architecture they are of, as in "
+            "architecture=vit_small_patch16_224 or, in a recipe, backbone.architecture=..."
+        )
     if not timm.is_model(architecture):
         raise BackboneError(f"timm knows no architecture {architecture!r}")
     try:

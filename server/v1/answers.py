@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapters.ladder import digest
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran, milliseconds
@@ -131,6 +132,7 @@ def _ladder(model: ServedModel) -> LadderSummary:
     measured = _measured(model.evidence)
     return LadderSummary(
         name=model.ladder.name,
+        digest=digest(model.ladder),
         method=model.ladder.method.name,
         options=options_of(model.ladder.method),
         max_rate=model.max_rate,
