@@ -203,21 +203,29 @@ class Outputs(NamedTuple):
 
     features: Tensor  # [B, D]
     logits: Tensor  # [B, classes]
-    states: tuple[State, ...] = ()  # after each block but the last, which the head reads
+    states: tuple[State, ...] = ()  # after each block; the last one's only if it is whole
 
 
-def outputs(model: VisionTransformer, x: Tensor, variant: Variant, trace: bool = False) -> Outputs:
+def outputs(
+    model: VisionTransformer,
+    x: Tensor,
+    variant: Variant,
+    trace: bool = False,
+    whole: bool = False,
+) -> Outputs:
     """Return features and logits of embedded tokens x [B, N, D].
 
     The logits of `forward` but for rounding, in less time: several calls share one `embed`, and
     of the last block only what the head reads is computed. With `trace` also the tokens on the
-    way.
+    way; with `whole` all tokens of the last block, too.
     """
-    blocks = run_blocks(model, x, variant, trace, prefix_only=not pools_patches(model))
+    prefix_only = not whole and not pools_patches(model)
+    blocks = run_blocks(model, x, variant, trace, prefix_only)
     # Fates hold the tokens as they were, which nobody reads here.
     states = (state._replace(fate=None) for state in blocks)
     *before, last = deque(states, maxlen=None if trace else 1)
-    return read(model, last.x, last.size)._replace(states=tuple(before))
+    states_on_the_way = (*before, last) if trace and whole else tuple(before)
+    return read(model, last.x, last.size)._replace(states=states_on_the_way)
 
 
 def run_blocks(
