@@ -109,7 +109,8 @@ def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[st
         segmenter = load_segmenter(
             config.backbone.name, config.backbone.architecture, config.task, "cpu"
         )
-        scenes = SceneSet(config.scenes, config.test, classes_of(config.scenes))
+        labelled = config.scenes.of_task(segmenter.info)
+        scenes = SceneSet(labelled, config.test, classes_of(labelled))
         yield "model", f"{config.backbone.name} with the task {segmenter.info.name}"
         if config.bank is not None:
             bank = open_bank(config.bank)

@@ -1,7 +1,7 @@
 """The recipes of `tocom-train segment` and `tocom-train evaluate-segment`."""
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from timm.optim import create_optimizer_v2
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adapters.schema import Proportional
-from adapters.segmentation.task import Colour
+from adapters.segmentation.task import Colour, SegmentationInfo
 from training.config import AdaptFormerConfig, BackboneConfig, Name
 from training.ladders.choice import LadderChoice
 from training.loop_config import EpochLoopConfig, LoopConfig
@@ -29,15 +29,26 @@ class ScenesConfig(Recipe):
     classes: int | tuple[str, ...] | None = Field(
         None,
         description="their names, or how many; default: a line each in classes.txt, in the folder "
-        "or beside the .tar",
+        "or beside the .tar, or those of the task",
     )
     palette: tuple[Colour, ...] | None = Field(
         None, description="red, green and blue of each class; default: some that differ"
     )
-    first: Byte = Field(0, description="label of the first class; of ADE20k it is 1")
-    ignored: tuple[Byte, ...] = Field(
-        (255,), description="labels of pixels that count nowhere; of ADE20k it is 0"
+    first: Byte | None = Field(
+        None, description="label of the first class, of ADE20k 1; default: 0, or as for the task"
     )
+    ignored: tuple[Byte, ...] | None = Field(
+        None,
+        description="labels of pixels that count nowhere, of ADE20k [0]; default: [255], or as for "
+        "the task",
+    )
+
+    def of_task(self, info: SegmentationInfo) -> "ScenesConfig":
+        """Return it with what it leaves out as the task has it."""
+        labels: Any = info.training.get("labels") or {}
+        known = {"classes": info.class_names, "palette": info.palette, **labels}
+        left_out = {key: value for key, value in known.items() if getattr(self, key) is None}
+        return ScenesConfig.model_validate(self.model_dump() | left_out)
 
     @field_validator("classes")
     @classmethod

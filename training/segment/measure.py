@@ -58,7 +58,8 @@ def evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> Path:
         bank.check_fits(backbone, source)
     ladder = measured_ladder(config.ladder, backbone, bank, (source,))
     proportional = measured_attention(None, backbone, bank, (source,))
-    scenes = SceneSet(config.scenes, config.test, classes_of(config.scenes))
+    labelled = config.scenes.of_task(segmenter.info)
+    scenes = SceneSet(labelled, config.test, classes_of(labelled))
     highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
     forwards = _forwards(segmenter, bank, targets, config.multiplier)

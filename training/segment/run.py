@@ -90,6 +90,7 @@ def _make(config: SegmentConfig, folder: Path, finished: Path) -> None:
     )
     if accelerator.is_main_process:
         notes = _notes(config, backbone, len(keys), folder)
+        notes["labels"] = {"first": classes.first, "ignored": list(classes.ignored)}
         info = job.info.model_copy(update={"training": notes})
         if config.method == "full":
             encoder = _save_encoder(config, job, backbone, tuned_from, notes, folder / "model")

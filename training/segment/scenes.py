@@ -33,6 +33,8 @@ class Classes(NamedTuple):
     names: tuple[str, ...]
     palette: tuple[Colour, ...]
     of_label: Any  # [256] the class of each label, `IGNORED` or `_UNKNOWN`
+    first: int  # label of the first class
+    ignored: tuple[int, ...]  # labels
 
 
 class Scene(NamedTuple):
@@ -68,16 +70,17 @@ def classes_of(config: ScenesConfig) -> Classes:
     palette = config.palette or usual_palette(len(names))
     if len(palette) != len(names):
         raise ConfigError(f"scenes.palette has {len(palette)} colours for {len(names)} classes")
+    first, ignored = config.first or 0, config.ignored or (IGNORED,)
     of_label = np.full(256, _UNKNOWN)
-    of_label[list(config.ignored)] = IGNORED
-    for i in range(len(names)):
-        if config.first + i > 255 or of_label[config.first + i] == IGNORED:
+    of_label[list(ignored)] = IGNORED
+    for label, name in enumerate(names, start=first):
+        if label > 255 or of_label[label] == IGNORED:
             raise ConfigError(
-                f"the class {names[i]!r} has the label {config.first + i}, which is ignored or "
-                "more than a byte holds; see scenes.first and scenes.ignored"
+                f"the class {name!r} has the label {label}, which is ignored or more than a byte "
+                "holds; see scenes.first and scenes.ignored"
             )
-        of_label[config.first + i] = i
-    return Classes(names, palette, of_label)
+        of_label[label] = label - first
+    return Classes(names, palette, of_label, first, ignored)
 
 
 class SceneSet:
@@ -141,11 +144,10 @@ class SceneSet:
         of_pixels = self.classes.of_label[np.asarray(labels).astype(np.uint8)]
         if (of_pixels == _UNKNOWN).any():
             value = int(np.asarray(labels)[of_pixels == _UNKNOWN][0])
-            known = [i for i, each in enumerate(self.classes.of_label) if 0 <= each < IGNORED]
-            ignored = [str(i) for i, each in enumerate(self.classes.of_label) if each == IGNORED]
+            first, last = self.classes.first, self.classes.first + len(self.classes.names) - 1
             raise DataError(
-                f"{labels_name} of {self.path} has the label {value}; labels are {known[0]} to "
-                f"{known[-1]}, and {', '.join(ignored) or 'none'} ignored (see scenes.ignored)"
+                f"{labels_name} of {self.path} has the label {value}; classes are {first} to "
+                f"{last}, ignored are {', '.join(map(str, self.classes.ignored))} (scenes.ignored)"
             )
         return Scene(picture, Image.fromarray(of_pixels.astype(np.uint8)))
 
