@@ -295,8 +295,8 @@ def _up_to(ladder: Ladder, top: int) -> Ladder:
 def _usable(teacher: Outputs) -> Outputs:
     """Copy what inference mode made, which cannot take part in a backward."""
     states = (
-        State(x.clone(), None, None if source is None else source.clone(), None)
-        for x, _, source, _ in teacher.states
+        State(each.x.clone(), None, None if each.source is None else each.source.clone(), None)
+        for each in teacher.states
     )
     return Outputs(teacher.features.clone(), teacher.logits.clone(), tuple(states))
 
