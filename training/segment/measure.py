@@ -71,9 +71,10 @@ def evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> Path:
     ]
     counted, right = _count(segmenter, scenes, config, variants, folder / "progress.safetensors")
     rows = _rows(forwards, counted, right, segmenter)
+    whole = encoder_macs(segmenter, scenes, 0, ladder)
     for row in rows:
-        row["gmacs"] = round(encoder_macs(segmenter, scenes, row["target"], ladder) / 1e9, 4)
-    whole = encoder_macs(segmenter, scenes, 0, ladder) / 1e9
+        macs = encoder_macs(segmenter, scenes, row["target"], ladder)
+        row |= {"gmacs": round(macs / 1e9, 4), "share": round(macs / whole, 4)}
     result: dict[str, Any] = {
         "model": backbone.architecture,
         "task_digest": backbone.task_digest,
@@ -83,7 +84,7 @@ def evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> Path:
         "ladder": described(ladder),
         "pictures": {"name": f"{Path(config.scenes.path).name}, {config.test}"}
         | {"count": counted.shape[1]},
-        "rows": [row | {"share": round(row["gmacs"] / whole, 4)} for row in rows],
+        "rows": rows,
     }
     (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
     # Last: who finds it finds the table.
