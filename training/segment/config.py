@@ -88,7 +88,9 @@ class SceneAugmentConfig(Recipe):
 class _Descent(Recipe):
     """How values are learned, and how the learning rate falls."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="SGD as in Segmenter's recipe, with Nesterov's momentum; or AdamW"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     power: float = Field(0.9, gt=0, description="of the polynomial by which the rate falls")
     least_rate: float = Field(1e-5, ge=0, description="learning rate at the end")
