@@ -101,7 +101,7 @@ def embed(model: VisionTransformer, images: Tensor) -> Tensor:
     # Copies of two shells, whose weights are the model's own.
     resized, stem = copy.copy(model), copy.copy(model.patch_embed)
     stem.strict_img_size, stem.flatten, stem.output_fmt = False, False, Format.NHWC
-    resized.dynamic_img_size = True  # type: ignore[misc]
+    resized.dynamic_img_size = True
     resized._modules = {**model._modules, "patch_embed": stem}
     return embed_own(resized, images)
 
@@ -128,11 +128,13 @@ def restore(states: Iterable[State], tokens: int) -> Tensor:
             shares = before.to(step.dtype) @ step
             continue
         after = (fate if fate.dense is None else Fate(fate.dense)).follow(source)
+        assert values is not None
         gone = ((after < 0) & (source >= 0)).unsqueeze(-1)
         values = torch.where(gone, spread(fate.before, source.clamp(min=0)), values)
         source = after
     if source is None:
         return state.x
+    assert values is not None
     if shares is None:
         there = (source >= 0).unsqueeze(-1)
         return torch.where(there, spread(state.x, source.clamp(min=0)), values)

@@ -113,7 +113,7 @@ class MaskTransformer(nn.Module):
         patches = F.normalize(self.patch_projection(x[:, :-count]), dim=-1)
         classes = F.normalize(self.class_projection(x[:, -count:]), dim=-1)
         masks: Tensor = self.mask_norm(patches @ classes.transpose(1, 2))  # [B, N, K]
-        return masks.transpose(1, 2).unflatten(2, grid)
+        return masks.transpose(1, 2).reshape(-1, count, *grid)
 
     def macs(self, patches: int) -> int:
         """Return its multiply-adds for a picture of so many patches."""
