@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -24,12 +26,13 @@ from adapters.segmentation.task import upsampled
 from tocom import Backbone, Ladder, Variant
 from tocom.dense import features
 from training.ladders.chosen import chosen_ladder
+from training.screen.progress import following
 from training.seeds import derive
 from training.segment.config import SegmentConfig
 from training.segment.metrics import IGNORED, counts, mean_iou
 from training.segment.scenes import Classes
 
-#: A watched picture, normalised, and its labels.
+#: Pictures [3, H, W], normalised, and their labels [H', W'].
 Watched = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -140,17 +143,21 @@ class Segmenting:
     @torch.inference_mode()
     def watch(self) -> dict[str, float]:
         """Return mIoU on the watched pictures, at the source rate."""
-        segmenter = self.segmenter()
-        sums = torch.zeros(len(self.names), 2, dtype=torch.int64)
-        for image, labels in self.watched:
-            scores = segmenter.scores(image, replace(self._variant, adapter=self._adapter))
-            answer = segmenter.classes(scores, (labels.shape[1], labels.shape[2]))
-            sums += counts(answer.cpu(), labels, len(self.names))[0]
-        return {f"unseen_miou_{self.config.source}": mean_iou(sums)} if self.watched else {}
+        if not self.watched:
+            return {}
+        sums = count_all(self.segmenter(), self.watched)
+        return {f"unseen_miou_{self.config.source}": mean_iou(sums)}
 
     def segmenter(self) -> Segmenter:
         """Return what is trained, as it is now."""
-        backbone = replace(self.backbone, adapter=self._adapter, source=self.config.source)
+        variant = self._encoded.variant
+        backbone = replace(
+            self.backbone,
+            adapter=self._adapter,
+            source=self.config.source,
+            ladder=variant.ladder,
+            proportional=variant.proportional,
+        )
         return Segmenter(backbone, self._encoded.decoder, self.info)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -169,12 +176,34 @@ class Segmenting:
         return module
 
     @property
-    def _variant(self) -> Variant:
-        return self._encoded.variant
-
-    @property
     def _adapter(self) -> Any:
         return None if self._encoded.branches is None else self._encoded.branches()
+
+
+def count_all(segmenter: Segmenter, scenes: Watched) -> Tensor:
+    """Return the intersections and unions [K, 2] of all scenes, at the source rate.
+
+    All processes call it, each takes its share of the scenes, and all get the same answer.
+
+    Args:
+        segmenter: what answers.
+        scenes: pictures [3, H, W], normalised, and their labels [H', W'].
+    """
+    state, classes = PartialState(), len(segmenter.info.class_names)
+    backbone = segmenter.backbone
+    variant = Variant(
+        backbone.source, None, backbone.adapter, backbone.proportional, backbone.ladder
+    )
+    device = next(segmenter.decoder.parameters()).device
+    sums = torch.zeros(classes, 2, dtype=torch.int64)
+    mine = range(state.process_index, len(scenes), state.num_processes)
+    for index in following(mine, "segmenting", "picture"):
+        image, labels = scenes[index]
+        scores = segmenter.scores(image[None].to(device), variant)
+        answer = segmenter.classes(scores, (labels.shape[0], labels.shape[1]))
+        sums += counts(answer.cpu(), labels[None], classes)[0]
+    total: Tensor = reduce(sums.to(device), reduction="sum").cpu()
+    return total
 
 
 def described(config: SegmentConfig, backbone: Backbone, classes: Classes) -> SegmentationInfo:

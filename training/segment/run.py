@@ -8,6 +8,7 @@ Reference: Segmenter, arXiv:2105.05633, section 4.1.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from adapters.durable import replace_file
 from adapters.ladder import part_of
 from adapters.schema import BackboneInfo, first_fault
 from adapters.segmentation import SegmentationModel, Segmenter, open_segmentation
-from tocom import Backbone, ConfigError, Variant, load_backbone
+from tocom import Backbone, ConfigError, load_backbone
 from training import loop
 from training.config import AugmentConfig
 from training.finetune import save_model
@@ -28,11 +29,11 @@ from training.pictures.batches import Batches
 from training.pictures.sampler import Draw
 from training.run_folder import read_metrics, refuse_other_run
 from training.screen.header import header
-from training.screen.progress import following, say
+from training.screen.progress import say
 from training.segment.augment import SceneTransform, TestScene, TrainScene
 from training.segment.config import SegmentConfig
-from training.segment.job import Segmenting, described
-from training.segment.metrics import counts, figures
+from training.segment.job import Segmenting, count_all, described
+from training.segment.metrics import figures
 from training.segment.scenes import Classes, Scenes, SceneSet, classes_of
 
 #: Of the test: what is written is fp16, and loaded into fp32 to be served.
@@ -83,8 +84,11 @@ def _make(config: SegmentConfig, folder: Path, finished: Path) -> None:
     say(header(accelerator, steps, config.backbone, scenes, keys, folder))
     backbone.model.to(accelerator.device)
     job = Segmenting(backbone, config, classes)
-    if config.unseen is not None and accelerator.is_main_process:
-        job.watched = _watched(splits[config.unseen], job.segmenter(), config.watched)
+    if config.unseen is not None:
+        unseen = splits[config.unseen]
+        count = min(config.watched, len(unseen))
+        indices = [i * len(unseen) // count for i in range(count)]
+        job.watched = list(Shown(job.segmenter(), unseen, indices))
     loop.run(
         accelerator, job, steps, config, scenes, keys, folder, AugmentConfig(crop="evaluation")
     )
@@ -136,42 +140,55 @@ def _test(config: SegmentConfig, folder: Path, finished: Path) -> None:
     if "test" in said["training"]:
         return
     state = PartialState()
+    full = config.method == "full"
+    segmenter = load_segmenter(
+        str(folder / "model") if full else config.backbone.name,
+        None if full else config.backbone.architecture,
+        finished,
+        state.device,
+    )
+    scenes = SceneSet(config.scenes, config.test, classes_of(config.scenes))
+    say(f"testing on {scenes.path}")
+    with torch.inference_mode():
+        sums = count_all(segmenter, Shown(segmenter, scenes, range(len(scenes))))
     if state.is_main_process:
-        full = config.method == "full"
-        name = str(folder / "model") if full else config.backbone.name
-        segmenter = load_segmenter(
-            name, None if full else config.backbone.architecture, finished, state.device
-        )
-        scenes = SceneSet(config.scenes, config.test, classes_of(config.scenes))
-        found = measured(segmenter, scenes, config.loop.workers)
+        found = figures(sums, segmenter.info.class_names) | {"pictures": len(scenes)}
         said["training"] |= {"test": found, "test_precision": _PRECISION}
         replace_file(path, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     state.wait_for_everyone()
 
 
-@torch.inference_mode()
-def measured(segmenter: Segmenter, scenes: SceneSet, workers: int) -> dict[str, Any]:
-    """Return mIoU, pixel accuracy and the IoU of each class, at the source rate."""
-    backbone, names = segmenter.backbone, segmenter.info.class_names
-    variant = Variant(
-        backbone.source, None, backbone.adapter, backbone.proportional, backbone.ladder
-    )
-    sums = torch.zeros(len(names), 2, dtype=torch.int64)
-    say(f"testing on {scenes.path}")
-    batches = scene_batches(segmenter, scenes, range(len(scenes)), 1, workers)
-    for ((image, labels),) in following(batches, "testing", "picture"):
-        scores = segmenter.scores(image[None].to(_device(segmenter)), variant)
-        answer = segmenter.classes(scores, (labels.shape[0], labels.shape[1]))
-        sums += counts(answer.cpu(), labels[None], len(names))[0]
-    return figures(sums, names) | {"pictures": len(scenes)}
+class Shown(Sequence[tuple[Tensor, Tensor]]):
+    """Scenes as a segmenter sees them, read when they are asked for."""
+
+    def __init__(self, segmenter: Segmenter, scenes: SceneSet, indices: Sequence[int]) -> None:
+        """Take some scenes of a split, by their numbers."""
+        self.indices = indices
+        self.transform = scene_transform(segmenter)
+        self.scenes = Scenes(scenes, self.transform)
+        self.finish = self.transform.finish("cpu")
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a normalised picture [3, H, W] and its labels [H', W'] as they are."""
+        picture, labels, _ = self.scenes[Draw(0, self.indices[index])]
+        return self.finish(picture[None])[0], labels
+
+
+def scene_transform(segmenter: Segmenter) -> SceneTransform:
+    """Return what becomes of scenes that a segmenter is measured on."""
+    config = segmenter.backbone.data_config
+    return SceneTransform(config["mean"], config["std"], TestScene(segmenter.size))
 
 
 def scene_batches(
     segmenter: Segmenter, scenes: SceneSet, indices: Any, batch_size: int, workers: int
 ) -> Batches:
     """Return lists of (normalised picture [3, H, W], its labels [H', W'] as they are)."""
-    config = segmenter.backbone.data_config
-    transform = SceneTransform(config["mean"], config["std"], TestScene(segmenter.size))
+    transform = scene_transform(segmenter)
     draws = [Draw(0, index) for index in indices]
     return Batches(
         Scenes(scenes, transform), workers, batch_size=batch_size, sampler=draws,
@@ -189,22 +206,6 @@ class Normalised:
     def __call__(self, items: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
         """Return pictures and labels, without how many were passed over."""
         return [(self.finish(picture[None])[0], labels) for picture, labels, _ in items]
-
-
-def _watched(scenes: SceneSet, segmenter: Segmenter, count: int) -> list[tuple[Tensor, Tensor]]:
-    count = min(count, len(scenes))
-    indices = [i * len(scenes) // count for i in range(count)]
-    batches = scene_batches(segmenter, scenes, indices, 1, 0)
-    device = _device(segmenter)
-    return [
-        (image[None].to(device), labels[None])
-        for ((image, labels),) in following(batches, "reading unseen pictures", "picture")
-    ]
-
-
-def _device(segmenter: Segmenter) -> torch.device:
-    device: torch.device = next(segmenter.backbone.model.parameters()).device
-    return device
 
 
 def _notes(

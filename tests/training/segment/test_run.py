@@ -53,7 +53,7 @@ def test_a_run_that_is_done_is_not_done_again(
     run: Path, scenes: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.segment.run._make", None)
-    monkeypatch.setattr("training.segment.run.measured", None)
+    monkeypatch.setattr("training.segment.run.count_all", None)
     same = recipe(scenes, model_folder, loop={"epochs": 8}, unseen="test")
     assert segment(same, run) == run / "task"
     with pytest.raises(ConfigError, match="holds a run of another recipe: dropout 0.1 there"):
