@@ -33,6 +33,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import read_recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,8 @@ RECIPES = {
     "vtab": VtabConfig,
     "search": LadderSearchConfig,
     "compare": CompareConfig,
+    "segment": SegmentConfig,
+    "evaluate-segment": EvaluateSegmentConfig,
 }
 
 

@@ -13,6 +13,7 @@ from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.config import PicturesConfig
 from training.presets import presets, read_recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 KINDS = {
@@ -30,6 +31,9 @@ KINDS = {
     "cifar100": (VtabConfig, ["root=data"]),
     "fgvc": (VtabConfig, ["root=data"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
+    "ade20k-segmenter": (SegmentConfig, []),
+    "camvid": (SegmentConfig, []),
+    "segment-rates": (EvaluateSegmentConfig, ["backbone.name=bundled:x", "task=y"]),
     "multiplier": (
         CalibrateConfig,
         ["backbone.name=bundled:x", "bank=bundled:y", "pictures.path=a.tar"],

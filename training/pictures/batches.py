@@ -65,11 +65,7 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
             DataError: if it cannot be read and shall not be passed over, or if none can.
         """
         picture, label, skipped = self._read(draw)
-        seed = derive(draw.seed, "augment", draw.position)  # here, where workers share out the time
-        random.seed(seed)
-        np.random.seed(seed)
-        # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
-        torch.default_generator.manual_seed(seed)
+        seed_augmentation(draw)
         return self.transform(picture), label, skipped
 
     def keys(self) -> list[tuple[int, int]]:
@@ -106,12 +102,24 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
 
     def _try(self, part: PictureSet, index: int) -> tuple[Image.Image, int] | None:
         try:
-            return part.read(index, self.least_side)
+            return self._decoded(part, index)
         except DataError as error:
             if self.on_unreadable == "stop":
                 raise
             _log.warning("%s; the next one is taken", error)
             return None
+
+    def _decoded(self, part: PictureSet, index: int) -> tuple[Image.Image, int]:
+        return part.read(index, self.least_side)
+
+
+def seed_augmentation(draw: Draw) -> None:
+    """Let what is drawn next be a function of a draw."""
+    seed = derive(draw.seed, "augment", draw.position)  # here, where workers share out the time
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
+    torch.default_generator.manual_seed(seed)
 
 
 class Batches(DataLoader[Any]):

@@ -101,12 +101,12 @@ class ListReader(Reader):  # type: ignore[misc]
         self.root = root
         self.samples = [
             _parse(line, f"{file}:{number}")
-            for number, line in enumerate(_lines(file), start=1)
+            for number, line in enumerate(lines_of(file), start=1)
             if line.strip()
         ]
         if not self.samples:
             raise DataError(f"{file} names no pictures")
-        self.places = _places(root) if root.is_file() else None
+        self.places = places(root) if root.is_file() else None
         for name, _ in self.samples:
             if not ((root / name).is_file() if self.places is None else name in self.places):
                 raise DataError(f"{file} names {name}, which is not in {root}")
@@ -143,7 +143,7 @@ def _class_names(file: Path, count: int, of: str) -> list[str]:
     """
     if not file.is_file():
         return [str(label) for label in range(count)]
-    names = [line.strip() for line in _lines(file) if line.strip()]
+    names = [line.strip() for line in lines_of(file) if line.strip()]
     if len(names) < count or len(set(names)) < len(names):
         raise DataError(
             f"{file} names {len(set(names))} different classes in {len(names)} lines; "
@@ -178,7 +178,12 @@ def _class_number(content: bytes | None, picture: str) -> int:
     return int(content)
 
 
-def _lines(file: Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -196,7 +201,7 @@ def _parse(line: str, where: str) -> tuple[str, int]:
     return path, int(label)
 
 
-def _places(tar: Path) -> dict[str, tuple[int, int]]:
+def places(tar: Path) -> dict[str, tuple[int, int]]:
     """Return (first byte, bytes) of every file in `tar`."""
     with tarfile.open(tar, "r:") as opened:
         return {

@@ -15,6 +15,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.screen.progress import say
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 
@@ -72,6 +73,33 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
         f"tocom-train evaluate every-rate {_of(tuned)}{given} bank=BANK pictures=TEST_PICTURES",
     )
     print(made)
+
+
+def _segment(config: SegmentConfig, folder: Path) -> None:
+    from training.segment.run import segment
+
+    task = segment(config, folder)
+    _tell_summary(folder)
+    found = json.loads((task / "task.json").read_text(encoding="utf-8"))["training"]["test"]
+    say(
+        f"of the test pictures mIoU is {found['miou']:.2f} % and {found['pixel_accuracy']:.2f} % "
+        "of the pixels are right, at its source rate"
+    )
+    full = config.method == "full"
+    encoder = BackboneConfig(name=str(task.parent / "model")) if full else config.backbone
+    _tell_next(
+        f"tocom-train evaluate-segment segment-rates {_of(encoder)} task={_word(task)} "
+        f"scenes.path={_word(config.scenes.path)} ladder=around-mlp",
+    )
+    print(task)
+
+
+def _evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> None:
+    from training.segment.measure import evaluate_segment
+
+    path = evaluate_segment(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
 
 
 def _evaluate(config: EvaluateConfig, folder: Path) -> None:
@@ -147,7 +175,9 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "distill": _distill,
     "elastic": _elastic,
     "finetune": _finetune,
+    "segment": _segment,
     "evaluate": _evaluate,
+    "evaluate-segment": _evaluate_segment,
     "compare": _compare,
     "calibrate": _calibrate,
     "vtab": _vtab,

@@ -5,6 +5,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.recipe import Recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 KINDS: dict[str, type[Recipe]] = {
@@ -12,7 +13,9 @@ KINDS: dict[str, type[Recipe]] = {
     "distill": DistillConfig,
     "elastic": ElasticConfig,
     "finetune": FinetuneConfig,
+    "segment": SegmentConfig,
     "evaluate": EvaluateConfig,
+    "evaluate-segment": EvaluateSegmentConfig,
     "compare": CompareConfig,
     "calibrate": CalibrateConfig,
     "vtab": VtabConfig,
