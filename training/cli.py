@@ -21,7 +21,8 @@ COMMANDS = {
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
     "evaluate": "measure a model at every rate, with and without a bank",
-    "compare": "measure methods and ladders side by side on one model",
+    "compare": "measure methods, ladders and banks side by side",
+    "analyse": "compare which tokens methods keep or join, and what it changes",
     "calibrate": "search the multiplier of a bank's deltas for a model",
     "vtab": "tune on many tasks at many rates, and make the table of all",
 }

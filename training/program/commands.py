@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.analysis.config import AnalyseConfig
 from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -90,6 +91,14 @@ def _compare(config: CompareConfig, folder: Path) -> None:
     print(path)
 
 
+def _analyse(config: AnalyseConfig, folder: Path) -> None:
+    from training.analysis.analyse import analyse
+
+    path = analyse(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
+
+
 def _calibrate(config: CalibrateConfig, folder: Path) -> None:
     from training.calibrate import calibrate
 
@@ -149,6 +158,7 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "finetune": _finetune,
     "evaluate": _evaluate,
     "compare": _compare,
+    "analyse": _analyse,
     "calibrate": _calibrate,
     "vtab": _vtab,
 }
