@@ -14,6 +14,7 @@ from tocom.reduction import method_of
 from training.analysis import analyse as analyse_module
 from training.analysis.analyse import analyse
 from training.analysis.config import AnalyseConfig
+from training.analysis.drawn import plot_depth, plot_proxies
 from training.analysis.pairs import kind_of, proxies
 from training.ladders.chosen import usual_ladder
 from training.pictures.batches import evaluation_batches
@@ -38,6 +39,13 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All plots of an analysis take longer than the rest of it."""
+    for plot in ("plot_proxies", "plot_depth"):
+        monkeypatch.setattr(analyse_module, plot, lambda result, folder: None)
+
+
 def config(pictures: Path, model: Path, **changes: Any) -> AnalyseConfig:
     said = {
         "backbone": {"name": str(model)},
@@ -51,11 +59,7 @@ def config(pictures: Path, model: Path, **changes: Any) -> AnalyseConfig:
     return AnalyseConfig.model_validate(said | changes)
 
 
-def test_what_is_observed_is_what_traces_say(
-    pictures: Path, narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for plot in ("plot_proxies", "plot_depth"):  # takes longer than all the rest
-        monkeypatch.setattr(analyse_module, plot, lambda result, folder: None)
+def test_what_is_observed_is_what_traces_say(pictures: Path, narrow: Path, tmp_path: Path) -> None:
     asked = config(pictures, narrow)
     path = analyse(asked, tmp_path / "run")
     result = json.loads(path.read_text())
@@ -107,8 +111,17 @@ def test_pairs_of_every_kind_have_their_measures_and_proxies(
     text = path.with_suffix(".md").read_text()
     assert "| clusters: NMI |" in text
     assert "agreement with rung 0 differs" in text
-    assert (path.parent / "depth.png").stat().st_size > 0
-    assert path.with_suffix(".svg").stat().st_size > 0
+
+
+def test_an_analysis_is_drawn(tmp_path: Path) -> None:
+    rows = [row(rung=rung) | {"depth": [[rung, 2], [3, 4]]} for rung in (0, 1)]
+    pairs = [{"kind": "stock", "difference": 2.0, "measures": {"iou": 0.5, "nmi": None}}]
+    result = {"model": "a", "pictures": {"name": "b"}, "rows": rows, "pairs": pairs}
+    result["proxies"] = [{"kind": "stock", "measure": "iou"}]
+    plot_proxies(result, tmp_path)
+    plot_depth(result, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"analysis.svg", "analysis.png", "depth.svg", "depth.png"}
 
 
 def row(model: str = "a", method: str = "m", rung: int = 1, share: float = 0.7) -> dict[str, Any]:
