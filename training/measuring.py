@@ -35,6 +35,7 @@ from tocom import (
 )
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig
+from training.multi_label.measures import compare_many
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
@@ -43,6 +44,7 @@ from training.run_folder import refuse_other_recipe
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
+MANY_CLASSES = "scores several classes a picture"
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
 
 
@@ -81,6 +83,12 @@ class Measurement:
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
         self.keys = [(0, i * available // self.count) for i in range(self.count)]
+        if labelled and backbone.multi_label != (pictures.labels == "many"):
+            raise DataError(
+                f"{backbone.name} "
+                f"{MANY_CLASSES if backbone.multi_label else 'answers one class a picture'}, and "
+                f"{pictures.path} has labels={pictures.labels}; labelled=false does without"
+            )
         self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
         self.cost = functools.cache(functools.partial(cost, backbone.model, ladder=ladder))
         self._bar: Any = None
@@ -97,8 +105,8 @@ class Measurement:
         Args:
             path: where the sums so far are kept, and read if they are there.
             rates: those of all forwards that `figures` runs, for the progress bar.
-            figures: from embedded tokens [B, N, D] and the model's classes [B], None without
-                labels, to sums over the batch.
+            figures: from embedded tokens [B, N, D] and the model's classes [B], of several a
+                picture [B, C], None without labels, to sums over the batch.
 
         Raises:
             ConfigError: if the sums so far are of other pictures.
@@ -111,12 +119,25 @@ class Measurement:
         with Progress("measuring", self.count * macs, "MAC", done * macs) as self._bar:
             for images, folders in batches if done < self.count else ():
                 tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
-                classes = None if self.classes is None else self.classes[folders].to(self._device)
+                classes = None if self.classes is None else self.truth(folders).to(self._device)
                 sums = sums + figures(tokens, classes).cpu()
                 done += len(images)
                 state = {"done": done, "of": self.count, "sums": sums.tolist()}
                 replace_file(path, json.dumps(state) + "\n")
         return sums
+
+    def truth(self, folders: Tensor) -> Tensor:
+        """Return the model's classes [B] of folders [B], of several a picture [B, C] both."""
+        assert self.classes is not None
+        if not self.backbone.multi_label:
+            return self.classes[folders]
+        truth = torch.zeros(len(folders), len(self.backbone.class_names))
+        truth[:, self.classes] = folders
+        return truth
+
+    def compare(self, answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+        """Return what `compare` does for the answers of this model."""
+        return compare(answer, reference, classes, self.backbone.multi_label)
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
@@ -248,16 +269,21 @@ def claim(
     return False
 
 
-def compare(answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+def compare(
+    answer: Tensor, reference: Tensor, classes: Tensor | None, many: bool = False
+) -> Tensor:
     """Return each picture's top-1 (0 or 1), agreement (0 or 1) and KL divergence in nats.
 
     Args:
         answer, reference: logits [B, C].
         classes: [B]; without them, top-1 is 0.
+        many: whether each class is scored by itself; see `compare_many`.
 
     Returns:
         [B, 3] in the order of `MEASURES`; KL is KL(reference ‖ answer).
     """
+    if many:
+        return compare_many(answer, reference)
     log_answer, log_reference = answer.float().log_softmax(-1), reference.float().log_softmax(-1)
     kl = (log_reference.exp() * (log_reference - log_answer)).sum(-1)
     top, agreed = answer.argmax(-1), reference.argmax(-1)

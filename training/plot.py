@@ -17,12 +17,14 @@ from adapters.durable import replace_file
 from training.screen.curves import Watched
 
 _MEASURES = {
+    "map": "mAP (%)",
     "kl": "KL to the source rate (nats)",
     "agreement": "agreement with the source rate (%)",
     "top1": "top-1 (%)",
 }
 #: measure -> title, colours (blue is better), form of a cell
 _CHANGES = {
+    "map": ("mAP (points)", "RdBu", "{:+.1f}"),
     "kl": ("KL (%)", "RdBu_r", "{:+.0f}"),
     "agreement": ("agreement (points)", "RdBu", "{:+.1f}"),
     "top1": ("top-1 (points)", "RdBu", "{:+.1f}"),

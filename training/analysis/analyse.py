@@ -21,7 +21,7 @@ from training.analysis.observed import Observed, looked_at, observe
 from training.analysis.pairs import compared, finite, mean, measured, proxies
 from training.analysis.table import table
 from training.ladders.candidates import Candidate, Models, candidates_of
-from training.measuring import Measurement, claim, refuse_processes
+from training.measuring import MANY_CLASSES, Measurement, claim, refuse_processes
 from training.screen.progress import following
 
 
@@ -90,6 +90,10 @@ def _stock(backbone: Backbone) -> Candidate:
 
 
 def _measurement(config: AnalyseConfig, backbone: Backbone) -> Measurement:
+    if backbone.multi_label and config.labelled:
+        raise ConfigError(
+            f"{backbone.name} {MANY_CLASSES}, which are not ranked here: labelled=false"
+        )
     measurement = Measurement(
         backbone, config.pictures, config.batch_size, config.workers, config.labelled, config.limit
     )

@@ -14,7 +14,7 @@ from tocom import ConfigError
 from tocom.vit import State, embed, read, run_blocks
 from training.analysis.tokens import kept
 from training.ladders.candidates import Candidate
-from training.measuring import Measurement, compare
+from training.measuring import Measurement
 from training.pictures.batches import evaluation_batches
 from training.screen.progress import Progress
 
@@ -78,12 +78,12 @@ def observe(
     with Progress(f"observing {measurement.backbone.name}", whole, "MAC") as bar:
         for images, folders in batches:
             tokens = embed(model, images.to(device))
-            classes = None if measurement.classes is None else measurement.classes[folders]
+            classes = None if measurement.classes is None else measurement.truth(folders)
             stock = None
             for candidate, seen in zip(candidates, gathered, strict=True):
                 logits = _look(candidate, tokens, blocks, seen)
                 stock = logits if stock is None else stock
-                seen.figures.append(compare(logits, stock, classes))
+                seen.figures.append(measurement.compare(logits, stock, classes))
                 bar.update(len(images) * candidate.macs)
     return [each.whole(model.patch_embed.grid_size) for each in gathered]
 

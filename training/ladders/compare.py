@@ -24,7 +24,7 @@ from training.ladders.candidates import Candidate, Models, candidates_of
 from training.ladders.compare_config import CompareConfig
 from training.ladders.compare_table import table
 from training.ladders.timing import time_forwards
-from training.measuring import MEASURES, Measurement, claim, compare, refuse_processes
+from training.measuring import MANY_CLASSES, MEASURES, Measurement, claim, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.plot import plot_compare
 from training.screen.progress import Progress
@@ -103,6 +103,8 @@ def _measurements(config: CompareConfig, candidates: Sequence[Candidate]) -> dic
     """
     measurements: dict[int, Measurement] = {}
     stock = candidates[0].backbone
+    if stock.multi_label and config.labelled:
+        raise ConfigError(f"{stock.name} {MANY_CLASSES}, which are not ranked here: labelled=false")
     for candidate in candidates:
         model = candidate.backbone
         if model.class_names != stock.class_names:
@@ -141,12 +143,12 @@ def _measure(measurements: dict[int, Measurement], candidates: Sequence[Candidat
             done = 0
             for images, folders in batches:
                 images, seen = images.to(device), slice(done, done + len(images))
-                classes = None if measurement.classes is None else measurement.classes[folders]
+                classes = None if measurement.classes is None else measurement.truth(folders)
                 for i, candidate in here:
                     answer = candidate(images).float().cpu()
                     if i == 0:
                         reference[seen] = answer
-                    figures[i, seen] = compare(answer, reference[seen], classes)
+                    figures[i, seen] = measurement.compare(answer, reference[seen], classes)
                     bar.update(len(images) * candidate.macs)
                 done += len(images)
     return figures

@@ -63,8 +63,12 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
     _tell_summary(folder)
     full = config.method == "full"
     described = made / ("config.json" if full else "task.json")
-    accuracy = json.loads(described.read_text(encoding="utf-8"))["training"]["test_accuracy"]
-    say(f"of the test pictures {100 * accuracy:.2f} % are answered rightly, at its source rate")
+    said = json.loads(described.read_text(encoding="utf-8"))["training"]
+    if config.many:
+        say(f"on the test pictures mAP is {100 * said['test_map']:.2f} %, at its source rate")
+    else:
+        right = 100 * said["test_accuracy"]
+        say(f"of the test pictures {right:.2f} % are answered rightly, at its source rate")
     tuned = BackboneConfig(name=str(made)) if full else config.backbone
     task = None if full else made
     given = "" if full else f" task={_word(made)}"
