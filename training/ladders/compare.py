@@ -65,7 +65,7 @@ def compare_methods(config: CompareConfig, folder: Path) -> Path:
     result = {
         "model": config.model or backbone.architecture,
         "weights_digest": backbone.digest,
-        "banks": {c.name: c.bank.info.digest for c in candidates if c.bank},
+        "banks": _banks(candidates),
         "pictures": measurements[id(backbone)].described,
         "judge": config.judge,
         "rows": rows,
@@ -93,6 +93,17 @@ def _candidates(config: CompareConfig, backbone: Backbone, models: Models) -> It
         # What is decoded is what the stock model sees; the candidate makes it smaller.
         own = replace(backbone, model=smaller)
         yield Candidate("smaller pictures", own, pixels, cost(smaller).macs, pixels=pixels)
+
+
+def _banks(candidates: Sequence[Candidate]) -> dict[str, list[str]]:
+    """Return the digests of the banks of each entry, one a seed."""
+    found: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if candidate.bank is not None:
+            digests = found.setdefault(candidate.name, [])
+            if len(digests) <= candidate.seed:
+                digests.append(candidate.bank.info.digest)
+    return found
 
 
 def _measurements(config: CompareConfig, candidates: Sequence[Candidate]) -> dict[int, Measurement]:

@@ -121,6 +121,7 @@ def test_a_bank_runs_beside_plain_with_its_seeds_and_is_tested_in_pairs(
             assert 0 < rival["top1_p"] <= 1
     text = (tmp_path / "run" / "compare.md").read_text()
     assert "| mine + bank |" in text
+    assert result["banks"] == {"mine": [Bank.load(folder).info.digest for folder in banks]}
     assert "by agreement" in text
     again = json.loads(compare_methods(asked, tmp_path / "again").read_text())
     assert again == result  # from the same command the same numbers
