@@ -82,6 +82,8 @@ def _groups(
         _, mine = groups.setdefault(id(model), (model, [_stock(model)]))
         if candidate.rung:
             mine.append(candidate)
+    if not any(candidate.rung for _, mine in groups.values() for candidate in mine):
+        raise ConfigError("none of the entries can be made as cheap as one of the shares")
     return list(groups.values())
 
 

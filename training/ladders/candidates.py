@@ -128,7 +128,9 @@ def candidates_of(
     """
     named: dict[str, int] = {}
     for i, entry in enumerate(entries):
-        own_task = entry.task or ((task,) if task and not entry.backbone else (None,))
+        own_task: tuple[str | None, ...] = entry.task or (
+            (task,) if task and not entry.backbone else (None,)
+        )
         for seed in range(entry.runs):
             model = models(_at(entry.backbone or (backbone,), seed), _at(own_task, seed))
             bank = open_bank(_at(entry.bank, seed)) if entry.bank else None

@@ -161,6 +161,7 @@ def test_a_proxy_is_the_correlation_with_the_difference() -> None:
     ("changes", "message"),
     [
         ({"blocks": [4]}, "has the blocks 0 to 3, got 4"),
+        ({"shares": [0.01]}, "none of the entries can be made as cheap"),
         ({"limit": 12}, r"features of 12 channels .* need more pictures than that .* got 12"),
     ],
 )
