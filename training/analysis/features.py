@@ -23,7 +23,8 @@ def centred(features: Tensor) -> Tensor:
     """Return features [C, P] in fp64 with a mean of 0 in each channel and a norm of 1 in all."""
     features = features.double()
     features = features - features.mean(dim=1, keepdim=True)
-    return features / torch.linalg.matrix_norm(features)
+    scaled: Tensor = features / torch.linalg.matrix_norm(features)
+    return scaled
 
 
 def procrustes(a: Tensor, b: Tensor) -> float:
@@ -55,4 +56,5 @@ def _white(features: Tensor) -> Tensor:
     _, values, basis = torch.linalg.svd(features, full_matrices=False)
     # As numpy's rank: what is smaller is rounding.
     least = values.max() * max(features.shape) * torch.finfo(features.dtype).eps
-    return basis[values > least]
+    white: Tensor = basis[values > least]
+    return white

@@ -67,11 +67,10 @@ def transport(supply: Array, demand: Array, cost: Array) -> float:
             done[j] = True
             if demand[j] > 0:
                 break
-            for i in np.flatnonzero((flow[:, j] > 0) & np.isinf(near_s)):
+            for i in map(int, np.flatnonzero((flow[:, j] > 0) & np.isinf(near_s))):
                 near_s[i], came_s[i] = near_d[j], j
-                closer = near_s[i] + slack[i] < near_d
-                near_d[closer & ~done] = (near_s[i] + slack[i])[closer & ~done]
-                came_d[closer & ~done] = i
+                closer = (near_s[i] + slack[i] < near_d) & ~done
+                near_d[closer], came_d[closer] = near_s[i] + slack[i, closer], i
         end = near_d[j]
         up += np.minimum(near_s, end)
         down += np.minimum(near_d, end)

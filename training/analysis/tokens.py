@@ -76,4 +76,5 @@ def _entropy(labels: Tensor, counted: Tensor) -> Tensor:
     )
     alike = counts[place].double()  # how many patches have the label of each
     total = counted.sum(dim=1).double()
-    return total.log() - (alike.log() * counted).sum(dim=1) / total
+    entropy: Tensor = total.log() - (alike.log() * counted).sum(dim=1) / total
+    return entropy
