@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
@@ -27,7 +29,6 @@ from training.measuring import (
     Measurement,
     claim,
     load_model,
-    refuse_processes,
     standard_error,
 )
 from training.measuring_config import EvaluateConfig
@@ -46,7 +47,6 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
-    refuse_processes("evaluate")
     backbone = load_model(config.backbone, config.task, config.crop_pct)
     bank = open_bank(config.bank) if config.bank else None
     sources = config.sources or (backbone.source,)
@@ -82,13 +82,16 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }
-    (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
-    plot_evaluation(result, folder)
-    if bank and len(sources) > 1:
-        (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
-        plot_matrix(result, folder)
-    # Last: who finds it finds all the others.
-    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    processes = PartialState()
+    if processes.is_main_process:
+        (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
+        plot_evaluation(result, folder)
+        if bank and len(sources) > 1:
+            (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
+            plot_matrix(result, folder)
+        # Last: who finds it finds all the others.
+        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    processes.wait_for_everyone()
     return path
 
 
@@ -111,13 +114,10 @@ def measure(
     Returns:
         Rows of source, target, gmacs, tokens, pictures and, under `plain` and `bank`, `top1` and
         `agreement` in percent and `kl` in nats, `top1` only with labels, and in its place `map`
-        where a picture has several classes. Those with a bank have
-        its multiplier and, under `bank`, what the pictures say one by one: see `_paired`.
+        where a picture has several classes. Those with a bank have its multiplier and, under `bank`, what the pictures say one by one: see `_paired`.
     """
     rates = sorted({rate for pair in pairs for rate in pair})
     ranked = measurement.labelled and measurement.backbone.multi_label
-    if ranked:
-        path.unlink(missing_ok=True)  # ranks are over all pictures, so a killed pass begins anew
     scores: dict[tuple[tuple[int, int], str], list[Tensor]] = defaultdict(list)
     truth: list[Tensor] = []
     deltas = FoldedDeltas(measurement.backbone, bank) if bank else None
@@ -141,7 +141,10 @@ def measure(
             cells.append(_sums(plain, repaired))
         return torch.stack(cells)
 
-    sums = measurement.total(path, [*rates, *(target for _, target in scales)], figures)
+    every = [*rates, *(target for _, target in scales)]
+    # Ranks are over all pictures, which are not kept: a killed pass begins anew.
+    sums = measurement.total(path, every, figures, resume=not ranked)
+    seen = gather_object([(dict(scores), truth)]) if ranked else []
     measures = MEASURES if measurement.labelled and not ranked else MEASURES[1:]
     rows = []
     for (source, target), cell in zip(pairs, sums, strict=True):
@@ -155,9 +158,13 @@ def measure(
             "plain": _means(cell[0], count, measures),
         }
         for how in ("plain", "bank"):
-            if found := scores.get(((source, target), how)):
-                precision = mean_average_precision(torch.cat(found), torch.cat(truth))
-                row[how] = {"map": round(100 * precision, 2)} | row.get(how, {})
+            if ((source, target), how) in scores:
+                found = torch.cat(
+                    [each for part, _ in seen for each in part[(source, target), how]]
+                )
+                has = torch.cat([each for _, part in seen for each in part])
+                precision = round(100 * mean_average_precision(found, has), 2)
+                row[how] = {"map": precision} | row.get(how, {})
         if (source, target) in scales:
             row["multiplier"] = scales[source, target]
             row["bank"] = row.get("bank", {}) | _means(cell[1], count, measures)
