@@ -114,7 +114,8 @@ def measure(
     Returns:
         Rows of source, target, gmacs, tokens, pictures and, under `plain` and `bank`, `top1` and
         `agreement` in percent and `kl` in nats, `top1` only with labels, and in its place `map`
-        where a picture has several classes. Those with a bank have its multiplier and, under `bank`, what the pictures say one by one: see `_paired`.
+        where a picture has several classes. Those with a bank have its multiplier and, under
+        `bank`, what the pictures say one by one: see `_paired`.
     """
     rates = sorted({rate for pair in pairs for rate in pair})
     ranked = measurement.labelled and measurement.backbone.multi_label
@@ -160,7 +161,7 @@ def measure(
         for how in ("plain", "bank"):
             if ((source, target), how) in scores:
                 found = torch.cat(
-                    [each for part, _ in seen for each in part[(source, target), how]]
+                    [each for part, _ in seen for each in part.get(((source, target), how), [])]
                 )
                 has = torch.cat([each for _, part in seen for each in part])
                 precision = round(100 * mean_average_precision(found, has), 2)
