@@ -8,7 +8,9 @@ class Prediction(BaseModel):
 
     index: int
     label: str
-    score: float = Field(description="softmax over all classes")
+    score: float = Field(
+        description="softmax over all classes; of a multi-label model each class's own sigmoid"
+    )
 
 
 class Tokens(BaseModel):
@@ -171,6 +173,9 @@ class Figures(BaseModel):
     """How well a model does at a rate."""
 
     top1: float | None = Field(default=None, description="percent; null without labels")
+    map: float | None = Field(
+        default=None, description="mean average precision in percent, of a multi-label model"
+    )
     agreement: float = Field(description="percent of answers as at the source rate")
     kl: float = Field(description="KL divergence from the source rate, in nats")
 
@@ -245,6 +250,9 @@ class ModelDetail(ModelSummary):
 
     weights_digest: str = Field(description="SHA-256 of the backbone's weights")
     class_names: list[str]
+    multi_label: bool = Field(
+        False, description="a picture has several classes: all that score more than 0.5 are listed"
+    )
     input_size: tuple[int, int, int] = Field(description="channels, height, width")
     crop: float = Field(
         description="share of the picture's shorter side that the model sees, in the middle"

@@ -23,6 +23,7 @@ from adapters import export_model
 from server.app import create_app
 from server.settings import ApiKey, ModelSettings, Settings
 from tests.adapters.test_export import small_backbone
+from training.analysis.config import AnalyseConfig
 from training.cli import _parser
 from training.config import (
     DistillConfig,
@@ -48,6 +49,7 @@ RECIPES = {
     "compare": CompareConfig,
     "segment": SegmentConfig,
     "evaluate-segment": EvaluateSegmentConfig,
+    "analyse": AnalyseConfig,
 }
 
 

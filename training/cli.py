@@ -25,7 +25,8 @@ COMMANDS = {
     "segment": "train a segmenter, a decoder on a backbone, on scenes with labels for every pixel",
     "evaluate": "measure a model at every rate, with and without a bank",
     "evaluate-segment": "measure a segmenter at every rate, with and without a bank",
-    "compare": "measure methods and ladders side by side on one model",
+    "compare": "measure methods, ladders and banks side by side",
+    "analyse": "compare which tokens methods keep or join, and what it changes",
     "calibrate": "search the multiplier of a bank's deltas for a model",
     "vtab": "tune on many tasks at many rates, and make the table of all",
 }

@@ -248,6 +248,7 @@ def test_a_dry_run_checks_and_tells_and_writes_nothing(
     assert "at every rate\n" in told("evaluate", "every-rate", f"bank={bank}")
     assert "multipliers and the bank's own\n" in told("calibrate", "multiplier", f"bank={bank}")
     assert "beside the stock model\n" in told("compare", "methods")
+    assert "with banks and seeds\n" in told("analyse", "which-tokens")
     assert "tries for each\n" in told("search", "half-the-compute")
 
 

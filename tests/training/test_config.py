@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from tocom import ConfigError
+from training.analysis.config import AnalyseConfig
 from training.config import (
     DistillConfig,
     ElasticConfig,
@@ -30,6 +31,7 @@ KINDS = {
     "vtab1k": (VtabConfig, ["root=vtab-1k"]),
     "cifar100": (VtabConfig, ["root=data"]),
     "fgvc": (VtabConfig, ["root=data"]),
+    "which-tokens": (AnalyseConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "ade20k-segmenter": (SegmentConfig, []),
     "camvid": (SegmentConfig, []),

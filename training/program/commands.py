@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.analysis.config import AnalyseConfig
 from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -63,8 +64,12 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
     _tell_summary(folder)
     full = config.method == "full"
     described = made / ("config.json" if full else "task.json")
-    accuracy = json.loads(described.read_text(encoding="utf-8"))["training"]["test_accuracy"]
-    say(f"of the test pictures {100 * accuracy:.2f} % are answered rightly, at its source rate")
+    said = json.loads(described.read_text(encoding="utf-8"))["training"]
+    if config.many:
+        say(f"on the test pictures mAP is {100 * said['test_map']:.2f} %, at its source rate")
+    else:
+        right = 100 * said["test_accuracy"]
+        say(f"of the test pictures {right:.2f} % are answered rightly, at its source rate")
     tuned = BackboneConfig(name=str(made)) if full else config.backbone
     task = None if full else made
     given = "" if full else f" task={_word(made)}"
@@ -114,6 +119,14 @@ def _compare(config: CompareConfig, folder: Path) -> None:
     from training.ladders.compare import compare_methods
 
     path = compare_methods(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
+
+
+def _analyse(config: AnalyseConfig, folder: Path) -> None:
+    from training.analysis.analyse import analyse
+
+    path = analyse(config, folder)
     _tell_table(path.with_suffix(".md"))
     print(path)
 
@@ -179,6 +192,7 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "evaluate": _evaluate,
     "evaluate-segment": _evaluate_segment,
     "compare": _compare,
+    "analyse": _analyse,
     "calibrate": _calibrate,
     "vtab": _vtab,
 }

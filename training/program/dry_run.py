@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import open_bank
+from training.analysis.config import AnalyseConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -47,7 +48,7 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
     counts = [len(open_pictures(each)) for each in sets]
     for each, count in zip(sets, counts, strict=True):
         yield "pictures", f"{each.path}: {count:,}"
-    if isinstance(config, EvaluateConfig | CompareConfig) and config.labelled:
+    if isinstance(config, EvaluateConfig | CompareConfig | AnalyseConfig) and config.labelled:
         class_indices(config.pictures, backbone)
     if getattr(config, "bank", None) is not None:
         bank = open_bank(config.bank)
@@ -66,10 +67,19 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
             yield "run", f"{min(counts[0], config.limit or counts[0]):,} pictures at every rate"
         case CalibrateConfig():
             yield "run", f"{len(config.multipliers)} multipliers and the bank's own"
-        case CompareConfig():
+        case CompareConfig() | AnalyseConfig():
             yield "run", f"{len(config.entries)} methods and ladders beside the stock model"
+            yield "rungs", _candidates(config)
         case LadderSearchConfig():
             yield "run", f"{len(config.shares)} rungs, {config.tries} tries for each"
+
+
+def _candidates(config: CompareConfig | AnalyseConfig) -> str:
+    from training.ladders.candidates import Models, candidates_of
+
+    models = Models(config.crop_pct)
+    found = candidates_of(config.entries, config.backbone, config.task, config.shares, models)
+    return f"{len(list(found))}, with banks and seeds"
 
 
 def _distill(config: DistillConfig, backbone: Any, count: int) -> str:

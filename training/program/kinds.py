@@ -1,5 +1,6 @@
 """Which recipe each command of `tocom-train` takes."""
 
+from training.analysis.config import AnalyseConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -17,6 +18,7 @@ KINDS: dict[str, type[Recipe]] = {
     "evaluate": EvaluateConfig,
     "evaluate-segment": EvaluateSegmentConfig,
     "compare": CompareConfig,
+    "analyse": AnalyseConfig,
     "calibrate": CalibrateConfig,
     "vtab": VtabConfig,
 }
