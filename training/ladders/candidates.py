@@ -61,7 +61,7 @@ class Candidate:
     @property
     def parameters(self) -> int:
         """Weights of the model, and of the plug-ins that repair it."""
-        own = sum(each.numel() for each in self.backbone.model.parameters())
+        own: int = sum(each.numel() for each in self.backbone.model.parameters())
         if self.backbone.adapter is not None:
             own += sum(a.numel() + b.numel() for a, b in self.backbone.adapter.branches)
         return own + (self.bank.parameters if self.bank else 0)
