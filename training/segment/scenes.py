@@ -194,7 +194,7 @@ class Scenes(Pictures):
         self.transform, self.on_unreadable = transform, on_unreadable
         self.held_out = frozenset()
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:  # type: ignore[override]
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:
         """Return the transformed picture [3, H, W], its labels [H, W] and how many passed over.
 
         Raises:
