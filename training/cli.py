@@ -20,6 +20,7 @@ COMMANDS = {
     "distill": "make a bank of plug-ins for a backbone; needs no labels",
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
+    "prune": "take channels out of a model, which becomes smaller and faster",
     "evaluate": "measure a model at every rate, with and without a bank",
     "compare": "measure methods and ladders side by side on one model",
     "calibrate": "search the multiplier of a bank's deltas for a model",
