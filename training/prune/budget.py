@@ -1,4 +1,4 @@
-"""What channels cost: the multiply-adds that go with each of them at the rate that is pruned for."""
+"""The multiply-adds that go with each channel at the rate that is pruned for."""
 
 from tocom import Backbone, ConfigError, Ladder, Variant, cost
 from tocom.reduction import Place
