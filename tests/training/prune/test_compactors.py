@@ -58,12 +58,10 @@ def test_the_golden_update(masked):
     torch.testing.assert_close(compactor.grad, case["grad"], rtol=0, atol=1e-9)
     torch.optim.SGD([compactor], params["lr"]).step()
     torch.testing.assert_close(compactor.detach(), case["C_after"], rtol=0, atol=1e-9)
-    with torch.no_grad():
-        compactor.copy_(case["C"])
-        weight, bias = layer.folded()
+    weight, bias = layer.folded()
     keep = case["keep"]
-    torch.testing.assert_close(weight.t()[:, keep], case["W_merged"], rtol=0, atol=1e-9)
-    torch.testing.assert_close(bias[keep], case["b_merged"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(weight.detach().t()[:, keep], case["W_merged"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(bias.detach()[keep], case["b_merged"], rtol=0, atol=1e-9)
 
 
 def test_at_first_they_change_nothing():
