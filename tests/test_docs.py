@@ -33,6 +33,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import read_recipe
+from training.prune.config import PruneConfig
 from training.vtab.config import VtabConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = {
     "distill": DistillConfig,
     "finetune": FinetuneConfig,
+    "prune": PruneConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
     "vtab": VtabConfig,

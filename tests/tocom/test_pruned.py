@@ -1,6 +1,7 @@
 """Models with fewer channels: loaded, run, costed, changed by deltas and built as graphs."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_the_cost_counts_what_is_there():
     model, tokens, width = pruned_model(), (17, 14, 11, 8), 192
     total = cost(model, 3).macs
     expected = 16 * 3 * 16 * 16 * width + width * 10
-    for i, (entering, leaving) in enumerate(zip(tokens, tokens[1:], strict=False)):
+    for i, (entering, leaving) in enumerate(pairwise(tokens)):
         qk, v, hidden = CHANNELS.qk[i], CHANNELS.v[i], CHANNELS.hidden[i]
         expected += entering * width * 3 * (2 * qk + 2 * v) + entering**2 * 3 * (qk + v)
         expected += 2 * leaving * width * hidden
