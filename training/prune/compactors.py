@@ -5,6 +5,8 @@ the MLP of each block. A channel of C that is to go learns from the lasso alone,
 pictures. At the end C is folded into W, without the channels that go, and the layers that read
 these lose their rows.
 
+Heads lose different channels, so the mean of their keys, by which ToMe merges, is another then.
+
 Letters: L blocks, H heads, d channels of a head, M channels of an MLP.
 Reference: CAIT's compactors in the form of ResRep, arXiv:2007.03260, section 3.
 """

@@ -1,6 +1,7 @@
 """Pruning a tiny model: its target, what comes out, resuming, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from adapters import open_task
 from tests.training.jobs import metrics
 from tocom import ConfigError, cost, forward, load_backbone
 from tocom.pruned import Channels
+from training.cli import main
 from training.config import FinetuneConfig
 from training.finetune import finetune
 from training.program.dry_run import dry_run
@@ -105,6 +107,22 @@ def test_a_task_with_branches_comes_out_beside_its_model(
     assert pruned.adapter is not None
     assert forward(pruned.model, torch.zeros(1, *pruned.input_size)).shape == (1, 3)
     assert prune(config, tmp_path / "run") == made
+
+
+def test_the_command_tells_what_it_made(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"backbone.name={model_folder}", f"pictures={pictures}", f"test={pictures}"]
+    short = ["loop.steps=2", "loop.batch_size=4", "begin=0", "growth=0.25", "loop.workers=0"]
+    folder = tmp_path / "run"
+    recipe = "prune-deit-tiny-task"
+    assert main(["prune", recipe, *given, *short, "--folder", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{folder / 'model'}\n"
+    assert re.search(
+        r"^before  0\.\d{4} GMACs, .* M parameters, \d+\.\d\d % right$", said.err, re.M
+    )
+    assert f"tocom-serve --model {recipe}={folder / 'model'}\n" in said.err
 
 
 def test_a_dry_run_says_what_goes(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
