@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -32,13 +33,14 @@ from training.losses import kd_loss
 from training.measuring import Measurement, class_indices, compare
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
+from training.pictures.unseen import mean_over
 from training.prune.budget import freed_by, wanted_macs
 from training.prune.compactors import choose, compact, fold, lasso, scores_of
 from training.prune.config import PruneConfig
 from training.prune.selection import select
 from training.run_folder import facts, refuse_other_run
 from training.screen.header import header
-from training.screen.progress import following, say
+from training.screen.progress import say
 
 
 class Network(nn.Module):
@@ -124,10 +126,7 @@ class Pruning:
         if self.classes is not None:
             terms.append(F.cross_entropy(answer, labels, label_smoothing=smoothing))
         if config.teacher:
-            with torch.no_grad():
-                tokens = embed(self.teacher, images)
-                teacher = outputs(self.teacher, tokens, self.teacher_variant).logits
-            terms.append(config.teacher * kd_loss(answer, teacher))
+            terms.append(config.teacher * kd_loss(answer, self._taught(images)))
         yield torch.stack(terms).sum()
 
     def _choose(self, share: float) -> None:
@@ -140,21 +139,21 @@ class Pruning:
         share = self.config.target_at(micros.start // self.micros)
         return {} if share is None else {"chosen": share}
 
-    @torch.no_grad()
     def watch(self) -> dict[str, float]:
         """Return the KL divergence from the model as it was, on unseen pictures."""
         if not self.unseen:
             return {}
         device = next(self.teacher.parameters()).device
-        pictures = sum(len(images) for images in self.unseen)
-        losses = []
-        for images in following(self.unseen, "unseen pictures", "batch"):
-            images = images.to(device)
-            teacher = outputs(
-                self.teacher, embed(self.teacher, images), self.teacher_variant
-            ).logits
-            losses.append(kd_loss(self.module(images), teacher) * (len(images) / pictures))
-        return {f"unseen_kl_{self.variant.rate}": torch.stack(losses).sum().item()}
+        found = mean_over(self.unseen, self._against_teacher, 1, device)
+        return {f"unseen_kl_{self.variant.rate}": found.item()}
+
+    def _against_teacher(self, images: Tensor) -> list[Tensor]:
+        return [kd_loss(self.module(images), self._taught(images))]
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """Return the logits of the model as it was."""
+        return outputs(self.teacher, embed(self.teacher, images), self.teacher_variant).logits
 
 
 def prune(config: PruneConfig, folder: Path) -> Path:
@@ -179,9 +178,8 @@ def prune(config: PruneConfig, folder: Path) -> Path:
     loop.run(
         accelerator, job, config.loop, config, data.pictures, data.keys, folder, config.augment
     )
-    if accelerator.is_main_process:
-        notes = {"method": "prune", **facts(config, data.distinct, folder)}
-        save(job, config, backbone, notes, folder)
+    notes = {"method": "prune", **facts(config, data.distinct, folder)}
+    save(job, config, backbone, notes, folder)
     accelerator.wait_for_everyone()
     return finished
 
@@ -202,7 +200,10 @@ def load(config: PruneConfig) -> Backbone:
 def save(
     job: Pruning, config: PruneConfig, backbone: Backbone, notes: dict[str, Any], folder: Path
 ) -> None:
-    """Write what came out, with what it costs and how many answers are right."""
+    """Write what came out, with what it costs and how many answers are right.
+
+    All processes call it and share out the test pictures; the first one writes.
+    """
     pruned = replace(backbone, model=job.student, adapter=_rounded(job.module))
     fold(pruned.model)
     pruned.model.half().float().requires_grad_(False)  # what is tested is what is written
@@ -213,6 +214,8 @@ def save(
             "parameters": sum(each.numel() for each in model.model.parameters()),
             **_tested(model, config, folder / f"test-{when}.json"),
         }
+    if not PartialState().is_main_process:
+        return
     part = part_of(ladder)
     said = {
         "source_rate": rate,
