@@ -113,6 +113,7 @@ class PrunedAttention(Attention):  # type: ignore[misc]  # timm ships no types
         self.qkv = PrunedQKV(
             width, (heads * qk, heads * qk, heads * v), before.qkv.bias is not None
         )
+        self.widths = self.qkv.widths
         self.q_norm, self.k_norm, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
         self.attn_drop, self.proj_drop, self.gate = before.attn_drop, before.proj_drop, None
         self.proj = nn.Linear(heads * v, before.proj.out_features, before.proj.bias is not None)
@@ -139,11 +140,10 @@ def widths(layer: nn.Linear) -> tuple[int, int, int]:
 
 def split(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q [B, H, N, d], k [B, H, N, d] and v [B, H, N, e] of `qkv` [B, N, H (2 d + e)]."""
+    pruned = isinstance(attention, PrunedAttention)  # whose layer PEFT may have wrapped
+    parts = attention.widths if pruned else widths(attention.qkv)
     heads = attention.num_heads
-    q, k, v = (
-        part.unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part in qkv.split(widths(attention.qkv), dim=-1)
-    )
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.split(parts, dim=-1))
     return q, k, v
 
 

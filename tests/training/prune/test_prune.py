@@ -22,11 +22,11 @@ from training.prune.config import PruneConfig
 from training.prune.prune import Pruning, load, prune
 
 
-def recipe(pictures: Path, model_folder: Path, **changes: Any) -> PruneConfig:
+def recipe(photos: Path, model_folder: Path, **changes: Any) -> PruneConfig:
     values: dict[str, Any] = {
         "backbone": {"name": str(model_folder)},
-        "pictures": [{"path": str(pictures)}],
-        "test": {"path": str(pictures)},
+        "pictures": [{"path": str(photos)}],
+        "test": {"path": str(photos)},
         "target": 0.3,
         "begin": 1,
         "every": 1,
