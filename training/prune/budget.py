@@ -14,13 +14,13 @@ def freed_by(backbone: Backbone, ladder: Ladder, rate: int) -> Freed:
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     plan = Variant(rate, ladder=ladder).plan(model, tokens)
     width, freed = model.embed_dim, Freed([], [], [])
-    for leaving, acts in zip(plan.tokens, plan.acts, strict=True):
+    for reduced, leaving, acts in zip(plan.reduced, plan.tokens, plan.acts, strict=True):
         place = ladder.method.place if acts else None
-        seen = leaving if place is Place.INPUT else tokens
-        answered = leaving if place is Place.ATTENTION else seen
+        seen = reduced if place is Place.INPUT else tokens
+        answered = reduced if place is Place.ATTENTION else seen
         freed.qk.append(2 * seen * width + seen * answered)
         freed.v.append((seen + answered) * width + seen * answered)
-        freed.fc1.append(2 * leaving * width)
+        freed.fc1.append(2 * reduced * width)
         tokens = leaving
     return freed
 
