@@ -102,13 +102,13 @@ class Cut(NamedTuple):
 class Heads(NamedTuple):
     """The heads of a block's attention."""
 
-    count: int
+    number: int
     width: int  # channels of a query and of a key
 
     @property
     def channels(self) -> int:
         """Of the queries of all heads."""
-        return self.count * self.width
+        return self.number * self.width
 
 
 @dataclass(frozen=True, eq=False)

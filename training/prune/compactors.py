@@ -168,4 +168,5 @@ def fold(model: VisionTransformer) -> None:
 
 def _heads(parts: Sequence[Tensor], heads: int) -> Tensor:
     """Return [L, H, d] of channels [H d] of each block, on the CPU."""
-    return torch.stack(list(parts)).unflatten(1, (heads, -1)).cpu()
+    joined = torch.stack(list(parts)).cpu()
+    return joined.view(len(joined), heads, -1)
