@@ -93,4 +93,5 @@ def _join(pairs: Sequence[LowRank | None], widths: Sequence[int]) -> LowRank:
         pair.up if pair else torch.zeros(width, 0)
         for pair, width in zip(pairs, widths, strict=True)
     ]
-    return LowRank(torch.cat([pair.down for pair in pairs if pair]), torch.block_diag(*ups))
+    up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+    return LowRank(torch.cat([pair.down for pair in pairs if pair]), up)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -143,7 +144,8 @@ def split(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pruned = isinstance(attention, PrunedAttention)  # whose layer PEFT may have wrapped
     parts = attention.widths if pruned else widths(attention.qkv)
     heads = attention.num_heads
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.split(parts, dim=-1))
+    of_parts = torch.split(qkv, parts, dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in of_parts)
     return q, k, v
 
 

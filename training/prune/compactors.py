@@ -64,11 +64,11 @@ class Compacted(nn.Linear):
         """Return the weight [out, in] and the bias [out] with the compactors in them."""
         compactors = [self._compactor(i) for i in range(len(self.compactors))]
         width = self.out_features // len(compactors)
-        weights = zip(compactors, self.weight.split(width), strict=True)
+        weights = zip(compactors, torch.split(self.weight, width), strict=True)
         weight = torch.cat([compactor.t() @ part for compactor, part in weights])
         if self.bias is None:
             return weight, None
-        biases = zip(compactors, self.bias.split(width), strict=True)
+        biases = zip(compactors, torch.split(self.bias, width), strict=True)
         return weight, torch.cat([part @ compactor for compactor, part in biases])
 
     def _compactor(self, part: int) -> Tensor:
@@ -122,10 +122,11 @@ def lasso(model: VisionTransformer) -> Tensor:
 def scores_of(model: VisionTransformer, by: Score) -> Scores:
     """Return how much each channel of a model matters, on the CPU."""
     blocks: list[Any] = list(model.blocks)
-    q, k, v = zip(*(block.attn.qkv.scores(by) for block in blocks), strict=True)
     heads = blocks[0].attn.num_heads
+    attention = zip(*(block.attn.qkv.scores(by) for block in blocks), strict=True)
     fc1 = [block.mlp.fc1.scores(by)[0] for block in blocks]
-    return Scores(*(_heads(each, heads) for each in (q, k, v)), torch.stack(fc1).cpu())
+    q, k, v = (_heads(each, heads) for each in attention)
+    return Scores(q, k, v, torch.stack(fc1).cpu())
 
 
 def choose(model: VisionTransformer, kept: Kept) -> None:
