@@ -70,6 +70,11 @@ class Geometry(Strict):
             patch=tuple(model.patch_embed.patch_size),
         )
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.input[0] // self.patch[0], self.input[1] // self.patch[1]
+
     def channels(self, target: str) -> tuple[int, int]:
         """Return (in, out) channels of a target."""
         return {"fc1": (self.width, self.hidden), "fc2": (self.hidden, self.width)}.get(

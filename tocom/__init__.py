@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
     from tocom.ladder import TOME, Ladder, Plan, plan
     from tocom.merging import Match, match, merge, unmerge
+    from tocom.reduction.weights import ReductionWeights
     from tocom.supported import check_supported
     from tocom.variant import Variant
     from tocom.vit import Trace, forward, forward_features, trace
@@ -43,6 +44,7 @@ else:
             "delta": ["AnyDelta", "Delta", "FoldedWeights", "LowRank", "check_delta", "fold"],
             "ladder": ["TOME", "Ladder", "Plan", "plan"],
             "merging": ["Match", "match", "merge", "unmerge"],
+            "reduction.weights": ["ReductionWeights"],
             "supported": ["check_supported"],
             "variant": ["Variant"],
             "vit": ["Trace", "forward", "forward_features", "trace"],
@@ -68,6 +70,7 @@ __all__ = [
     "Rate",
     "RateError",
     "ReductionError",
+    "ReductionWeights",
     "ShapeError",
     "StoreError",
     "TOME",

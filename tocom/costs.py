@@ -65,22 +65,28 @@ def cost(
     blocks = []
     tokens = plan.tokens_in
     for block, leaving, acts in zip(model.blocks, plan.tokens, plan.acts, strict=True):
-        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, leaving))
+        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, leaving, prefix))
         tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head
     return Cost(macs=total, embedding=embedding, blocks=tuple(blocks), head=head, plan=plan)
 
 
-def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
-    """Return the multiply-adds of a block that `tokens` enter and `leaving` leave."""
+def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int, prefix: int) -> int:
+    """Return the multiply-adds of a block that `tokens` enter and `leaving` leave.
+
+    Both with the prefix tokens, of which there are `prefix`.
+    """
     attention, width = block.attn, block.attn.proj.in_features
     place = None if method is None else method.place
     seen = leaving if place is Place.INPUT else tokens
     answered = leaving if place is Place.ATTENTION else seen
     macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
     macs += 2 * seen * answered * width + leaving * linear_macs(block.mlp)
-    return macs + (method.macs(tokens, leaving, width, attention.num_heads) if method else 0)
+    if method is not None:
+        macs += method.macs(tokens, leaving, width, attention.num_heads)
+        macs += method.learned_macs(tokens - prefix, leaving - prefix, width)
+    return macs
 
 
 def linear_macs(module: nn.Module) -> int:

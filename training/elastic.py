@@ -78,6 +78,10 @@ class ElasticTuning:
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
         self.ladder = chosen_ladder(config.ladder, backbone.model)
+        if self.ladder.method.learns:
+            raise ConfigError(
+                f"the method {self.ladder.method.name!r} is learned from labels: fine-tune on it"
+            )
         if self.ladder.top is not None and config.max_rate > self.ladder.top:
             raise ConfigError(
                 f"max_rate ({config.max_rate}) must be a rung of the ladder "

@@ -310,7 +310,9 @@ def _accuracy(
         DataError: if a picture has a class that the model lacks.
     """
     state = PartialState()
-    variant = Variant(rate, None, backbone.adapter, backbone.proportional, backbone.ladder)
+    variant = Variant(
+        rate, None, backbone.adapter, backbone.proportional, backbone.ladder, backbone.learned
+    )
     counts = torch.zeros(2, device=state.device)  # right answers, pictures
     batches = evaluation_batches(
         backbone, [part], keys, workers=workers,

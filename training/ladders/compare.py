@@ -101,8 +101,9 @@ def _candidates(config: CompareConfig, backbone: Backbone) -> Iterator[Candidate
     for entry in config.entries:
         ladder = _ladder(entry, config, model)
         ladder.check(model)
+        ladder.check_learned(model, backbone.learned)
         for rung in range(1, (ladder.top or 0) + 1):
-            variant = Variant(rung, None, adapter, backbone.proportional, ladder)
+            variant = Variant(rung, None, adapter, backbone.proportional, ladder, backbone.learned)
             yield Candidate(
                 ladder.name, rung, cost(model, rung, ladder=ladder).macs, model, variant
             )
