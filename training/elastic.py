@@ -11,6 +11,7 @@ arXiv:1903.05134, section 3.3 (the whole network teaches).
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,8 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
     )
     if accelerator.is_main_process:
         backbone.model.load_state_dict(job.student.state_dict())
-        save_model(backbone, _said(config, backbone, tuned_from, data.distinct, folder), finished)
+        stock = replace(backbone, learned=None)  # of another ladder, and of no use on this one
+        save_model(stock, _said(config, backbone, tuned_from, data.distinct, folder), finished)
     accelerator.wait_for_everyone()
     return finished
 
