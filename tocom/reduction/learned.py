@@ -8,7 +8,7 @@ the trainer's.
 Letters: B images, N tokens in, P patch tokens in, K patch tokens out, C channels.
 Reference: DynamicViT, arXiv:2106.02034, section 3; Self-slimmed ViT (SiT), arXiv:2111.12624,
 section 3; PatchMerger, arXiv:2202.12015, section 3; Sinkhorn as in Which Tokens to Use?,
-arXiv:2308.04657, section 3, after Sinkformers and optimal transport between tokens and clusters.
+arXiv:2308.04657, section 3.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Learned methods learn along with the model, go on where they were stopped, and are kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tocom import BackboneError, ConfigError, Ladder, forward, load_backbone
 from tocom.reduction import SiT, method_of
 from training import finetune as module
 from training.cli import main
-from training.config import FinetuneConfig
+from training.config import DynamicViTConfig, FinetuneConfig
 from training.finetune import finetune
+from training.learned.dynamicvit import check_teacher
 from training.learned.weights import drawn_rung
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,13 +35,13 @@ def ladder(name: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"name": "learned", "method": method, "patches": 16, "rungs": rungs}
 
 
-def recipe(pictures: Path, model_folder: Path, method: str, **changes: Any) -> FinetuneConfig:
+def recipe(pictures: Path, model_folder: Path, learns: str, **changes: Any) -> FinetuneConfig:
     values: dict[str, Any] = {
         "name": "tiny",
         "backbone": {"name": str(model_folder)},
         "pictures": {"path": str(pictures)},
         "test": {"path": str(pictures)},
-        "ladder": ladder(method),
+        "ladder": ladder(learns),
         "source": 2,
         "drop_path": 0,
         "augment": {"crop": "evaluation"},
@@ -148,17 +150,28 @@ def test_rungs_take_part_at_random_and_the_source_half_of_the_time() -> None:
             {"ladder": ladder("dynamicvit") | {"rungs": [[0, 0], [8, 4], [0, 4]]}},
             "rung 1 of the ladder 'learned' drops tokens in block 0, for which dynamicvit learns",
         ),
-        ({"classes": 4, "dynamicvit": {"teacher": "itself"}}, "knows 3 classes and .* have 4"),
     ],
 )
 def test_what_could_not_learn_is_told_first(
     pictures: Path, model_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    if "dynamicvit" in change:
-        change = change | {"dynamicvit": {"teacher": str(model_folder)}}
     with pytest.raises(ConfigError, match=message):
         finetune(recipe(pictures, model_folder, "dynamicvit", **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_task_is_refused(model_folder: Path) -> None:
+    config = DynamicViTConfig(teacher=str(model_folder))
+    backbone = load_backbone(str(model_folder))
+    check_teacher(config, 3, backbone)
+    with pytest.raises(ConfigError, match="knows 3 classes and the pictures have 4: a teacher is"):
+        check_teacher(config, 4, backbone)
+    backbone.model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3)}
+    with pytest.raises(ConfigError, match=r"wants pictures with mean \("):
+        check_teacher(config, 3, backbone)
+    other = replace(load_backbone("bundled:deit_tiny"), name="larger")
+    with pytest.raises(ConfigError, match="wants pictures with input_size"):
+        check_teacher(config, 3, other)
 
 
 def test_processes_learn_together(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
