@@ -1,5 +1,8 @@
 """Elastic tuning: all weights of a backbone learn to answer at every rung as it did at rung 0.
 
+At every rung, or at chosen ones: at one alone, nothing is shared, and the result is what a model of
+that compute can reach.
+
 No labels and no plug-ins: the teacher is the backbone as it was, the student the same weights at
 random rungs. What comes out is a model folder. It is the way of networks of many widths, and the
 rival of a bank: nothing is added at a rung, but the stock model is gone, and tasks that were tuned
@@ -16,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import BackboneInfo
+from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, ConfigError, Ladder, Variant, load_backbone
 from tocom.vit import Outputs, embed, outputs
@@ -28,9 +31,10 @@ from training import loop
 from training.config import ElasticConfig
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
-from training.losses import kd_loss, lesson
+from training.losses import answer_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
+from training.pictures.unseen import mean_over
 from training.run_folder import facts, refuse_other_run
 from training.screen.header import header
 from training.screen.progress import following, say
@@ -135,44 +139,41 @@ class ElasticTuning:
             variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
             losses.append(self._loss(outputs(self.teacher, tokens, variant, self.traced), whole))
         found = torch.stack(losses)
-        # Rungs that are (nearly) the stock model must not outweigh all others.
-        found = found.clamp(min=found.max().item() / 1000)
+        # Rungs that are (nearly) the stock model must not outweigh all others; where all are, they
+        # count as they are.
+        found = found.clamp(min=found.max().item() / 1000 or 1.0)
         return torch.cat([found[:1], found])
 
     def notes(self, micros: range) -> dict[str, Any]:
         """Return the rungs, one for each loss."""
         return {"rates": [rung for micro in micros for rung in draw_rungs(self.config, micro)]}
 
-    @torch.no_grad()
     def watch(self) -> dict[str, float]:
         """Return the KL divergence, or the error without a head, from the backbone at rung 0."""
         device = next(self.teacher.parameters()).device
-        head = self.teacher.num_classes > 0
-        pictures = sum(len(images) for images in self.unseen)
-        sums = torch.zeros(len(self.watched), device=device)
-        for images in following(self.unseen, "unseen pictures", "batch"):
-            images = images.to(device)
-            whole = outputs(self.teacher, embed(self.teacher, images), Variant())
-            tokens = embed(self.student, images)
-            for i, rung in enumerate(self.watched):
-                variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
-                answer = outputs(self.student, tokens, variant)
-                if head:
-                    error = kd_loss(answer.logits, whole.logits)
-                else:
-                    error = F.mse_loss(answer.features, whole.features)
-                sums[i] += error * (len(images) / pictures)
-        what = "kl" if head else "error"
+        found = mean_over(self.unseen, self._against_stock, len(self.watched), device)
+        what = "kl" if self.teacher.num_classes else "error"
         return {
             f"unseen_{what}_{rung}": value
-            for rung, value in zip(self.watched, sums.tolist(), strict=True)
+            for rung, value in zip(self.watched, found.tolist(), strict=True)
         }
+
+    def _against_stock(self, images: Tensor) -> list[Tensor]:
+        whole = outputs(self.teacher, embed(self.teacher, images), Variant())
+        tokens = embed(self.student, images)
+        losses = []
+        for rung in self.watched:
+            variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
+            answer = outputs(self.student, tokens, variant)
+            losses.append(answer_loss(answer, whole, self.teacher.num_classes > 0))
+        return losses
 
 
 def draw_rungs(config: ElasticConfig, micro: int) -> list[int]:
     """Return the distinct rungs of a micro-batch, all alike likely."""
     generator = torch.Generator().manual_seed(derive(config.loop.seed, "rungs", micro))
-    return torch.randperm(config.max_rate + 1, generator=generator)[: config.students].tolist()
+    drawn = torch.randperm(len(config.tuned_for), generator=generator)[: config.students]
+    return [config.tuned_for[i] for i in drawn.tolist()]
 
 
 def elastic(config: ElasticConfig, folder: Path) -> Path:
@@ -210,9 +211,11 @@ def _said(
 ) -> dict[str, Any]:
     """Return what the model folder says of itself."""
     training = {"method": "elastic", **facts(config, distinct, folder)}
+    part = part_of(chosen_ladder(config.ladder, backbone.model))
     return {
         "label_names": list(backbone.class_names),
-        "source_rate": 0,
+        "source_rate": config.rates[0] if len(config.rates) == 1 else 0,
+        **({} if part is None else {"ladder": part.model_dump(mode="json")}),
         **({} if config.proportional else {"proportional": False}),
         "backbone_digest": tuned_from,
         "training": training,
