@@ -1,7 +1,6 @@
 """Learned methods learn along with the model, go on where they were stopped, and are kept."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +165,9 @@ def test_a_teacher_of_another_task_is_refused(model_folder: Path) -> None:
     check_teacher(config, 3, backbone)
     with pytest.raises(ConfigError, match="knows 3 classes and the pictures have 4: a teacher is"):
         check_teacher(config, 4, backbone)
-    backbone.model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3)}
+    other = load_backbone(str(model_folder))
+    other.model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3)}
     with pytest.raises(ConfigError, match=r"wants pictures with mean \("):
-        check_teacher(config, 3, backbone)
-    other = replace(load_backbone("bundled:deit_tiny"), name="larger")
-    with pytest.raises(ConfigError, match="wants pictures with input_size"):
         check_teacher(config, 3, other)
 
 
