@@ -188,7 +188,7 @@ def keep_votes(x: Tensor, weights: Weights, mask: Tensor | None = None) -> Tenso
             taken; None: all are.
     """
     h = F.gelu(_linear(_normed(x, "in_conv.0", weights), "in_conv.1", weights))
-    own, shared = h.split(h.shape[2] // 2, dim=2)
+    own, shared = h.chunk(2, dim=2)
     if mask is None:
         mean = shared.mean(dim=1, keepdim=True)
     else:

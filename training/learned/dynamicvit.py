@@ -95,8 +95,8 @@ def _run_block(
         weights = policy_attention(scores, policy).to(seen.v.dtype)
         y = project(block.attn, name, block.attn.attn_drop(weights) @ seen.v, None)
     x = x + block.drop_path1(block.ls1(y))
-    y = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return y if adapter is None else y + adapter(i, x)
+    left: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return left if adapter is None else left + adapter(i, x)
 
 
 def ratio_loss(masks: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -207,7 +207,10 @@ def test_a_faulty_file_of_weights_is_named(
 
     for change, message in (
         ({key: x for key, x in tensors.items() if key != name}, f"1 tensors .* such as {name}"),
-        (tensors | {"9.v": tensors[name]}, "1 tensors are missing, too many .* such as 9.v"),
+        (
+            tensors | {"9.v": tensors[name].clone()},
+            "1 tensors are missing, too many .* such as 9.v",
+        ),
         (tensors | {name: tensors[name][:1].clone()}, f"of another shape, such as {name}"),
         (tensors | {name: tensors[name] * torch.nan}, f"{name} must be finite numbers"),
         (tensors | {name: tensors[name].long()}, f"{name} must be finite numbers"),
