@@ -2,7 +2,8 @@
 
 The backbone is run, not owned: a checkpoint holds what is tuned and nothing else.
 
-Reference: ToCom, Table 3 (recipes), section 4.1 (AdaptFormer).
+Reference: ToCom, Table 3 (recipes), section 4.1 (AdaptFormer); of several classes Ridnik et al.,
+Asymmetric Loss, arXiv:2009.14119.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
+from timm.loss import AsymmetricLossMultiLabel
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -139,20 +141,28 @@ class Finetuning:
             self.module.compile()  # one rate and one size of batches: one graph
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
+        self.many = config.many
 
     def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        """Yield the cross-entropy at the source rate; of a learned method, also at others."""
+        """Yield the loss of the labels at the source rate; of a learned method, also at others.
+
+        It is the cross-entropy; where a picture has several classes, the asymmetric loss.
+        """
         smoothing = self.label_smoothing
-        if self.mixing:  # smooths the labels itself
+        if self.mixing and not self.many:  # smooths the labels itself
             images, labels = self.mixing(images, labels)
             smoothing = 0.0
         if self.lesson is not None:
             answer = self.module(images)
-            loss = F.cross_entropy(answer.logits, labels, label_smoothing=smoothing)
-            yield loss + self.lesson(answer, images)
+            logits, more = answer.logits, self.lesson(answer, images)
         else:
-            logits = self.module(images, self._rung(micro))
-            yield F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            logits, more = self.module(images, self._rung(micro)), 0.0
+        if self.many:
+            # A part of a set may lack the last classes.
+            labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
+            yield AsymmetricLossMultiLabel(smoothing=smoothing)(logits, labels) + more
+        else:
+            yield F.cross_entropy(logits, labels, label_smoothing=smoothing) + more
 
     def notes(self, micros: range) -> dict[str, Any]:
         """Return the rates at which a learned method runs."""
@@ -178,6 +188,7 @@ class Finetuning:
             learned=variant.learned,
             ladder=self.ladder,
             proportional=self.proportional,
+            multi_label=self.many,
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -171,16 +171,24 @@ def open_teacher(config: DynamicViTConfig, classes: int) -> Backbone | None:
     return teacher
 
 
-def check_teacher(config: DynamicViTConfig, classes: int, backbone: Backbone) -> None:
-    """Check a teacher against what it is to teach.
+def check_teacher(
+    config: DynamicViTConfig, classes: int, backbone: Backbone, many: bool = False
+) -> None:
+    """Check a teacher against what it is to teach, pictures of one class or of many.
 
     Raises:
         BackboneError: if it cannot be loaded.
-        ConfigError: if it sees pictures in another way, or has other tokens.
+        ConfigError: if it sees pictures in another way, has other tokens, or is to teach answers
+            where a picture has several classes.
     """
     teacher = open_teacher(config, classes)
     if teacher is None:
         return
+    if many and config.distillation:
+        raise ConfigError(
+            "dynamicvit.teacher: answers are taught where a picture has one class; with several "
+            "give dynamicvit.distillation=0"
+        )
     for key in ("input_size", "mean", "std"):
         theirs, own = teacher.data_config[key], backbone.data_config[key]
         if tuple(theirs) != tuple(own):

@@ -165,6 +165,8 @@ def test_a_teacher_of_another_task_is_refused(model_folder: Path) -> None:
     check_teacher(config, 3, backbone)
     with pytest.raises(ConfigError, match="knows 3 classes and the pictures have 4: a teacher is"):
         check_teacher(config, 4, backbone)
+    with pytest.raises(ConfigError, match="with several give dynamicvit.distillation=0"):
+        check_teacher(config, 3, backbone, many=True)
     other = load_backbone(str(model_folder))
     other.model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3)}
     with pytest.raises(ConfigError, match="wants pictures with mean .*, .* with .0.1, 0.2, 0.3"):
