@@ -105,6 +105,11 @@ class Geometry(Strict):
             pruned=Pruned.model_validate(asdict(channels)) if channels else None,
         )
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.input[0] // self.patch[0], self.input[1] // self.patch[1]
+
     def channels(self, target: str, block: int) -> tuple[int, int]:
         """Return (in, out) channels of a target, or of `qkv`, in a block."""
         qk, v, hidden = self.width, self.width, self.hidden

@@ -88,6 +88,18 @@ def answer(
         scores = scores if bias is None else scores + bias
         y = attention.attn_drop(scores.softmax(dim=-1)) @ v
 
+    return project(attention, name, y, delta)
+
+
+def project(attention: Attention, name: str, y: Tensor, delta: AnyDelta | None) -> Tensor:
+    """Return the output [B, M, D] of a timm attention layer of what its heads read.
+
+    Args:
+        attention: the layer.
+        name: its name in the model.
+        y: [B, H, M, d] the values that each head read.
+        delta: the change of its weights.
+    """
     y = attention.norm(y.transpose(1, 2).flatten(2))
     y = linear(attention.proj, f"{name}.proj", y, delta)
     projected: Tensor = attention.proj_drop(y)

@@ -67,15 +67,18 @@ def cost(
     tokens = plan.tokens_in
     counts = zip(plan.reduced, plan.tokens, plan.acts, strict=True)
     for block, (reduced, leaving, acts) in zip(model.blocks, counts, strict=True):
-        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced))
+        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced, prefix))
         tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head
     return Cost(macs=total, embedding=embedding, blocks=tuple(blocks), head=head, plan=plan)
 
 
-def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
-    """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP."""
+def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int, prefix: int) -> int:
+    """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP.
+
+    Both with the prefix tokens, of which there are `prefix`.
+    """
     attention, width = block.attn, block.attn.proj.out_features
     queries, _, values = widths(attention.qkv)
     place = None if method is None else method.place
@@ -83,8 +86,11 @@ def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) 
     answered = leaving if place is Place.ATTENTION else seen
     macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
     macs += (queries + values) * seen * answered + leaving * linear_macs(block.mlp)
-    heads = Heads(attention.num_heads, queries // attention.num_heads)
-    return macs + (method.macs(tokens, leaving, width, heads) if method else 0)
+    if method is not None:
+        heads = Heads(attention.num_heads, queries // attention.num_heads)
+        macs += method.macs(tokens, leaving, width, heads)
+        macs += method.learned_macs(tokens - prefix, leaving - prefix, width)
+    return macs
 
 
 def linear_macs(module: nn.Module) -> int:

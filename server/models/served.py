@@ -311,13 +311,17 @@ class RateWork:
         """Run images [B, 3, H, W], from any device, to an output each."""
         delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
-        variant = Variant(self.rate, delta, adapter, self.model.proportional, self.model.ladder)
+        variant = Variant(
+            self.rate, delta, adapter, self.model.proportional, self.model.ladder,
+            self.model.backbone.learned,
+        )  # fmt: skip
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
             with self.model.graphs.team:
                 traced = trace(
                     model, images.to(self.model.device), self.rate, delta,
                     proportional=variant.proportional, adapter=adapter, ladder=variant.ladder,
+                    learned=variant.learned,
                 )  # fmt: skip
             features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:

@@ -6,6 +6,7 @@ from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import (
     Chosen,
@@ -20,6 +21,7 @@ from tocom.reduction.protocol import (
 )
 from tocom.reduction.registry import METHODS, method_of, options_of
 from tocom.reduction.tome import ToMe
+from tocom.reduction.weights import ReductionWeights
 
 __all__ = [
     "ATME",
@@ -29,6 +31,7 @@ __all__ = [
     "Cut",
     "DPCKNN",
     "DiffRate",
+    "DynamicViT",
     "EViT",
     "Fate",
     "Heads",
@@ -36,9 +39,13 @@ __all__ = [
     "MCTF",
     "METHODS",
     "Method",
+    "PatchMerger",
     "Pattern",
     "Place",
+    "ReductionWeights",
     "Seen",
+    "SiT",
+    "Sinkhorn",
     "ToMe",
     "Tokens",
     "TopK",
