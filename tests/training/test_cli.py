@@ -165,7 +165,7 @@ def test_presets_are_listed_by_command_with_a_line_each(
 ) -> None:
     assert main(["presets"]) == 0
     told = capsys.readouterr().out
-    assert re.findall(r"^(\w+)$", told, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^([\w-]+)$", told, re.MULTILINE) == list(COMMANDS)
     listed = re.findall(r"^  (\S+) +(\S.*)$", told, re.MULTILINE)
     assert sorted(name for name, _ in listed) == presets()
     assert re.search(r"^evaluate\n  every-rate +A model at every rate of its bank\.", told, re.M)

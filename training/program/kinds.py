@@ -1,5 +1,6 @@
 """Which recipe each command of `tocom-train` takes."""
 
+from training.cascade.config import CascadeConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -15,5 +16,6 @@ KINDS: dict[str, type[Recipe]] = {
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
     "calibrate": CalibrateConfig,
+    "calibrate-cascade": CascadeConfig,
     "vtab": VtabConfig,
 }
