@@ -5,20 +5,21 @@ and all thresholds between them, the cheapest is kept that answers so many of th
 does. What comes out: `cascade.json`, which belongs into the model's folder, and `cascade.md`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapters import Bank, open_bank
+from adapters import Bank, compose, open_bank
 from adapters.cascade import FILE, Cascade, margins, write_cascade
 from adapters.ladder import digest
-from tocom import AnyDelta, Backbone, ConfigError, Ladder, Variant, cost
+from tocom import Backbone, ConfigError, Ladder, Variant, cost, fold
 from tocom.vit import embed, outputs
 from training.cascade.chains import Runs, best_points
 from training.cascade.config import CascadeConfig
 from training.ladders.chosen import measured_attention, measured_ladder
-from training.measuring import FoldedDeltas, claim, load_model, refuse_processes
+from training.measuring import claim, load_model, refuse_processes
 from training.pictures.batches import evaluation_batches
 from training.pictures.sets import open_pictures
 from training.screen.progress import Progress
@@ -34,29 +35,26 @@ def calibrate_cascade(config: CascadeConfig, folder: Path) -> Path:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
     refuse_processes("calibrate-cascade")
-    backbone = load_model(config.backbone, config.task, config.crop_pct)
-    bank = open_bank(config.bank) if config.bank else None
-    source = backbone.source if config.source is None else config.source
-    if bank:
-        bank.check_fits(backbone, source)
-    ladder = measured_ladder(config.ladder, backbone, bank, [source])
-    rates = config.rates or _usual_rates(ladder, bank)
-    path = folder / FILE
-    if claim(folder, path.name, config, backbone, bank):
+    model = Calibrated.open(config)
+    path, bank = folder / FILE, model.bank
+    if claim(folder, path.name, config, model.backbone, bank):
         return path
-    runs, names = _run(config, backbone, bank, ladder, source, rates)
+    runs = model.run(config)
     points = best_points(runs, config.runs, config.agreements)
     cascade = Cascade(
-        weights_digest=backbone.digest,
-        task_digest=backbone.task_digest,
+        weights_digest=model.backbone.digest,
+        task_digest=model.backbone.task_digest,
         bank_digest=bank.info.digest if bank else None,
-        ladder_digest=digest(ladder),
-        source=source,
+        ladder_digest=digest(model.ladder),
+        source=model.source,
         points=points,
-        pictures={"names": names, "count": len(runs.agree)},
+        pictures={
+            "names": [Path(each.path).name for each in config.pictures],
+            "count": len(runs.agree),
+        },
     )
     (folder / "cascade.md").write_text(
-        table(cascade, config.model or backbone.architecture), encoding="utf-8"
+        table(cascade, config.model or model.backbone.architecture), encoding="utf-8"
     )
     return write_cascade(cascade, path)  # last: who finds it finds the table
 
@@ -95,52 +93,63 @@ def _usual_rates(ladder: Ladder, bank: Bank | None) -> tuple[int, ...]:
     return tuple(round(top * step / steps) for step in range(steps, -1, -1))
 
 
-@torch.inference_mode()
-def _run(
-    config: CascadeConfig,
-    backbone: Backbone,
-    bank: Bank | None,
-    ladder: Ladder,
-    source: int,
-    rates: tuple[int, ...],
-) -> tuple[Runs, list[str]]:
-    """Run all pictures at all rates."""
-    proportional = measured_attention(None, backbone, bank, [source])
-    deltas = FoldedDeltas(backbone, bank) if bank else None
+@dataclass(frozen=True)
+class Calibrated:
+    """What a recipe calibrates: a model with its bank, at some rates of a ladder."""
 
-    def variant(rate: int) -> Variant:
-        delta: AnyDelta | None = None
-        if deltas and bank and rate != source:
-            delta = deltas(source, rate, bank.multiplier(backbone, source, rate))
-        return Variant(rate, delta, backbone.adapter, proportional, ladder)
+    backbone: Backbone
+    bank: Bank | None
+    source: int
+    ladder: Ladder
+    rates: tuple[int, ...]
 
-    variants = [variant(rate) for rate in rates]
-    macs = [cost(backbone.model, rate, ladder=ladder).macs for rate in rates]
-    every = [
-        (part, index)
-        for part, pictures in enumerate(config.pictures)
-        for index in range(len(open_pictures(pictures)))
-    ]
-    count = min(len(every), config.limit or len(every))
-    keys = [every[i * len(every) // count] for i in range(count)]
-    batches = evaluation_batches(backbone, config.pictures, keys, config.batch_size, config.workers)
-    device = next(backbone.model.parameters()).device
-    sure: list[Tensor] = []
-    best: list[Tensor] = []
-    with Progress("measuring", count * sum(macs), "MAC") as bar:
-        for images, _ in batches:
-            tokens = embed(backbone.model, images.to(device, non_blocking=True))
-            logits = torch.stack(
-                [outputs(backbone.model, tokens, each).logits for each in variants], dim=1
-            )  # [B, R, C]
-            sure.append(margins(logits).cpu())
-            best.append(logits.argmax(dim=-1).cpu())
-            bar.update(len(images) * sum(macs))
-    classes = torch.cat(best)
-    runs = Runs(
-        rates=rates,
-        shares=tuple(each / macs[-1] for each in macs),
-        margins=torch.cat(sure),
-        agree=classes == classes[:, -1:],
-    )
-    return runs, [Path(each.path).name for each in config.pictures]
+    @classmethod
+    def open(cls, config: CascadeConfig) -> "Calibrated":
+        """Open what a recipe names; errors as of `calibrate_cascade`."""
+        backbone = load_model(config.backbone, config.task, config.crop_pct)
+        bank = open_bank(config.bank) if config.bank else None
+        source = backbone.source if config.source is None else config.source
+        if bank:
+            bank.check_fits(backbone, source)
+        ladder = measured_ladder(config.ladder, backbone, bank, [source])
+        return cls(backbone, bank, source, ladder, config.rates or _usual_rates(ladder, bank))
+
+    @torch.inference_mode()
+    def run(self, config: CascadeConfig) -> Runs:
+        """Run the pictures of a recipe at all rates."""
+        model, variants = self.backbone.model, [self._variant(rate) for rate in self.rates]
+        macs = [cost(model, rate, ladder=self.ladder).macs for rate in self.rates]
+        every = [
+            (part, index)
+            for part, pictures in enumerate(config.pictures)
+            for index in range(len(open_pictures(pictures)))
+        ]
+        count = min(len(every), config.limit or len(every))
+        keys = [every[i * len(every) // count] for i in range(count)]
+        batches = evaluation_batches(
+            self.backbone, config.pictures, keys, config.batch_size, config.workers
+        )
+        device = next(model.parameters()).device
+        sure: list[Tensor] = []
+        best: list[Tensor] = []
+        with Progress("measuring", count * sum(macs), "MAC") as bar:
+            for images, _ in batches:
+                tokens = embed(model, images.to(device, non_blocking=True))
+                logits = torch.stack(
+                    [outputs(model, tokens, each).logits for each in variants], dim=1
+                )  # [B, R, C]
+                sure.append(margins(logits).cpu())
+                best.append(logits.argmax(dim=-1).cpu())
+                bar.update(len(images) * sum(macs))
+        classes = torch.cat(best)
+        shares = tuple(each / macs[-1] for each in macs)
+        return Runs(self.rates, shares, torch.cat(sure), classes == classes[:, -1:])
+
+    def _variant(self, rate: int) -> Variant:
+        """Return how the model is served at a rate."""
+        backbone, delta = self.backbone, None
+        if self.bank and rate != self.source:
+            scale = self.bank.multiplier(backbone, self.source, rate)
+            delta = fold(backbone.model, compose(self.bank, self.source, rate, scale))
+        proportional = measured_attention(None, backbone, self.bank, [self.source])
+        return Variant(rate, delta, backbone.adapter, proportional, self.ladder)
