@@ -106,13 +106,12 @@ def submit_all(
     if not isinstance(work, CascadeWork):
         return engine.submit_all(work, prepares, deadline, due)
     images = [Climbing(engine, work, deadline, due) for _ in prepares]
-    kept = [
+    kept: list[Callable[[], Tensor]] = [
         partial(image.prepare, prepare) for image, prepare in zip(images, prepares, strict=True)
     ]
     prepares.clear()
-    for image, run in zip(
-        images, engine.submit_all(work.runs[0], kept, deadline, due), strict=True
-    ):
+    runs = engine.submit_all(work.runs[0], kept, deadline, due)
+    for image, run in zip(images, runs, strict=True):
         image.follow(run)
     return list(images)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters import open_bank
 from adapters.cascade import (
     Cascade,
     CascadePoint,
@@ -15,7 +16,7 @@ from adapters.cascade import (
     write_cascade,
 )
 from adapters.ladder import digest
-from tocom import TOME, ConfigError
+from tocom import TOME, ConfigError, bundled_folder
 
 POINTS = (
     CascadePoint(rates=(4,), thresholds=(), agreement=0.92, share=0.5),
@@ -59,7 +60,7 @@ def test_a_faulty_file_is_refused(changes: dict[str, Any], message: str, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rates": [0, 4]}, r"the rates must fall, got \(0, 4\)"),
+        ({"rates": [0, 4]}, r"the rates must fall, each run dearer than the last, got \(0, 4\)"),
         ({"thresholds": []}, "2 rates have 1 thresholds between them, got 0"),
         ({"thresholds": [-1]}, "greater than or equal to 0"),
         ({"thresholds": [float("nan")]}, "finite number"),
@@ -103,6 +104,14 @@ def test_margins_are_leads_of_the_best_class() -> None:
     assert margins(logits).tolist() == [0.5, 0.0]
     assert margins(logits[0]).item() == 0.5
     assert margins(torch.zeros(2, 1)).tolist() == [float("inf")] * 2
+
+
+def test_the_bundled_one_is_for_the_bundled_model_with_its_bank() -> None:
+    bank = open_bank("bundled:deit_tiny_bank")
+    cascade = read_cascade(bundled_folder("deit_tiny"))
+    digests = bank.info.backbone.digest, "", bank.info.digest
+    assert cascade.misfit(*digests, bank.ladder, 0) is None
+    assert cascade.agreeing(0.99) is not None
 
 
 def test_the_frontier_leaves_out_what_is_worse_and_dearer() -> None:

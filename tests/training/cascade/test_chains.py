@@ -27,8 +27,9 @@ def test_a_point_is_what_running_its_chain_comes_to(longest: int) -> None:
 
 def test_each_agreement_has_its_cheapest_point() -> None:
     runs = some_runs()
-    asked = (0.9, 0.95, 0.98)
+    asked = (0.95, 0.97, 0.99)
     *points, last = best_points(runs, 2, asked)
+    assert {len(point.rates) for point in points} == {2}
     for agreement, point in zip(asked, points, strict=True):
         assert point.agreement >= agreement
         # Every threshold that there is, of the same chain: none is cheaper than the best tried by
