@@ -32,10 +32,13 @@ class CascadePoint(Strict):
     rates: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         min_length=1, description="rungs one after the other, the cheapest first"
     )
-    thresholds: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+    thresholds: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         description="least margin of an answer that stands, at each of the rates but the last"
     )
-    agreement: Share = Field(description="share of the pictures answered as at rung 0")
+    agreement: Share = Field(
+        description="share of pictures that are answered as at rung 0, less what chance may have "
+        "added to it"
+    )
     share: Annotated[float, Field(gt=0)] = Field(
         description="mean multiply-adds of a picture, compared to rung 0"
     )
@@ -106,18 +109,17 @@ class Cascade(Strict):
 
 
 def margins(logits: Tensor) -> Tensor:
-    """Return how sure answers are: by how much their best class leads.
+    """Return how sure answers are: by how much the most likely class leads.
 
     Args:
         logits: [B, C].
 
     Returns:
-        [B] difference of the two highest logits, which is that of the two log-probabilities; 0
-        and more. Endless where there is one class only.
+        [B] difference of the two highest probabilities, in 0..1; 1 where there is one class only.
     """
     if logits.shape[-1] == 1:
-        return logits.new_full(logits.shape[:-1], float("inf"))
-    best = logits.float().topk(2, dim=-1).values
+        return logits.new_ones(logits.shape[:-1])
+    best = logits.float().softmax(dim=-1).topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
 
 

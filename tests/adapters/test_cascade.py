@@ -100,10 +100,10 @@ def test_it_is_for_one_model_with_one_bank(given: Any, said: str | None) -> None
 
 
 def test_margins_are_leads_of_the_best_class() -> None:
-    logits = torch.tensor([[1.0, 4.0, 3.5], [2.0, 2.0, 0.0]])
-    assert margins(logits).tolist() == [0.5, 0.0]
-    assert margins(logits[0]).item() == 0.5
-    assert margins(torch.zeros(2, 1)).tolist() == [float("inf")] * 2
+    logits = torch.tensor([[0.1, 0.7, 0.2], [0.4, 0.4, 0.2]]).log()
+    assert margins(logits).tolist() == pytest.approx([0.5, 0.0])
+    assert margins(logits[0]).item() == pytest.approx(0.5)
+    assert margins(torch.zeros(2, 1)).tolist() == [1.0, 1.0]
 
 
 def test_the_bundled_one_is_for_the_bundled_model_with_its_bank() -> None:

@@ -263,7 +263,7 @@ class Said:
 
 def climb(engine: Engine, values: list[float], deadline: float = math.inf) -> list[Future[Any]]:
     shared = controller()
-    work = CascadeWork(None, (Said(4, shared), Said(0, shared)), (1.0,))  # type: ignore[arg-type]
+    work = CascadeWork(None, (Said(4, shared), Said(0, shared)), (0.5,))  # type: ignore[arg-type]
     images: list[Callable[[], Tensor]] = [
         lambda value=value: torch.full((3, 1, 1), value) for value in values
     ]

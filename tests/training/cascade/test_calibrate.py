@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapters import Bank, compose
 from adapters.cascade import margins, read_cascade
@@ -11,6 +12,7 @@ from tests.training.banks import random_bank
 from tocom import ConfigError, cost, forward, load_backbone
 from training.attach import attach
 from training.cascade.calibrate import calibrate_cascade
+from training.cascade.chains import at_least
 from training.cascade.config import CascadeConfig
 from training.pictures.batches import evaluation_batches
 
@@ -60,7 +62,10 @@ def test_points_are_what_single_forwards_come_to(config: CascadeConfig, tmp_path
                     agreed += int(logits[rate][i].argmax() == expected[i])
                     break
         # The margin that a threshold is made of may round to its other side.
-        assert point.agreement == pytest.approx(agreed / len(images), abs=1.1 / len(images))
+        bound = at_least(torch.tensor(agreed / len(images)), len(images)).item()
+        assert point.agreement == pytest.approx(
+            1.0 if point.rates == (0,) else bound, abs=1.5 / len(images)
+        )
         assert point.share == pytest.approx(spent / len(images) / macs[0], abs=1.1 / len(images))
     assert found.weights_digest == backbone.digest
     assert found.bank_digest == bank.info.digest
