@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,13 +24,15 @@ from adapters import BackboneInfo, Bank, BankInfo, compose_steps
 from adapters.bank import ladder_entries, tensor_shapes
 from adapters.task import data_config, share
 from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
+from tocom.reduction import Place
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
-from training.losses import kd_loss, lesson
+from training.losses import answer_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
+from training.pictures.unseen import mean_over
 from training.run_folder import facts, refuse_other_run
 from training.screen.header import header
 from training.screen.progress import following, say
@@ -118,6 +119,8 @@ class Distillation:
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
         self.traced = config.tokens > 0
+        # Where no token leaves a block, dense answers are meant, which read all of them.
+        self.whole = self.traced and self.ladder.method.place is Place.MLP
         self.losses_each = config.sources * config.students
         self.unseen = unseen
         self.plain = self._plain_losses() if config.relative else None  # [source, target]
@@ -142,13 +145,13 @@ class Distillation:
                 tokens = embed(self.teacher, part)
             with torch.inference_mode():
                 variant = self._variant(source)
-                teacher = outputs(self.teacher, tokens, variant, self.traced)
+                teacher = outputs(self.teacher, tokens, variant, self.traced, self.whole)
             teacher = _usable(teacher)
             weight = len(part) / len(images) / self.config.students
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
                 variant = self._variant(target, delta)
-                student = outputs(self.student, tokens, variant, self.traced)
+                student = outputs(self.student, tokens, variant, self.traced, self.whole)
                 loss = weight * self._loss(student, teacher)
                 yield loss if self.plain is None else loss / self.plain[source, target]
 
@@ -172,7 +175,7 @@ class Distillation:
         variants = [self._variant(rate) for rate in range(self.config.highest + 1)]
         say(f"measuring what each pair of {len(variants)} rates loses without plug-ins")
         plain = [
-            outputs(self.teacher, tokens, variant, self.traced)
+            outputs(self.teacher, tokens, variant, self.traced, self.whole)
             for variant in following(variants, "forwards", "rate")
         ]
         pairs = [(student, teacher) for teacher in plain for student in plain]
@@ -190,33 +193,30 @@ class Distillation:
         first = micro * self.config.sources
         return [draw_rates(self.config, first + i) for i in range(self.config.sources)]
 
-    @torch.no_grad()
     def watch(self) -> dict[str, float]:
         """Return the loss against rate 0 with and without the bank, on unseen pictures.
 
         At each quarter of the ladder: the KL divergence, or the error of a model without a head.
         """
-        device = next(self.plugins.parameters()).device
-        head = self.teacher.num_classes > 0
-        losses: dict[str, list[Tensor]] = {}
-        pictures = sum(len(images) for images in self.unseen)
-        for images in following(self.unseen, "unseen pictures", "batch"):
-            tokens = embed(self.teacher, images.to(device))
-            stock = outputs(self.teacher, tokens, Variant())
-            for rate in self.watched:
-                for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
-                    variant = self._variant(rate, delta)
-                    student = outputs(self.teacher, tokens, variant)
-                    if head:
-                        loss = kd_loss(student.logits, stock.logits)
-                    else:
-                        loss = F.mse_loss(student.features, stock.features)
-                    name = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
-                    losses.setdefault(name, []).append(loss * (len(images) / pictures))
-        if not losses:
+        if not self.unseen:
             return {}
-        sums = torch.stack([torch.stack(parts).sum() for parts in losses.values()])
-        return dict(zip(losses, sums.tolist(), strict=True))  # the one moment that waits for a GPU
+        what = "kl" if self.teacher.num_classes else "error"
+        names = [
+            f"unseen_{what}_{rate}_{how}" for rate in self.watched for how in ("plain", "bank")
+        ]
+        device = next(self.plugins.parameters()).device
+        found = mean_over(self.unseen, self._against_stock, len(names), device)
+        return dict(zip(names, found.tolist(), strict=True))  # the one moment that waits for a GPU
+
+    def _against_stock(self, images: Tensor) -> list[Tensor]:
+        tokens = embed(self.teacher, images)
+        stock = outputs(self.teacher, tokens, Variant())
+        losses = []
+        for rate in self.watched:
+            for delta in (None, self.plugins(0, rate)):
+                student = outputs(self.teacher, tokens, self._variant(rate, delta))
+                losses.append(answer_loss(student, stock, self.teacher.num_classes > 0))
+        return losses
 
 
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:
@@ -292,8 +292,8 @@ def _up_to(ladder: Ladder, top: int) -> Ladder:
 def _usable(teacher: Outputs) -> Outputs:
     """Copy what inference mode made, which cannot take part in a backward."""
     states = (
-        State(x.clone(), None, None if source is None else source.clone(), None)
-        for x, _, source, _ in teacher.states
+        State(each.x.clone(), None, None if each.source is None else each.source.clone(), None)
+        for each in teacher.states
     )
     return Outputs(teacher.features.clone(), teacher.logits.clone(), tuple(states))
 

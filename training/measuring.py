@@ -10,10 +10,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
@@ -35,6 +38,7 @@ from tocom import (
 )
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig
+from training.multi_label.measures import compare_many
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
@@ -43,6 +47,9 @@ from training.run_folder import refuse_other_recipe
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
+MANY_CLASSES = "scores several classes a picture"
+#: How long processes that are done wait for others: an evaluation may take hours.
+_PATIENCE = timedelta(days=1)
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
 
 
@@ -81,6 +88,12 @@ class Measurement:
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
         self.keys = [(0, i * available // self.count) for i in range(self.count)]
+        if labelled and backbone.multi_label != (pictures.labels == "many"):
+            raise DataError(
+                f"{backbone.name} "
+                f"{MANY_CLASSES if backbone.multi_label else 'answers one class a picture'}, and "
+                f"{pictures.path} has labels={pictures.labels}; labelled=false does without"
+            )
         self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
         self.cost = functools.cache(functools.partial(cost, backbone.model, ladder=ladder))
         self._bar: Any = None
@@ -91,32 +104,56 @@ class Measurement:
         path: Path,
         rates: Sequence[int],
         figures: Callable[[Tensor, Tensor | None], Tensor],
+        resume: bool = True,
     ) -> Tensor:
         """Return the sum over all pictures of what `figures` makes of their batches.
 
+        All processes call it, each takes its share of the pictures, and all get the same answer.
+
         Args:
-            path: where the sums so far are kept, and read if they are there.
+            path: where the sums so far are kept, and read if they are there. Of several processes
+                each has a file of its own beside it.
             rates: those of all forwards that `figures` runs, for the progress bar.
-            figures: from embedded tokens [B, N, D] and the model's classes [B], None without
-                labels, to sums over the batch.
+            figures: from embedded tokens [B, N, D] and the model's classes [B], of several a
+                picture [B, C], None without labels, to sums over the batch.
+            resume: whether to go on after the sums so far; else all begins anew.
 
         Raises:
             ConfigError: if the sums so far are of other pictures.
         """
-        done, sums = self._resume(path)
+        processes = PartialState()
+        keys = self.keys[processes.process_index :: processes.num_processes]
+        if processes.num_processes > 1:
+            number = f"{processes.process_index + 1}-of-{processes.num_processes}"
+            path = path.with_stem(f"{path.stem}-{number}")
+        done, sums = self._resume(path, resume)
         macs = sum(self.cost(rate).macs for rate in rates)
         batches = evaluation_batches(
-            self.backbone, [self.pictures], self.keys[done:], self.batch_size, self.workers
+            self.backbone, [self.pictures], keys[done:], self.batch_size, self.workers
         )
-        with Progress("measuring", self.count * macs, "MAC", done * macs) as self._bar:
-            for images, folders in batches if done < self.count else ():
+        with Progress("measuring", len(keys) * macs, "MAC", done * macs) as self._bar:
+            for images, folders in batches if done < len(keys) else ():
                 tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
-                classes = None if self.classes is None else self.classes[folders].to(self._device)
+                classes = None if self.classes is None else self.truth(folders).to(self._device)
                 sums = sums + figures(tokens, classes).cpu()
                 done += len(images)
                 state = {"done": done, "of": self.count, "sums": sums.tolist()}
                 replace_file(path, json.dumps(state) + "\n")
-        return sums
+        total: Tensor = sum(gather_object([sums]))
+        return total
+
+    def truth(self, folders: Tensor) -> Tensor:
+        """Return the model's classes [B] of folders [B], of several a picture [B, C] both."""
+        assert self.classes is not None
+        if not self.backbone.multi_label:
+            return self.classes[folders]
+        truth = torch.zeros(len(folders), len(self.backbone.class_names))
+        truth[:, self.classes] = folders
+        return truth
+
+    def compare(self, answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+        """Return what `compare` does for the answers of this model."""
+        return compare(answer, reference, classes, self.backbone.multi_label)
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
@@ -140,10 +177,10 @@ class Measurement:
         device: torch.device = next(self.backbone.model.parameters()).device
         return device
 
-    def _resume(self, path: Path) -> tuple[int, Tensor]:
+    def _resume(self, path: Path, resume: bool) -> tuple[int, Tensor]:
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a write that was killed
             leftover.unlink()
-        if not path.exists():
+        if not path.exists() or not resume:
             return 0, torch.zeros((), dtype=torch.float64)
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["of"] != self.count:
@@ -189,14 +226,15 @@ def refuse_processes(command: str) -> None:
 
 
 def load_model(config: BackboneConfig, task: str | None, crop_pct: float | None = None) -> Backbone:
-    """Load a model for measuring, onto a GPU if there is one.
+    """Load a model for measuring, onto a GPU if there is one: each of several processes its own.
 
     Args:
         config: which model.
         task: the task that it is given, if there is one.
         crop_pct: share of a picture's shorter side that it sees; None: as the model says.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    device = processes.device if torch.cuda.is_available() else "cpu"
     say(f"loading {config.name}{f' and {task}' if task else ''}, onto {device}")
     backbone = load_backbone(config.name, config.architecture, device)
     if task:
@@ -244,20 +282,26 @@ def claim(
             "choose another run folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text)
+    if PartialState().is_main_process:
+        replace_file(path, text)
     return False
 
 
-def compare(answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+def compare(
+    answer: Tensor, reference: Tensor, classes: Tensor | None, many: bool = False
+) -> Tensor:
     """Return each picture's top-1 (0 or 1), agreement (0 or 1) and KL divergence in nats.
 
     Args:
         answer, reference: logits [B, C].
         classes: [B]; without them, top-1 is 0.
+        many: whether each class is scored by itself; see `compare_many`.
 
     Returns:
         [B, 3] in the order of `MEASURES`; KL is KL(reference ‖ answer).
     """
+    if many:
+        return compare_many(answer, reference)
     log_answer, log_reference = answer.float().log_softmax(-1), reference.float().log_softmax(-1)
     kl = (log_reference.exp() * (log_reference - log_answer)).sum(-1)
     top, agreed = answer.argmax(-1), reference.argmax(-1)

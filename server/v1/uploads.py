@@ -186,8 +186,9 @@ def _parse(body: bytes | bytearray, limit: int) -> Upload:
         (fault, *_) = error.errors(include_url=False, include_input=False)
         if fault["type"] == "json_invalid":
             raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
-        of = "'s" if error.errors(include_input=False)[0]["loc"] else ":"
-        raise ParameterError(f"the body{of} {first_fault(error)}") from None
+        of = "'s" if fault["loc"] else ":"
+        form = '; it is {"images": ["BASE64", ...]}' if len(fault["loc"]) < 2 else ""
+        raise ParameterError(f"the body{of} {first_fault(error)}{form}") from None
     _check_count(len(images), limit)
     return Upload([image.b64 for image in images], single=False)
 
