@@ -107,6 +107,11 @@ class Calibrated:
     def open(cls, config: CascadeConfig) -> "Calibrated":
         """Open what a recipe names; errors as of `calibrate_cascade`."""
         backbone = load_model(config.backbone, config.task, config.crop_pct)
+        if backbone.multi_label:
+            raise ConfigError(
+                f"{backbone.name} tells several classes of a picture; a cascade is for models that "
+                "tell one"
+            )
         bank = open_bank(config.bank) if config.bank else None
         source = backbone.source if config.source is None else config.source
         if bank:

@@ -110,3 +110,14 @@ def test_a_cascade_goes_into_the_folder_of_its_model(
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="is of another model than the one in"):
         attach(tmp_path / "other.json", model)
+
+
+def test_a_model_of_several_classes_is_refused(
+    config: CascadeConfig, model_folder: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    said = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(said | {"multi_label": True}))
+    many = changed(config, backbone={"name": str(model)})
+    with pytest.raises(ConfigError, match="tells several classes of a picture"):
+        calibrate_cascade(many, tmp_path / "run")
