@@ -5,8 +5,10 @@ and all thresholds between them, the cheapest is kept that answers so many of th
 does. What comes out: `cascade.json`, which belongs into the model's folder, and `cascade.md`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def calibrate_cascade(config: CascadeConfig, folder: Path) -> Path:
 
 def table(cascade: Cascade, model: str) -> str:
     """Return a Markdown table of a cascade's points."""
-    pictures = cascade.pictures
+    pictures: Mapping[str, Any] = cascade.pictures
     lines = [
         f"{model}, {pictures['count']} pictures of {', '.join(pictures['names'])}: rates that a "
         "picture runs at, one after the other, and the margins below which it goes on.",

@@ -127,7 +127,7 @@ def at_least(agreement: Tensor, count: int) -> Tensor:
 def _edges(margins: Tensor) -> Tensor:
     """Return thresholds to try."""
     edges = torch.quantile(margins.double(), torch.linspace(0, _AGAIN, _TRIED + 1).double()[1:])
-    return edges.unique().to(margins.dtype)
+    return edges.to(margins.dtype)
 
 
 def _below(bins: Sequence[Tensor], edges: Sequence[Tensor], weights: Tensor) -> Tensor:
