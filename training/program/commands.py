@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -164,6 +165,18 @@ def _calibrate(config: CalibrateConfig, folder: Path) -> None:
     print(path)
 
 
+def _calibrate_cascade(config: CascadeConfig, folder: Path) -> None:
+    from training.cascade.calibrate import calibrate_cascade
+
+    path = calibrate_cascade(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    _tell_next(
+        f"tocom-train attach {_word(path)} {_word(config.task or config.backbone.name)}",
+        _serve(config.name, config.backbone, task=config.task, bank=config.bank, cascade=path),
+    )
+    print(path)
+
+
 def _vtab(config: VtabConfig, folder: Path) -> None:
     from training.vtab.runs import vtab
 
@@ -220,5 +233,6 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "compare": _compare,
     "analyse": _analyse,
     "calibrate": _calibrate,
+    "calibrate-cascade": _calibrate_cascade,
     "vtab": _vtab,
 }

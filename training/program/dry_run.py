@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters import open_bank
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -71,6 +72,9 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
             yield "run", f"{min(counts[0], config.limit or counts[0]):,} pictures at every rate"
         case CalibrateConfig():
             yield "run", f"{len(config.multipliers)} multipliers and the bank's own"
+        case CascadeConfig():
+            count = min(sum(counts), config.limit or sum(counts))
+            yield "run", f"{count:,} pictures at each rate, chains of up to {config.runs} runs"
         case CompareConfig() | AnalyseConfig():
             yield "run", f"{len(config.entries)} methods and ladders beside the stock model"
             yield "rungs", _candidates(config)

@@ -1,6 +1,7 @@
 """Which recipe each command of `tocom-train` takes."""
 
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
@@ -22,5 +23,6 @@ KINDS: dict[str, type[Recipe]] = {
     "compare": CompareConfig,
     "analyse": AnalyseConfig,
     "calibrate": CalibrateConfig,
+    "calibrate-cascade": CascadeConfig,
     "vtab": VtabConfig,
 }
