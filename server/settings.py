@@ -93,6 +93,18 @@ def _check_origin(origin: str) -> str:
 
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
+
+def _check_fetch_host(host: str) -> str:
+    if not re.fullmatch(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?", host):
+        raise ValueError(
+            "a host is a name in lower case as images.example.org, *.example.org or "
+            "images.example.org:8443"
+        )
+    return host
+
+
+FetchHost = Annotated[str, AfterValidator(_check_fetch_host)]
+
 #: Settings of which no message may show a part.
 SECRET = ("admin_key", "api_keys")
 
@@ -111,6 +123,10 @@ class ApiKey(BaseModel):
     )
     burst: int | None = Field(
         default=None, ge=1, description="images at once; default: those of one second"
+    )
+    priority: Literal["high", "normal", "low"] = Field(
+        default="normal",
+        description="whose images go first; lower ones keep `priority_share` of the time",
     )
 
     @field_validator("burst")
@@ -254,6 +270,32 @@ class Settings(BaseSettings):
     api_keys: tuple[ApiKey, ...] = Field(
         default=(),
         description="keys for inference, which then needs one of them; none: it is open to all",
+    )
+    priority_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the time that the images of each lower priority keep while those of "
+        "higher ones wait",
+    )
+    cache_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="bytes of answers that are kept: the same picture asked again for the same is "
+        "answered without running; 0: none",
+    )
+    cache_shared: bool = Field(
+        default=False,
+        description="whether a key may get answers that are kept of another: it would learn by the "
+        "time it takes that somebody has sent the picture",
+    )
+    fetch_hosts: tuple[FetchHost, ...] = Field(
+        default=(),
+        description="hosts that images may be fetched from if a request names their address, as "
+        "`images.example.org` or `*.example.org`; none: nothing is fetched",
+    )
+    fetch_timeout_ms: int = Field(
+        default=5000, ge=1, description="milliseconds that fetching an image may take"
     )
     cors_origins: tuple[Origin, ...] = Field(
         default=(),

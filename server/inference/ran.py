@@ -20,7 +20,8 @@ class Ran:
         cost: of the image.
         macs_ratio: its multiply-adds compared to rate 0.
         bank_digest: of the model's bank; None without one.
-        batch_size: images that ran together.
+        batch_size: images that ran together; 0 if it was kept from before.
+        cached: whether it was.
         decode_ms, queue_ms, inference_ms: what the image waited for, in milliseconds.
     """
 
@@ -32,6 +33,7 @@ class Ran:
     macs_ratio: float
     bank_digest: str | None
     batch_size: int
+    cached: bool
     decode_ms: float
     queue_ms: float
     inference_ms: float
@@ -50,6 +52,7 @@ class Ran:
             macs_ratio=work.model.macs_ratio(work.rate),
             bank_digest=work.model.bank_digest,
             batch_size=answer.batch_size,
+            cached=answer.cached,
             decode_ms=milliseconds(answer.decode),
             queue_ms=milliseconds(answer.queue),
             inference_ms=milliseconds(answer.inference),
@@ -58,7 +61,7 @@ class Ran:
     @property
     def notes(self) -> dict[str, Any]:
         """What logs, headers, metrics and traces say of it."""
-        return {
+        notes = {
             "model": self.model.name,
             "ladder": self.model.ladder.name,
             "rate": self.rate,
@@ -69,6 +72,7 @@ class Ran:
             "queue_ms": self.queue_ms,
             "inference_ms": self.inference_ms,
         }
+        return notes | ({"cached": True} if self.cached else {})
 
 
 def milliseconds(seconds: float) -> float:

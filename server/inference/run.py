@@ -11,6 +11,7 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.job import Answer
 from server.engine.scheduler import Work
+from server.engine.turns import NORMAL
 from server.errors import DeadlineError, ParameterError, ShortDeadlineError
 from server.inference.query import AUTO, RateQuery
 from server.models.served import AutoWork, RateWork, ServedModel
@@ -131,6 +132,7 @@ async def answer_all(
     work: Work,
     preparations: list[Callable[[], Tensor]],
     deadline: Deadline,
+    priority: int = NORMAL,
 ) -> list[Answer | TocomError]:
     """Run the images of a request; each is answered, or fails, by itself.
 
@@ -140,6 +142,7 @@ async def answer_all(
         work: what to do with each.
         preparations: makes each image; taken out of the list, so that uploads are freed early.
         deadline: of all.
+        priority: of all.
 
     Raises:
         QueueFullError, UnavailableError: if not all of them were taken; none is run then.
@@ -147,7 +150,7 @@ async def answer_all(
         ClientDisconnect: if nobody waits for them any more.
     """
     try:
-        futures = engine.submit_all(work, preparations, deadline.at, deadline.due)
+        futures = engine.submit_all(work, preparations, deadline.at, deadline.due, priority)
     except ShortDeadlineError as error:
         error.args = (f"{error} (the deadline was {deadline.wanted_ms} ms)",)
         raise
