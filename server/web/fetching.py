@@ -17,7 +17,7 @@ import httpx
 from anyio import fail_after
 from fastapi import Depends
 
-from server.errors import FetchError, ForbiddenError, TooLargeError
+from server.errors import DeadlineError, FetchError, ForbiddenError, TooLargeError
 from server.settings import Settings
 from server.web.middleware import Budget
 from server.web.serving import held
@@ -92,7 +92,8 @@ class Fetcher:
 
         Raises:
             ForbiddenError: if an address is not allowed; nothing is fetched then.
-            FetchError: if one cannot be fetched, or not in time.
+            DeadlineError: if they are of no more use.
+            FetchError: if one cannot be fetched.
             TooLargeError: if all of them together are larger than a body may be.
             UnavailableError: if the server holds too many bytes already.
         """
@@ -100,19 +101,8 @@ class Fetcher:
             if isinstance(image, str):
                 self._check(_parsed(image))
         room = _Room(self._budget, self._max_bytes)
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def file(image: bytes | str) -> bytes:
-            if isinstance(image, bytes):
-                return image
-            async with gate:
-                return await self._fetch(image, room, min(seconds, self._timeout))
-
         try:
-            got = await asyncio.gather(*map(file, images), return_exceptions=True)
-            if failures := [each for each in got if isinstance(each, BaseException)]:
-                raise failures[0]
-            yield [each for each in got if isinstance(each, bytes)]
+            yield await self._fetch_all(images, room, seconds)
         finally:
             room.leave()
 
@@ -121,13 +111,35 @@ class Fetcher:
         if self._transport:
             await self._transport.aclose()
 
-    async def _fetch(self, address: str, room: "_Room", seconds: float) -> bytes:
-        shown = address[:100]
+    async def _fetch_all(
+        self, images: Sequence[bytes | str], room: "_Room", seconds: float
+    ) -> list[bytes]:
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def file(image: bytes | str) -> bytes:
+            if isinstance(image, bytes):
+                return image
+            async with gate:
+                return await self._fetch(image, room)
+
         try:
             with fail_after(seconds):
+                got = await asyncio.gather(*map(file, images), return_exceptions=True)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed before the images were fetched") from None
+        if failures := [each for each in got if isinstance(each, BaseException)]:
+            raise failures[0]
+        return [each for each in got if isinstance(each, bytes)]
+
+    async def _fetch(self, address: str, room: "_Room") -> bytes:
+        shown = address[:100]
+        try:
+            with fail_after(self._timeout):
                 return await self._follow(_parsed(address), room)
         except TimeoutError:
-            raise FetchError(f"{shown} was not fetched within {1000 * seconds:.0f} ms") from None
+            raise FetchError(
+                f"{shown} was not fetched within {1000 * self._timeout:g} ms"
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             # What the network says of hosts is no business of strangers.
             kind = type(error).__name__

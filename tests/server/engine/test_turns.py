@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.places import Places
@@ -44,6 +44,7 @@ def test_the_highest_priority_goes_first_whatever_is_due():
         Image(b, 0, due=90, number=2, priority=HIGH),
         Image(b, 0, due=80, number=3, priority=HIGH),
         max_batch=1,
+        share=0.0,
     )
     taken = [numbers(waiting.take(now=0)) for _ in range(2)]
     assert taken == [[3], [2]]
@@ -79,6 +80,7 @@ def test_what_is_left_is_in_order_again():
         Image(same, 0, due=7, number=2, priority=LOW),
         Image(same, 0, due=6, number=3, priority=NORMAL),
         max_batch=1,
+        share=0.0,
     )
     assert [numbers(waiting.take(now=0)) for _ in range(2)] == [[3], [1]]
     assert [numbers(waiting.take(now=0)) for _ in range(2)] == [[2], [0]]
@@ -131,9 +133,11 @@ def test_who_comes_alone_does_not_get_more():
     assert low / 1000 == pytest.approx(SHARE, abs=0.02)
 
 
-@given(
-    st.lists(st.tuples(st.sets(st.sampled_from((HIGH, NORMAL, LOW)), min_size=1), st.floats(0, 9)))
-)
+WAITING = st.sets(st.sampled_from((HIGH, NORMAL, LOW)), min_size=1)
+
+
+@given(st.lists(st.tuples(WAITING, st.floats(0, 9)), max_size=20))
+@settings(max_examples=40)
 def test_a_turn_is_always_that_of_one_who_waits(batches):
     turns = Turns(SHARE)
     for waiting, seconds in batches:

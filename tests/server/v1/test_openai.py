@@ -87,7 +87,7 @@ def test_lengths_are_kept_if_asked_for(client, expected):
     "body",
     [
         {"input": uri(PICTURES[1])},
-        {"input": [uri(PICTURES[1])], "user": "me", "dimensions": 64},
+        {"input": [uri(PICTURES[1])], "user": "me", "dimensions": 192},
         {"input": [uri(PICTURES[1])], "modality": "image", "dimensions": None, "user": None},
         {"input": part(PICTURES[1])},
         {"input": [part(PICTURES[1])]},
@@ -138,7 +138,7 @@ def test_compute_may_be_asked_for_in_other_words(client, served, asked, rate, re
         (
             {"input": uri(PICTURES[0]), "dimensions": 32},
             422,
-            "have 64 dimensions and cannot be",
+            "have 192 dimensions and cannot be",
         ),
         ({"input": uri(PICTURES[0]), "encoding_format": "int8"}, 422, "'float' or 'base64'"),
         ({"input": uri(PICTURES[0]), "rate": 6}, 422, "runs at the rates 0 to 5"),
