@@ -31,14 +31,12 @@ class Content(httpx.AsyncByteStream):
             yield self.content[at : at + 50]
 
 
-def holding(content: bytes) -> httpx.Response:
-    return httpx.Response(200, stream=Content(content))
-
-
 class Network:
     """Hosts by their names, and what they answer; notes what was asked of whom."""
 
-    def __init__(self, answers: dict[str, httpx.Response], names: dict[str, list[str]]) -> None:
+    def __init__(
+        self, answers: dict[str, bytes | httpx.Response], names: dict[str, list[str]]
+    ) -> None:
         self.answers = answers
         self.names = names
         self.asked: list[tuple[str, str, str]] = []
@@ -49,7 +47,8 @@ class Network:
             (request.url.host, request.headers["Host"], request.extensions["sni_hostname"])
         )
         path = request.url.raw_path.decode()
-        return self.answers[f"{request.url.scheme}://{request.headers['Host']}{path}"]
+        answer = self.answers[f"{request.url.scheme}://{request.headers['Host']}{path}"]
+        return httpx.Response(200, stream=Content(answer)) if isinstance(answer, bytes) else answer
 
     async def resolve(self, host: str, port: int) -> list[str]:
         self.resolved.append((host, port))
@@ -79,7 +78,7 @@ def test_files_are_fetched_from_the_address_that_was_checked():
     files, network = fetch(
         "https://images.example.org/a.png?x=1",
         b"a file",
-        answers={"https://images.example.org/a.png?x=1": holding(b"fetched")},
+        answers={"https://images.example.org/a.png?x=1": b"fetched"},
     )
     assert files == [b"fetched", b"a file"]
     # Resolved once; asked for by name of whoever has the address.
@@ -93,7 +92,7 @@ def test_files_are_fetched_from_the_address_that_was_checked():
 )
 def test_hosts_that_the_settings_name(address):
     names = {"a.b.example.net": [PUBLIC], "a.example.net": [PUBLIC], "odd.example.org": [PUBLIC]}
-    files, _ = fetch(address, answers={address: holding(b"x")}, names=names)
+    files, _ = fetch(address, answers={address: b"x"}, names=names)
     assert files == [b"x"]
 
 
@@ -170,7 +169,7 @@ def test_redirects_are_followed_where_they_are_allowed():
             "http://images.example.org/b": httpx.Response(
                 301, headers={"Location": "https://cdn.example.net/c"}
             ),
-            "https://cdn.example.net/c": holding(b"moved"),
+            "https://cdn.example.net/c": b"moved",
         },
         names={"cdn.example.net": ["8.8.8.8"]},
     )
@@ -242,7 +241,7 @@ def test_what_cannot_be_fetched(address, message):
 
 
 def test_all_of_a_request_together_may_be_as_large_as_a_body():
-    answers = {f"http://images.example.org/{name}": holding(bytes(60)) for name in "ab"}
+    answers = {f"http://images.example.org/{name}": bytes(60) for name in "ab"}
     limits = {"answers": answers, "max_body_bytes": 100}
     assert len(fetch("http://images.example.org/a", **limits)[0][0]) == 60
     with pytest.raises(TooLargeError, match="larger than the 100 bytes"):
@@ -320,7 +319,7 @@ def test_routes_that_fetch(settings, photo):
         settings.model_copy(update={"fetch_hosts": ("images.example.org",), "warmup": "none"})
     )
     address = "http://images.example.org/a.png"
-    network = Network({address: holding(photo)}, {"images.example.org": [PUBLIC]})
+    network = Network({address: photo}, {"images.example.org": [PUBLIC]})
     b64 = base64.b64encode(photo).decode()
     with TestClient(app) as client:
         app.state.fetcher = Fetcher(
