@@ -86,8 +86,11 @@ class AnswerCache:
         key = self._key(picture, answer.work, caller)
         if key in self._kept:
             return
+        logits, features, source = answer.output
         # Copied out of the batch, all of which a part of it would hold.
-        output = Output(*(None if each is None else each.clone() for each in answer.output))
+        output = Output(
+            logits.clone(), features.clone(), None if source is None else source.clone()
+        )
         self._kept[key] = output
         self.held += _size(output)
         while self.held > self._limit:

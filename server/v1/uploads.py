@@ -103,7 +103,7 @@ FORM_SCHEMA = {
 }
 
 #: A request body with images in OpenAPI's words.
-OPENAPI = {
+OPENAPI: dict[str, Any] = {
     "required": True,
     "content": {
         FORM: {"schema": FORM_SCHEMA},

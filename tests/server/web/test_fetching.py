@@ -246,7 +246,7 @@ def test_all_of_a_request_together_may_be_as_large_as_a_body():
     assert len(fetch("http://images.example.org/a", **limits)[0][0]) == 60
     with pytest.raises(TooLargeError, match="larger than the 100 bytes"):
         fetch(*answers, **limits)
-    with pytest.raises(UnavailableError, match="hold 0 of the 50 bytes"):
+    with pytest.raises(UnavailableError, match="hold 50 of the 50 bytes"):
         fetch("http://images.example.org/a", budget=Budget(50), **limits)
 
 

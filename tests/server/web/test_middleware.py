@@ -158,6 +158,8 @@ ROUTES = [
     ("POST", "/v1/classify"),
     ("POST", "/v1/embed"),
     ("POST", PATH),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/models/tiny"),
     ("POST", "/v2/models/tiny/infer"),
     ("POST", "/v2/repository/index"),
     ("POST", "/v2/repository/models/tiny/load"),
