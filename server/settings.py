@@ -5,16 +5,13 @@ the defaults, which serve the bundled model.
 """
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -27,6 +24,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from server.access_settings import ApiKey, FetchHost, Key, Origin
 from tocom import ConfigError
 from tocom.wording import did_you_mean, value_fault
 
@@ -74,67 +72,8 @@ BUNDLED_MODEL = ModelSettings(
 )
 
 
-def _check_key(key: SecretStr) -> SecretStr:
-    # It travels in a header, and one that can be guessed protects nothing.
-    if not re.fullmatch(r"[!-~]{16,}", key.get_secret_value()):
-        raise ValueError("a key must be 16 or more printable ASCII characters without spaces")
-    return key
-
-
-Key = Annotated[SecretStr, AfterValidator(_check_key)]
-
-
-def _check_origin(origin: str) -> str:
-    # Browsers send it just so; with a path or a last slash it would never match.
-    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
-        raise ValueError("an origin is scheme://host or scheme://host:port, without a path, or *")
-    return origin
-
-
-Origin = Annotated[str, AfterValidator(_check_origin)]
-
-
-def _check_fetch_host(host: str) -> str:
-    if not re.fullmatch(r"(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?", host):
-        raise ValueError(
-            "a host is a name in lower case as images.example.org, *.example.org or "
-            "images.example.org:8443"
-        )
-    return host
-
-
-FetchHost = Annotated[str, AfterValidator(_check_fetch_host)]
-
 #: Settings of which no message may show a part.
 SECRET = ("admin_key", "api_keys")
-
-
-class ApiKey(BaseModel):
-    """A key for inference and what it allows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="whose it is, for messages"
-    )
-    key: Key = Field(description="the secret: 16 or more printable characters")
-    rate_limit: float | None = Field(
-        default=None, gt=0, description="images a second on average; default: no limit"
-    )
-    burst: int | None = Field(
-        default=None, ge=1, description="images at once; default: those of one second"
-    )
-    priority: Literal["high", "normal", "low"] = Field(
-        default="normal",
-        description="whose images go first; lower ones keep `priority_share` of the time",
-    )
-
-    @field_validator("burst")
-    @classmethod
-    def _of_a_limit(cls, burst: int | None, info: ValidationInfo) -> int | None:
-        if burst is not None and info.data.get("rate_limit") is None:
-            raise ValueError("a burst needs a rate_limit")
-        return burst
 
 
 class Settings(BaseSettings):
