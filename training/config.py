@@ -1,5 +1,6 @@
 """Recipes: what each command takes, validated by pydantic."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -161,6 +162,9 @@ class ElasticConfig(Recipe):
         description="what rates mean: tome, the paper's (default); a ladder.json, a bank, a method",
     )
     max_rate: int = Field(16, gt=0, description="rates 0..max_rate are tuned for")
+    rates: tuple[int, ...] = Field(
+        (), description="tune for these alone, one or more of 0..max_rate; empty: for all of them"
+    )
     proportional: Proportional = True
     students: int = Field(2, gt=0, description="random rates that learn from each picture")
     features: float = Field(
@@ -175,12 +179,23 @@ class ElasticConfig(Recipe):
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> "ElasticConfig":
-        if self.students > self.max_rate + 1:
+        for rate in self.rates:
+            if not 0 <= rate <= self.max_rate or self.rates.count(rate) > 1:
+                raise ValueError(
+                    f"rates must be distinct, of 0 to max_rate, which is {self.max_rate}; got "
+                    f"{list(self.rates)}"
+                )
+        if self.students > (most := len(self.tuned_for)):
             raise ValueError(
-                f"students ({self.students}) have distinct rates: at most max_rate + 1, which is "
-                f"{self.max_rate + 1}"
+                f"students ({self.students}) have distinct rates: at most {most}, the number of "
+                "rates that are tuned for"
             )
         return self
+
+    @property
+    def tuned_for(self) -> Sequence[int]:
+        """The rates that students run at."""
+        return self.rates or range(self.max_rate + 1)
 
 
 class AdaptFormerConfig(Recipe):

@@ -179,7 +179,7 @@ class Distillation:
         losses = [self._loss(*pair) for pair in following(pairs, "losses", "pair")]
         found = torch.stack(losses).view(len(plain), len(plain)).cpu()  # waits for a GPU once
         # Rates that merge (nearly) alike must not outweigh all others.
-        return found.clamp(min=found.max().item() / 1000)
+        return found.clamp(min=found.max().item() / 1000 or 1.0)  # 0 where no pair loses anything
 
     def notes(self, micros: range) -> dict[str, Any]:
         """Return the pairs of rates, one for each loss."""

@@ -1,5 +1,8 @@
 """Elastic tuning: all weights of a backbone learn to answer at every rung as it did at rung 0.
 
+At every rung, or at chosen ones: at one alone, nothing is shared, and the result is what a model of
+that compute can reach.
+
 No labels and no plug-ins: the teacher is the backbone as it was, the student the same weights at
 random rungs. What comes out is a model folder. It is the way of networks of many widths, and the
 rival of a bank: nothing is added at a rung, but the stock model is gone, and tasks that were tuned
@@ -20,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import BackboneInfo
+from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, ConfigError, Ladder, Variant, load_backbone
 from tocom.vit import Outputs, embed, outputs
@@ -130,8 +134,9 @@ class ElasticTuning:
             variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
             losses.append(self._loss(outputs(self.teacher, tokens, variant, self.traced), whole))
         found = torch.stack(losses)
-        # Rungs that are (nearly) the stock model must not outweigh all others.
-        found = found.clamp(min=found.max().item() / 1000)
+        # Rungs that are (nearly) the stock model must not outweigh all others; where all are, they
+        # count as they are.
+        found = found.clamp(min=found.max().item() / 1000 or 1.0)
         return torch.cat([found[:1], found])
 
     def notes(self, micros: range) -> dict[str, Any]:
@@ -167,7 +172,8 @@ class ElasticTuning:
 def draw_rungs(config: ElasticConfig, micro: int) -> list[int]:
     """Return the distinct rungs of a micro-batch, all alike likely."""
     generator = torch.Generator().manual_seed(derive(config.loop.seed, "rungs", micro))
-    return torch.randperm(config.max_rate + 1, generator=generator)[: config.students].tolist()
+    drawn = torch.randperm(len(config.tuned_for), generator=generator)[: config.students]
+    return [config.tuned_for[i] for i in drawn.tolist()]
 
 
 def elastic(config: ElasticConfig, folder: Path) -> Path:
@@ -204,9 +210,11 @@ def _said(
 ) -> dict[str, Any]:
     """Return what the model folder says of itself."""
     training = {"method": "elastic", **facts(config, distinct, folder)}
+    part = part_of(chosen_ladder(config.ladder, backbone.model))
     return {
         "label_names": list(backbone.class_names),
-        "source_rate": 0,
+        "source_rate": config.rates[0] if len(config.rates) == 1 else 0,
+        **({} if part is None else {"ladder": part.model_dump(mode="json")}),
         **({} if config.proportional else {"proportional": False}),
         "backbone_digest": tuned_from,
         "training": training,

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.training.jobs import metrics
-from tocom import ConfigError, Variant, load_backbone
+from tocom import TOME, ConfigError, Variant, load_backbone
 from tocom.vit import embed, outputs
 from training.config import ElasticConfig
 from training.elastic import ElasticTuning, draw_rungs, elastic
@@ -93,6 +93,25 @@ def test_the_model_says_which_attention_it_learned_with(
     assert not load_backbone(str(elastic(config, tmp_path))).proportional
 
 
+def test_a_model_may_be_tuned_for_chosen_rates_alone(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    two = recipe(pictures, model_folder, rates=[2, 5])
+    assert {rung for micro in range(20) for rung in draw_rungs(two, micro)} == {2, 5}
+    one = recipe(pictures, model_folder, rates=[5], students=1)
+    assert draw_rungs(one, 3) == [5]
+    made = load_backbone(str(elastic(one, tmp_path)))
+    assert (made.source, made.ladder) == (5, TOME)
+
+
+def test_the_model_names_the_ladder_that_it_was_tuned_on(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    rungs = {"method": "topk", "shares": [0.8, 0.7]}
+    config = recipe(pictures, model_folder, ladder=rungs, max_rate=1, loop={"steps": 1})
+    assert load_backbone(str(elastic(config, tmp_path))).ladder.name == "topk"
+
+
 def test_a_resumed_run_makes_the_same_model(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -107,8 +126,13 @@ def test_a_resumed_run_makes_the_same_model(
 
 
 def test_what_is_wrong_is_named(pictures: Path, model_folder: Path) -> None:
-    with pytest.raises(ValidationError, match=r"students \(8\) have distinct rates: at most .* 7"):
+    with pytest.raises(ValidationError, match=r"students \(8\) have distinct rates: at most 7, "):
         recipe(pictures, model_folder, students=8)
-    rungs = {"method": "topk", "shares": [0.8, 0.7]}
+    with pytest.raises(ValidationError, match=r"students \(2\) have distinct rates: at most 1, "):
+        recipe(pictures, model_folder, rates=[6])
+    for rates in ([7], [-1], [2, 2]):
+        with pytest.raises(ValidationError, match="rates must be distinct, of 0 to max_rate"):
+            recipe(pictures, model_folder, rates=rates, students=1)
+    rungs = {"method": "topk", "shares": [0.7]}
     with pytest.raises(ConfigError, match=r"max_rate \(6\) must be a rung of the ladder 'topk'"):
         job_of(recipe(pictures, model_folder, ladder=rungs))

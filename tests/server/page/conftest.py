@@ -30,7 +30,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 MODEL = bundled_folder("deit_tiny")
 
-expect.set_options(timeout=20_000)  # a busy machine is no fault of the page
+expect.set_options(timeout=120_000)  # a busy machine is no fault of the page
 in_browser = pytest.mark.skipif(
     CHROMIUM is None,
     reason="needs a chromium on the PATH: apt install chromium (Debian), or chromium-browser",
@@ -58,7 +58,7 @@ def browser() -> Iterator[Browser]:
 def page(browser, address) -> Iterator[Page]:
     """The page as a visitor finds it; in the end nothing was broken and nothing fetched outside."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     faults, elsewhere = [], []
     page.on("pageerror", lambda error: faults.append(str(error)))
