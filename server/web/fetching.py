@@ -132,7 +132,7 @@ class Fetcher:
         return [each for each in got if isinstance(each, bytes)]
 
     async def _fetch(self, address: str, room: "_Room") -> bytes:
-        shown = address[:100]
+        shown = _shown(address)
         try:
             with fail_after(self._timeout):
                 return await self._follow(_parsed(address), room)
@@ -154,7 +154,7 @@ class Fetcher:
                     url = url.join(response.headers["Location"])
                     continue
                 if response.status_code != httpx.codes.OK:
-                    raise FetchError(f"{url} answers {response.status_code}, not 200")
+                    raise FetchError(f"{_shown(url)} answers {response.status_code}, not 200")
                 body = bytearray()
                 async for chunk in response.aiter_raw():
                     room.take(len(chunk))
@@ -162,7 +162,9 @@ class Fetcher:
                 return bytes(body)
             finally:
                 await response.aclose()
-        raise FetchError(f"{url} is one redirect more than the {MAX_REDIRECTS} that are followed")
+        raise FetchError(
+            f"{_shown(url)} is one redirect more than the {MAX_REDIRECTS} that are followed"
+        )
 
     def _check(self, url: httpx.URL) -> None:
         """Raise ForbiddenError unless the settings allow the host and port of an address."""
@@ -176,7 +178,7 @@ class Fetcher:
         name = host if usual else f"{host}:{url.port}"
         if url.scheme not in DEFAULT_PORTS or url.userinfo or not _allowed(name, self._hosts):
             raise ForbiddenError(
-                f"images are not fetched from {str(url)[:100]!r}: only by http or https, without a "
+                f"images are not fetched from {_shown(url)!r}: only by http or https, without a "
                 f"user, and from {', '.join(self._hosts)}"
             )
 
@@ -222,11 +224,15 @@ class _Room:
         self._budget.release(self._held)
 
 
+def _shown(address: httpx.URL | str) -> str:
+    return str(address)[:100]
+
+
 def _parsed(address: str) -> httpx.URL:
     try:
         return httpx.URL(address)
     except httpx.InvalidURL as error:
-        raise FetchError(f"{address[:100]!r} is not an address: {error}") from error
+        raise FetchError(f"{_shown(address)!r} is not an address: {error}") from error
 
 
 def _allowed(name: str, hosts: Sequence[str]) -> bool:
