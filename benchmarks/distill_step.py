@@ -60,6 +60,7 @@ def shared(model: torch.nn.Module, plugins: Plugins, images: Tensor, rates: Rate
 
 
 STEPS = {"straightforward": straightforward, "ours": shared}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gradients(plugins: Plugins) -> Tensor:
@@ -69,7 +70,12 @@ def gradients(plugins: Plugins) -> Tensor:
     return torch.cat(grads)
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which products are in a precision."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a step takes."""
     began = time.perf_counter()
     step()
@@ -78,7 +84,7 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak_memory(step: Callable[[], None], device: torch.device) -> float:
+def peak_memory(step: Callable[[], object], device: torch.device) -> float:
     """Return the bytes that a step takes at its peak beyond what was held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -129,12 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--students", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
 
     device = torch.device(arguments.device)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.precision]
     backbone = load_backbone(arguments.backbone, arguments.architecture)
     model = backbone.model.to(device)
     plugins = new_plugins(backbone, device)
@@ -158,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = {}
             for name, step in STEPS.items():
                 one = partial(step, model, plugins, images, rates)
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with autocast(device, arguments.precision):
                     if turn >= 0:
                         seconds[name].append(timed(one, device))
                     else:  # the first round warms up and is not timed

@@ -2,12 +2,14 @@
 
     python -m benchmarks.forward_speed
     python -m benchmarks.forward_speed --models deit_base_patch16_224 --batches 8 --precision bf16
+    python -m benchmarks.forward_speed --device cuda --precision bf16 --batches 1 64 256
 
 All kinds of forward take turns on the same noise, in one process: timm's own model, ToMe as its
 paper writes it (and its authors' package, where installed), ours run eagerly by torch, and ours
-compiled, as the server does it, in pieces of 16 images, 8, 4 and one. A turn is two runs, of
-which the second counts. A product of large matrices takes its turn too: what it reaches is the
-roof. Weights are drawn, not loaded: time does not depend on them.
+compiled, as the server does it, in pieces of 16 images, 8, 4 and one. On a GPU, in place of that,
+timm's and ours recorded once as a CUDA graph and replayed, which launches nothing anew. A turn is
+two runs, of which the second counts. A product of large matrices takes its turn too: what it
+reaches is the roof. Weights are drawn, not loaded: time does not depend on them.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.distill_step import PRECISIONS, timed
 from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.plain_tome import plain_tome
 from server.models.graphs import SIZES
@@ -40,8 +45,8 @@ MODELS = "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_2
 Run = Callable[[Tensor], object]
 
 
-def kinds(model: VisionTransformer, rate: int, batch: int, threads: int) -> dict[str, Run]:
-    """Return the ways to run a model at a rate."""
+def kinds(model: VisionTransformer, rate: int, images: Tensor) -> dict[str, Run]:
+    """Return the ways to run a model at a rate, for so many images as these."""
     found: dict[str, Run] = {"stock": model}
     if rate:
         found["plain ToMe"] = lambda images: plain_tome(model, images, rate)
@@ -49,9 +54,38 @@ def kinds(model: VisionTransformer, rate: int, batch: int, threads: int) -> dict
             found["authors' ToMe"] = _authors(model, rate)
     variant = Variant(rate)
     found["eager"] = lambda images: outputs(model, embed(model, images), variant)
-    if find_spec("openvino") is not None:
-        found["compiled"] = _compiled(model, rate, batch, threads)
+    if images.is_cuda:
+        replayed = ("stock", "eager") if rate == 0 else ("eager",)
+        for name in replayed:
+            with suppress(RuntimeError):  # what waits for the GPU cannot be recorded
+                found[f"{name}, replayed"] = _replayed(found[name], images)
+    elif _has_graphs(model):
+        found["compiled"] = _compiled(model, rate, len(images), torch.get_num_threads())
     return found
+
+
+def _has_graphs(model: VisionTransformer) -> bool:
+    on_cpu = model.head.weight.device.type == "cpu"
+    return on_cpu and not model.dynamic_img_size and find_spec("openvino") is not None
+
+
+def _replayed(run: Run, images: Tensor) -> Run:
+    """Return a forward that was recorded as a CUDA graph."""
+    own, others = images.clone(), torch.cuda.Stream()
+    others.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(others):
+        for _ in range(3):  # libraries prepare themselves, which cannot be recorded
+            run(own)
+    torch.cuda.current_stream().wait_stream(others)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(own)
+
+    def replay(images: Tensor) -> None:
+        own.copy_(images)
+        graph.replay()
+
+    return replay
 
 
 def _authors(model: VisionTransformer, rate: int) -> Run:
@@ -84,14 +118,12 @@ def _compiled(model: VisionTransformer, rate: int, batch: int, threads: int) -> 
     return run
 
 
-def roof(size: int, dtype: torch.dtype) -> Iterator[float]:
+def roof(size: int, dtype: torch.dtype, device: torch.device) -> Iterator[float]:
     """Yield the multiply-adds a second of a product of square matrices, again and again."""
-    a, b = torch.randn(2, size, size).to(dtype)
+    a, b = torch.randn(2, size, size).to(device, dtype)
     a @ b
     while True:
-        began = time.perf_counter()
-        a @ b
-        yield size**3 / (time.perf_counter() - began)
+        yield size**3 / timed(lambda: a @ b, device)
 
 
 def take_turns(
@@ -102,10 +134,9 @@ def take_turns(
     reached = []
     for _ in range(repeats):
         for name, run in runs.items():
-            run(images)  # for itself, with caches and threads as it leaves them
-            began = time.perf_counter()
-            run(images)
-            seconds[name].append(time.perf_counter() - began)
+            one = partial(run, images)
+            timed(one, images.device)  # for itself, with caches and threads as it leaves them
+            seconds[name].append(timed(one, images.device))
         reached.append(next(roofs))
     return seconds, statistics.median(reached)
 
@@ -120,12 +151,14 @@ def matching_seconds(model: VisionTransformer, rate: int, images: Tensor) -> flo
     # The last block merges nothing that its head reads.
     for removed in steps.removed[:-1]:
         x = x[:, :tokens].contiguous()
-        size = torch.ones(len(x), tokens, 1)
-        began = time.perf_counter()
-        merge(x, size, match(x[..., :width], removed, 1))
-        total += time.perf_counter() - began
+        size = torch.ones(len(x), tokens, 1, device=x.device)
+        total += timed(partial(_merged, x, size, width, removed), x.device)
         tokens -= removed
     return total
+
+
+def _merged(x: Tensor, size: Tensor, width: int, removed: int) -> object:
+    return merge(x, size, match(x[..., :width], removed, 1))
 
 
 def measure(
@@ -133,11 +166,10 @@ def measure(
 ) -> list[list[object]]:
     """Return a row for each rate."""
     size = model.patch_embed.img_size
-    dtype = model.head.weight.dtype
-    images = torch.randn(batch, 3, *size).to(dtype)
+    images = torch.randn(batch, 3, *size).to(model.head.weight)
     rows = []
     for rate in options.rates:
-        runs = kinds(model, rate, batch, torch.get_num_threads())
+        runs = kinds(model, rate, images)
         seconds, reached = take_turns(runs, images, options.repeats, roofs)
         macs = cost(model, rate, size).macs
         saved = cost(model, 0, size).macs / macs
@@ -212,19 +244,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", type=Path, help="draw those of the middle size of batch")
     options = parser.parse_args(argv)
 
     keep_freed_memory()
-    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-    roofs = roof(2048, dtype)
+    dtype, device = PRECISIONS[options.precision], torch.device(options.device)
+    # On a GPU a larger product, or launching it would take as long.
+    roofs = roof(8192 if device.type == "cuda" else 2048, dtype, device)
     print(machine.describe(), end="\n\n")
     tables = {}
     with torch.inference_mode():
         for name in options.models:
-            model = timm.create_model(name).eval().to(dtype)
-            print(f"{name}, {options.precision}\n", flush=True)
-            if options.precision == "fp32" and find_spec("openvino") is not None:
+            model = timm.create_model(name).eval().to(device, dtype)
+            print(f"{name}, {device}, {options.precision}\n", flush=True)
+            if options.precision == "fp32" and _has_graphs(model):
                 compiling(model, options.rates)
             rows = list(
                 itertools.chain(

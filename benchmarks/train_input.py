@@ -9,6 +9,7 @@ included. A device is kept busy by as many workers as the step is faster than on
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ import torch
 
 import tocom
 from benchmarks import machine
+from benchmarks.distill_step import PRECISIONS, autocast, timed
 from benchmarks.estimates import markdown, spread
 from tocom import load_backbone
 from tocom.allocator import keep_freed_memory
@@ -47,11 +49,10 @@ def reading(pictures: Pictures, batch: int, batches: int, workers: int) -> float
 
 
 def stepping(
-    config: DistillConfig, pictures: Pictures, steps: int, device: torch.device
+    config: DistillConfig, pictures: Pictures, steps: int, device: torch.device, precision: str
 ) -> list[float]:
     """Return the pictures a second of each step, the first left out."""
-    backbone = load_backbone(config.backbone.name)
-    backbone.model.to(device)
+    backbone = load_backbone(config.backbone.name, device=device)
     job = Distillation(backbone, config, [])
     job.module.to(device).train()
     optimizer = torch.optim.AdamW(job.module.parameters())
@@ -59,18 +60,19 @@ def stepping(
     sampler = StepSampler(pictures.keys(), batch, 1, 0, seed=0)
     images, labels, _ = next(iter(train_batches(pictures, sampler, workers=0)))
     finish = pictures.transform.finish(device)
-    found = []
-    for step in range(steps + 1):
-        began = time.perf_counter()
+    numbers = itertools.count()  # each step has rates of its own
+
+    def step() -> None:
         ready = finish(images.to(device, non_blocking=True))
-        for loss in job.losses(ready, labels.to(device, non_blocking=True), step):
+        losses = job.losses(ready, labels.to(device, non_blocking=True), next(numbers))
+        for _ in range(job.losses_each):
+            with autocast(device, precision):
+                loss = next(losses)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(batch / (time.perf_counter() - began))
-    return found[1:]
+
+    return [batch / timed(step, device) for _ in range(steps + 1)][1:]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
 
@@ -105,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for _ in range(options.rounds):
         for workers, speeds in found.items():
             speeds.append(reading(pictures, options.batch, options.batches, workers))
-    steps = stepping(config, pictures, options.rounds, torch.device(options.device))
+    device = torch.device(options.device)
+    steps = stepping(config, pictures, options.rounds, device, options.precision)
 
     print(f"{machine.describe()}.\n\n{options.recipe}, batches of {options.batch}.\n")
     rows = [
@@ -115,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(markdown(["workers", "pictures/s", "of one"], rows))
     one = max(statistics.median(speeds) / max(1, workers) for workers, speeds in found.items())
     needed = math.ceil(statistics.median(steps) / one)
-    print(f"\nThe step on {options.device}: {spread(steps, '.1f')} pictures/s, ", end="")
+    print(
+        f"\nThe step on {device}, {options.precision}: {spread(steps, '.1f')} pictures/s, ", end=""
+    )
     print(f"what {needed} such worker{'s' * (needed > 1)} of a core each can feed.")
 
 

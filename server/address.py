@@ -1,12 +1,72 @@
 """Where a server listens. Needs nothing that takes long to import."""
 
+import errno
+import logging
+import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import Any
 
 from tocom import ConfigError
 
+_log = logging.getLogger(__name__)
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"
 
-def bind(host: str, port: int) -> socket.socket:
+
+class Listener(socket.socket):
+    """A listening socket with a file descriptor in reserve.
+
+    When the process has no other left, a connection is taken with this one, told 503 and closed.
+    It would wait for as long as that lasts, and asyncio, which goes on trying, log it thousands of
+    times. uvloop has a reserve of its own.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        """Take the arguments of a socket."""
+        super().__init__(*arguments)
+        self._reserve: int | None = None
+        self._renew_reserve()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection and its address.
+
+        Raises:
+            BlockingIOError: if there is none, or it had to be refused.
+        """
+        self._renew_reserve()
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._reserve is None:
+                raise
+            _log.warning("connections are refused: %s", error.strerror)
+            self._refuse()
+            raise BlockingIOError from error
+
+    def close(self) -> None:
+        """Close it, and its reserve."""
+        super().close()
+        self._give_up_reserve()
+
+    def _refuse(self) -> None:
+        self._give_up_reserve()
+        connection, _ = super().accept()
+        with connection, suppress(OSError):  # its client has gone
+            connection.setblocking(False)
+            connection.send(_FULL)
+
+    def _renew_reserve(self) -> None:
+        if self._reserve is None:
+            with suppress(OSError):  # another thread took the last one
+                self._reserve = os.open(os.devnull, os.O_RDONLY)
+
+    def _give_up_reserve(self) -> None:
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+
+
+def bind(host: str, port: int) -> Listener:
     """Return a socket at an address; it does not listen yet.
 
     Raises:
@@ -17,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            listener = on_error.enter_context(socket.socket(family, kind, protocol))
+            listener = on_error.enter_context(Listener(family, kind, protocol))
             # A port that a former server has just left may be taken at once.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,15 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from benchmarks import estimates, peers, serve_elastic, serve_soak, serve_swap, serve_throughput
+from benchmarks import (
+    estimates,
+    gpu,
+    peers,
+    serve_elastic,
+    serve_soak,
+    serve_swap,
+    serve_throughput,
+)
 from benchmarks.jpeg_scale import enlarged
 from benchmarks.load import (
     Exchange,
@@ -359,3 +368,31 @@ def test_peers_answer_each_image_with_its_own(app):
         for length in (1, 5, 1000):
             answer = client.post(peers.PATH, files={"file": b"x" * length})
             assert answer.json() == {"bytes": length}
+
+
+def test_sizes_in_a_channel_are_those_of_a_mask():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 16)
+    size = torch.randint(1, 9, (2, 7)).float()
+    mask = gpu.with_mask(q, k, v, size)
+    torch.testing.assert_close(gpu.with_channels(q, k, v, size), mask, rtol=1e-4, atol=1e-5)
+
+
+def test_all_figures_of_a_device_come_from_one_program(capsys):
+    gpu.main(
+        ["--device", "cpu", "--precision", "fp32", "--models", "test_vit", "--rates", "0", "8",
+         "--batches", "1", "2", "--batch", "4", "--rounds", "1", "--workers", "0"]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    parts = ["Forwards:", "Attention of 2 images", "Switching", "Fine-tuning", "Distillation:"]
+    assert [part for part in parts if part not in said] == []
+    assert re.search(r"^\| 1 \| 8 \| eager \|", said, re.MULTILINE)
+    assert re.search(r"^\| adaptformer \| 0 \| \d+ \|", said, re.MULTILINE)
+    assert re.search(r"The step on cpu, fp32: [\d.]+ pictures/s", said)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_figures_of_a_gpu_need_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "there is no GPU here; --device cpu" in capsys.readouterr().err

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -29,9 +28,10 @@ from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
-from training.losses import kd_loss, lesson
+from training.losses import answer_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
+from training.pictures.unseen import mean_over
 from training.run_folder import facts, refuse_other_run
 from training.screen.header import header
 from training.screen.progress import following, say
@@ -190,33 +190,30 @@ class Distillation:
         first = micro * self.config.sources
         return [draw_rates(self.config, first + i) for i in range(self.config.sources)]
 
-    @torch.no_grad()
     def watch(self) -> dict[str, float]:
         """Return the loss against rate 0 with and without the bank, on unseen pictures.
 
         At each quarter of the ladder: the KL divergence, or the error of a model without a head.
         """
-        device = next(self.plugins.parameters()).device
-        head = self.teacher.num_classes > 0
-        losses: dict[str, list[Tensor]] = {}
-        pictures = sum(len(images) for images in self.unseen)
-        for images in following(self.unseen, "unseen pictures", "batch"):
-            tokens = embed(self.teacher, images.to(device))
-            stock = outputs(self.teacher, tokens, Variant())
-            for rate in self.watched:
-                for what, delta in (("plain", None), ("bank", self.plugins(0, rate))):
-                    variant = self._variant(rate, delta)
-                    student = outputs(self.teacher, tokens, variant)
-                    if head:
-                        loss = kd_loss(student.logits, stock.logits)
-                    else:
-                        loss = F.mse_loss(student.features, stock.features)
-                    name = f"unseen_{'kl' if head else 'error'}_{rate}_{what}"
-                    losses.setdefault(name, []).append(loss * (len(images) / pictures))
-        if not losses:
+        if not self.unseen:
             return {}
-        sums = torch.stack([torch.stack(parts).sum() for parts in losses.values()])
-        return dict(zip(losses, sums.tolist(), strict=True))  # the one moment that waits for a GPU
+        what = "kl" if self.teacher.num_classes else "error"
+        names = [
+            f"unseen_{what}_{rate}_{how}" for rate in self.watched for how in ("plain", "bank")
+        ]
+        device = next(self.plugins.parameters()).device
+        found = mean_over(self.unseen, self._against_stock, len(names), device)
+        return dict(zip(names, found.tolist(), strict=True))  # the one moment that waits for a GPU
+
+    def _against_stock(self, images: Tensor) -> list[Tensor]:
+        tokens = embed(self.teacher, images)
+        stock = outputs(self.teacher, tokens, Variant())
+        losses = []
+        for rate in self.watched:
+            for delta in (None, self.plugins(0, rate)):
+                student = outputs(self.teacher, tokens, self._variant(rate, delta))
+                losses.append(answer_loss(student, stock, self.teacher.num_classes > 0))
+        return losses
 
 
 def draw_rates(config: DistillConfig, draw: int) -> tuple[int, list[int]]:

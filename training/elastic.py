@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -31,9 +30,10 @@ from training import loop
 from training.config import ElasticConfig
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
-from training.losses import kd_loss, lesson
+from training.losses import answer_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
+from training.pictures.unseen import mean_over
 from training.run_folder import facts, refuse_other_run
 from training.screen.header import header
 from training.screen.progress import following, say
@@ -143,30 +143,25 @@ class ElasticTuning:
         """Return the rungs, one for each loss."""
         return {"rates": [rung for micro in micros for rung in draw_rungs(self.config, micro)]}
 
-    @torch.no_grad()
     def watch(self) -> dict[str, float]:
         """Return the KL divergence, or the error without a head, from the backbone at rung 0."""
         device = next(self.teacher.parameters()).device
-        head = self.teacher.num_classes > 0
-        pictures = sum(len(images) for images in self.unseen)
-        sums = torch.zeros(len(self.watched), device=device)
-        for images in following(self.unseen, "unseen pictures", "batch"):
-            images = images.to(device)
-            whole = outputs(self.teacher, embed(self.teacher, images), Variant())
-            tokens = embed(self.student, images)
-            for i, rung in enumerate(self.watched):
-                variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
-                answer = outputs(self.student, tokens, variant)
-                if head:
-                    error = kd_loss(answer.logits, whole.logits)
-                else:
-                    error = F.mse_loss(answer.features, whole.features)
-                sums[i] += error * (len(images) / pictures)
-        what = "kl" if head else "error"
+        found = mean_over(self.unseen, self._against_stock, len(self.watched), device)
+        what = "kl" if self.teacher.num_classes else "error"
         return {
             f"unseen_{what}_{rung}": value
-            for rung, value in zip(self.watched, sums.tolist(), strict=True)
+            for rung, value in zip(self.watched, found.tolist(), strict=True)
         }
+
+    def _against_stock(self, images: Tensor) -> list[Tensor]:
+        whole = outputs(self.teacher, embed(self.teacher, images), Variant())
+        tokens = embed(self.student, images)
+        losses = []
+        for rung in self.watched:
+            variant = Variant(rung, proportional=self.config.proportional, ladder=self.ladder)
+            answer = outputs(self.student, tokens, variant)
+            losses.append(answer_loss(answer, whole, self.teacher.num_classes > 0))
+        return losses
 
 
 def draw_rungs(config: ElasticConfig, micro: int) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
@@ -27,7 +28,6 @@ from training.measuring import (
     claim,
     compare,
     load_model,
-    refuse_processes,
     standard_error,
 )
 from training.measuring_config import EvaluateConfig
@@ -45,7 +45,6 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     Raises:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
-    refuse_processes("evaluate")
     backbone = load_model(config.backbone, config.task, config.crop_pct)
     bank = open_bank(config.bank) if config.bank else None
     sources = config.sources or (backbone.source,)
@@ -81,13 +80,16 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         "pictures": measurement.described,
         "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
     }
-    (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
-    plot_evaluation(result, folder)
-    if bank and len(sources) > 1:
-        (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
-        plot_matrix(result, folder)
-    # Last: who finds it finds all the others.
-    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    processes = PartialState()
+    if processes.is_main_process:
+        (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
+        plot_evaluation(result, folder)
+        if bank and len(sources) > 1:
+            (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
+            plot_matrix(result, folder)
+        # Last: who finds it finds all the others.
+        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    processes.wait_for_everyone()
     return path
 
 

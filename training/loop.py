@@ -75,7 +75,7 @@ class Job(Protocol):
         ...
 
     def watch(self) -> dict[str, float]:
-        """Measure on unseen pictures; may be empty."""
+        """Measure on unseen pictures, which processes share out; may be empty."""
         ...
 
 
@@ -194,7 +194,7 @@ def run(
             line = {"step": step, "loss": loss, "learning_rate": rate, "seconds": seconds} | line
             if unreadable:
                 line["unreadable"] = int(unreadable)
-            watches = accelerator.is_main_process and _due(step, config.watch_every, config)
+            watches = _due(step, config.watch_every, config)
             if watches:
                 job.module.eval()
                 line |= job.watch()

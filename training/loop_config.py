@@ -14,7 +14,9 @@ class _LoopConfig(Recipe):
     batch_size: int = Field(gt=0, description="pictures a step, over all processes")
     accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
     learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
-    weight_decay: float = Field(0.05, ge=0, description="of AdamW; biases and norms do not decay")
+    weight_decay: float = Field(
+        0.05, ge=0, description="of AdamW; not of biases, norms, positions and prefix tokens"
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="largest norm of the gradient; larger ones are scaled down to it"
     )

@@ -23,6 +23,13 @@ def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
+def answer_loss(student: Outputs, teacher: Outputs, logits: bool) -> Tensor:
+    """Return how far answers are apart: the KL divergence, without a head the features' error."""
+    if logits:
+        return kd_loss(student.logits, teacher.logits)
+    return F.mse_loss(student.features, teacher.features)
+
+
 def lesson(
     student: Outputs, teacher: Outputs, logits: bool, features: float, tokens: float
 ) -> Tensor:

@@ -10,10 +10,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
@@ -43,6 +46,8 @@ from training.run_folder import refuse_other_recipe
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
+#: How long processes that are done wait for others: an evaluation may take hours.
+_PATIENCE = timedelta(days=1)
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
 
 
@@ -94,8 +99,11 @@ class Measurement:
     ) -> Tensor:
         """Return the sum over all pictures of what `figures` makes of their batches.
 
+        All processes call it, each takes its share of the pictures, and all get the same answer.
+
         Args:
-            path: where the sums so far are kept, and read if they are there.
+            path: where the sums so far are kept, and read if they are there. Of several processes
+                each has a file of its own beside it.
             rates: those of all forwards that `figures` runs, for the progress bar.
             figures: from embedded tokens [B, N, D] and the model's classes [B], None without
                 labels, to sums over the batch.
@@ -103,20 +111,26 @@ class Measurement:
         Raises:
             ConfigError: if the sums so far are of other pictures.
         """
+        processes = PartialState()
+        keys = self.keys[processes.process_index :: processes.num_processes]
+        if processes.num_processes > 1:
+            number = f"{processes.process_index + 1}-of-{processes.num_processes}"
+            path = path.with_stem(f"{path.stem}-{number}")
         done, sums = self._resume(path)
         macs = sum(self.cost(rate).macs for rate in rates)
         batches = evaluation_batches(
-            self.backbone, [self.pictures], self.keys[done:], self.batch_size, self.workers
+            self.backbone, [self.pictures], keys[done:], self.batch_size, self.workers
         )
-        with Progress("measuring", self.count * macs, "MAC", done * macs) as self._bar:
-            for images, folders in batches if done < self.count else ():
+        with Progress("measuring", len(keys) * macs, "MAC", done * macs) as self._bar:
+            for images, folders in batches if done < len(keys) else ():
                 tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
                 classes = None if self.classes is None else self.classes[folders].to(self._device)
                 sums = sums + figures(tokens, classes).cpu()
                 done += len(images)
                 state = {"done": done, "of": self.count, "sums": sums.tolist()}
                 replace_file(path, json.dumps(state) + "\n")
-        return sums
+        total: Tensor = sum(gather_object([sums]))
+        return total
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
@@ -189,14 +203,15 @@ def refuse_processes(command: str) -> None:
 
 
 def load_model(config: BackboneConfig, task: str | None, crop_pct: float | None = None) -> Backbone:
-    """Load a model for measuring, onto a GPU if there is one.
+    """Load a model for measuring, onto a GPU if there is one: each of several processes its own.
 
     Args:
         config: which model.
         task: the task that it is given, if there is one.
         crop_pct: share of a picture's shorter side that it sees; None: as the model says.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = PartialState(timeout=_PATIENCE)
+    device = processes.device if torch.cuda.is_available() else "cpu"
     say(f"loading {config.name}{f' and {task}' if task else ''}, onto {device}")
     backbone = load_backbone(config.name, config.architecture, device)
     if task:
@@ -244,7 +259,8 @@ def claim(
             "choose another run folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text)
+    if PartialState().is_main_process:
+        replace_file(path, text)
     return False
 
 

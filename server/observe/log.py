@@ -18,8 +18,9 @@ def configure(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler])
-    # It says so for every connection that waits, many thousand times a second.
+    # Said for every connection, which may be many thousand times a second.
     logging.getLogger("asyncio").addFilter(Seldom("socket.accept() out of system resource"))
+    logging.getLogger("server.address").addFilter(Seldom("connections are refused"))
     # Ours alone: the libraries' own notes are of no use to who only serves.
     logging.getLogger("server").setLevel(settings.log_level.upper())
 

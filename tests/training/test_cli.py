@@ -84,14 +84,22 @@ def test_calibrate_then_attach(
     assert "belongs into the folder of its model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate every-rate", "calibrate multiplier", "vtab vtab1k"])
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("calibrate multiplier", ("backbone.name", "pictures", "bank")),
+        ("compare methods", ("backbone.name", "pictures")),
+        ("search half-the-compute", ("backbone.name", "pictures")),
+        ("vtab vtab1k", ("root",)),
+    ],
+)
 def test_what_measures_is_one_process(
     pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], command: str,
+    capsys: pytest.CaptureFixture[str], command: str, needs: tuple[str, ...],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun and accelerate launch do
-    common = [f"backbone.name={model_folder}", f"pictures.path={pictures}", "bank=nowhere"]
-    given = [f"root={tmp_path}"] if command.startswith("vtab") else common
+    there = {"backbone.name": model_folder, "pictures": pictures, "bank": "x", "root": tmp_path}
+    given = [f"{key}={there[key]}" for key in needs]
     assert main([*command.split(), *given, "--folder", str(tmp_path / "run")]) == 2
     name = command.split(maxsplit=1)[0]
     assert f"{name} runs in one process, got 2 of torchrun" in capsys.readouterr().err

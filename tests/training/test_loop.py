@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters import Bank
 from tests.tocom_models import small_model
 from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
-from tocom import Backbone, ConfigError, load_backbone
+from tocom import TOME, Backbone, ConfigError, load_backbone
 from training import loop
 from training.config import DistillConfig, FinetuneConfig
 from training.distill import distill
+from training.elastic import Weights
 from training.loop_config import LoopConfig
 from training.presets import read_recipe
 from training.run_folder import RunFolder, TrainingError
@@ -60,11 +61,19 @@ def config(recipe: Path, *overrides: str) -> DistillConfig:
 
 
 def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_path: Path) -> None:
-    one = distill(config(recipe, "loop.accumulation=2"), tmp_path / "one")
-    in_two_processes("distill", str(recipe), "--folder", str(tmp_path / "two"))
+    watching = ["unseen=5", "loop.watch_every=3"]
+    one = distill(config(recipe, "loop.accumulation=2", *watching), tmp_path / "one")
+    in_two_processes("distill", str(recipe), *watching, "--folder", str(tmp_path / "two"))
+    watched = 0
     for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert alone["pairs"] == together["pairs"]
         assert alone["loss"] == pytest.approx(together["loss"], abs=1e-7)
+        assert alone.keys() == together.keys()
+        unseen = [key for key in alone if key.startswith("unseen")]
+        watched += len(unseen)
+        for key in unseen:
+            assert alone[key] == pytest.approx(together[key], abs=1e-7)
+    assert watched == 2 * 2 * 4  # two watches of four rates, with and without the bank
     first, second = Bank.load(one), Bank.load(tmp_path / "two" / "bank")
     for name, tensor in first.tensors.items():
         torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-3, atol=1e-5)
@@ -147,8 +156,9 @@ def test_biases_norms_positions_and_prefix_tokens_do_not_decay(
         torch.testing.assert_close(parameter, before[name] * (1 if kept else 0.95))
 
 
+@pytest.mark.parametrize("whole", ["finetune", "elastic"])
 @pytest.mark.parametrize("kind", ["vit_tiny", "deit_tiny_distilled", "dinov2_registers"])
-def test_full_fine_tuning_lets_nothing_decay_that_timm_keeps(kind: str) -> None:
+def test_what_tunes_all_weights_lets_nothing_decay_that_timm_keeps(kind: str, whole: str) -> None:
     model = small_model(kind)
     said = {
         "name": "tiny",
@@ -157,8 +167,11 @@ def test_full_fine_tuning_lets_nothing_decay_that_timm_keeps(kind: str) -> None:
         "test": {"path": "none"},
         "loop": {"epochs": 1, "batch_size": 1, "learning_rate": 1.0},
     }
-    job = Finetuning(Backbone(model, kind, kind, ()), FinetuneConfig.model_validate(said), 3)
-    optimizer = loop.create_optimizer_v2(job.module, "adamw", lr=1.0, weight_decay=0.5)
+    module: torch.nn.Module = Weights(model, TOME, proportional=True)
+    if whole == "finetune":
+        backbone = Backbone(model, kind, kind, ())
+        module = Finetuning(backbone, FinetuneConfig.model_validate(said), 3).module
+    optimizer = loop.create_optimizer_v2(module, "adamw", lr=1.0, weight_decay=0.5)
     decays = {
         id(parameter): group["weight_decay"]
         for group in optimizer.param_groups

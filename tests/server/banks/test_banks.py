@@ -1,14 +1,17 @@
 """Banks while serving: what is listed, uploaded, found and refused."""
 
+import errno
 import io
 import json
 import math
 import shutil
+import tempfile
 import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save
+from starlette.formparsers import MultiPartParser
 
 from adapters import Bank
 from server.banks import routes as bank_routes
@@ -225,6 +228,17 @@ def test_a_store_that_cannot_be_written(admin, store, make_bank, caplog):
     assert "the store cannot be written: " in problem(answer)
     assert str(store.root) not in problem(answer)
     assert str(store.root) in caplog.text
+
+
+def test_an_upload_for_which_the_disk_has_no_room(admin, make_bank, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MultiPartParser, "spool_max_size", 1)  # larger parts go to the disk
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    answer = admin.post("/v1/banks", files=files(make_bank()))
+    assert answer.status_code == 507
+    assert problem(answer) == "the upload cannot be kept: No space left on device"
 
 
 def test_without_the_key_a_body_is_not_even_read(app):
