@@ -27,7 +27,7 @@ DOORS: dict[str, set[str]] = {
 #: The same inside the server, floor by floor: a room may import those on lower floors.
 FLOORS: tuple[set[str], ...] = (
     {"access_settings"},
-    {"address", "errors", "progress", "settings", "schemas", "timm_without_dynamo"},
+    {"address", "errors", "progress", "settings", "schemas"},
     {"arguments", "engine"},
     {"models"},
     {"inference", "observe"},
