@@ -30,6 +30,9 @@ from server.web.serving import ServingDep
 #: The address below, and a pattern of it.
 MODEL, PATH = "/models/{name}", r"/models/[^/]+"
 
+#: What curl says of a file that it is given no type of, as in Hugging Face's own examples.
+URLENCODED = "application/x-www-form-urlencoded"
+
 #: What makes scores of logits.
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": partial(torch.softmax, dim=-1),
@@ -127,6 +130,8 @@ async def _read(
     kind = content_type(request)
     if kind == FORM:
         raise UnsupportedTypeError(f"a form is not read here, only an image or {JSON}")
+    if kind == URLENCODED:
+        return bytes(await read(request)), query
     if kind != JSON:
         (image,) = (await uploads.read_images(request, settings)).images
         return bytes(image), query

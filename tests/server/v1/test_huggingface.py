@@ -77,6 +77,13 @@ def test_the_answer_says_what_ran(client, served, logits):
     assert "x-bank-digest" not in client.post("/models/bare", content=PHOTO).headers
 
 
+def test_a_file_is_read_as_curl_sends_it(client):
+    curl = {"Content-Type": "application/x-www-form-urlencoded"}
+    raw = client.post(PATH, content=PHOTO).json()
+    assert client.post(PATH, content=PHOTO, headers=curl).json() == raw
+    assert client.post(PATH, content=b"", headers=curl).status_code == 400
+
+
 def test_a_data_uri_is_read_too(client):
     raw = client.post(PATH, content=PHOTO).json()
     sent = {"inputs": f"data:image/png;base64,{B64}"}
