@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.distill_step import PRECISIONS, timed
 from benchmarks.estimates import markdown, ratios, spread
-from benchmarks.plain_tome import plain_tome
+from benchmarks.peers.plain_tome import plain_tome
 from server.models.graphs import SIZES
 from tocom import Variant, cost
 from tocom.allocator import keep_freed_memory

@@ -8,7 +8,7 @@ threads and, for each measurement, in the batches that the server has just made,
 size. Both take turns; ratios are of neighbours in time. CPU time is what the processor counted
 for the server's threads and for this process while it was only the client.
 
-Other ways to serve the model at rate 0 (`peers`, `litserve_peer`) take turns with ours likewise;
+Other ways to serve the model at rate 0 (`benchmarks/peers`) take turns with ours likewise;
 each is tried with several settings, and the best of each kind counts.
 """
 
@@ -270,9 +270,9 @@ def beside(
 
 def command_of(kind: str, port: int, what: Subject, options: dict[str, float]) -> list[str]:
     """Return the command that starts a peer."""
-    module = "litserve_peer" if kind == "litserve" else "peers"
+    module = "with_litserve" if kind == "litserve" else "servers"
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    program = [sys.executable, "-m", f"benchmarks.{module}"]
+    program = [sys.executable, "-m", f"benchmarks.peers.{module}"]
     return [*program, kind, str(port), what.settings.model_dump_json(), *given]
 
 

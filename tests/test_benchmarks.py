@@ -49,7 +49,7 @@ PROGRAMS = sorted(
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_say_how_they_are_used(name, capsys):
-    if name == "litserve_peer" and find_spec("litserve") is None:
+    if name == "peers.with_litserve" and find_spec("litserve") is None:
         pytest.skip("litserve is not installed")
     module = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit, match="0"):

@@ -210,7 +210,7 @@ def load_model(config: BackboneConfig, task: str | None, crop_pct: float | None 
         task: the task that it is given, if there is one.
         crop_pct: share of a picture's shorter side that it sees; None: as the model says.
     """
-    processes = PartialState(timeout=_PATIENCE)
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     device = processes.device if torch.cuda.is_available() else "cpu"
     say(f"loading {config.name}{f' and {task}' if task else ''}, onto {device}")
     backbone = load_backbone(config.name, config.architecture, device)

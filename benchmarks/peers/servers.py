@@ -7,7 +7,7 @@ answers with the five most likely classes:
     plain      FastAPI and one thread, which decodes and runs image after image
     batching   FastAPI; decodes in a pool on arrival; one thread runs what has gathered
 
-LitServe, if installed, is in `litserve_peer`.
+LitServe, if installed, is in `with_litserve`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The model of `peers`, served by LitServe: its workers decode, batch and run, and share the cores.
+"""The model of `servers`, served by LitServe: its workers decode, batch and run, and share the cores.
 
 In a module of its own, since LitServe starts its workers anew and they import it.
 """
@@ -11,7 +11,7 @@ import torch
 from fastapi import Request
 from torch import Tensor
 
-from benchmarks.peers import PATH, Answer, Model
+from benchmarks.peers.servers import PATH, Answer, Model
 from server.settings import ModelSettings
 
 
