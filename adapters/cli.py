@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tocom import TocomError
 from tocom.command_line import Parser, Version
+from tocom.completion import Completion
 
 _REFERENCE = "NAME, NAME@DIGEST or DIGEST"
 _BANK = f"a bank folder, bundled:NAME, hf://ORG/NAME[@REVISION], or {_REFERENCE} in the store"
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="tocom-bank", description="Banks of ToCom plug-ins.")
     parser.add_argument("--version", action=Version)
+    parser.add_argument("--completion", action=Completion)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     store = Parser(add_help=False)
     store.add_argument(

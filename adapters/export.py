@@ -164,6 +164,7 @@ def _describe(backbone: Backbone) -> dict[str, Any]:
         "architecture": backbone.architecture,
         "weights_digest": backbone.digest,
         **task,
+        **({"multi_label": True} if backbone.multi_label else {}),
         "preprocessing": backbone.data_config,
         "class_names": backbone.class_names,
     }

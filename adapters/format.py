@@ -58,6 +58,7 @@ class Format(Generic[Info]):
         fault: the error that is raised.
         max_info_bytes: that the description may have.
         versions: of the format that are read.
+        kind: what its files say in their entry `kind`; None: they have none.
     """
 
     what: str
@@ -68,6 +69,7 @@ class Format(Generic[Info]):
     fault: type[TocomError]
     max_info_bytes: int
     versions: tuple[int, ...] = (VERSION,)
+    kind: str | None = None
 
     def own(self, info: Info, tensors: Mapping[str, Tensor]) -> tuple[Info, dict[str, Tensor]]:
         """Return the description with its digest, and copies of the tensors on the CPU.
@@ -157,6 +159,12 @@ class Format(Generic[Info]):
             raise self.fault(
                 f"{where} has {self.what} format {version!r:.40}; "
                 f"this version reads format {' and '.join(map(str, self.versions))}"
+            )
+        if (kind := said.get("kind")) != self.kind:
+            raise self.fault(
+                f"{where} is of the kind {kind!r:.40}, not {self.kind!r}"
+                if self.kind
+                else f"{where} is a {self.what} of the kind {kind!r:.40}, which is opened otherwise"
             )
         try:
             return model.model_validate(said)

@@ -50,6 +50,11 @@ class TaskInfo(Strict):
         description="what that rate means; without it, it is the paper's ladder",
     )
     proportional: Proportional = True
+    multi_label: bool = Field(
+        False,
+        exclude_if=lambda many: not many,
+        description="whether a picture has several classes, each scored by itself; without it, one",
+    )
     class_names: Annotated[tuple[str, ...], Field(min_length=1), FailFast()]
     heads: tuple[str, ...] = Field(("head",), min_length=1, description="timm's layers of them")
     rank: Count | None = Field(None, description="width of the branches or of LoRA's pairs")
@@ -168,6 +173,7 @@ class TaskModel:
             calibration=info.calibration,
             evaluation=info.evaluation,
             adapter=self._adapter(tuned),
+            multi_label=info.multi_label,
             task_digest=info.digest,
         )
 
@@ -281,6 +287,7 @@ _FORMAT = Format(
         "resize",
         "crop_pct",
         "proportional",
+        "multi_label",
     ),
     fault=TaskError,
     max_info_bytes=2**24,  # the class names of ImageNet-21k alone have close to a megabyte

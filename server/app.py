@@ -10,7 +10,6 @@ from functools import partial
 
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 
 from adapters import Store
 from server.banks import routes as bank_routes
@@ -26,7 +25,6 @@ from server.observe.requests import RequestLog
 from server.oip import infer as oip_infer
 from server.oip import metadata as oip_metadata
 from server.oip.statistics import Statistics
-from server.oip.wire import HEADER
 from server.page import routes as page_routes
 from server.progress import Progress, Tell, tell_nobody
 from server.settings import Settings
@@ -34,7 +32,8 @@ from server.v1 import batch, huggingface, infer, models, openai
 from server.web import status
 from server.web.access import Access, require_api_key, require_known_key
 from server.web.fetching import Fetcher
-from server.web.middleware import REQUEST_ID, BodyLimit, Budget, RequestId
+from server.web.middleware import BodyLimit, Budget, RequestId
+from server.web.origins import allow_origins
 from server.web.problems import add_handlers
 from server.web.serving import Serving
 from tocom.allocator import keep_freed_memory
@@ -63,10 +62,6 @@ TAGS = [
     {"name": PROTOCOL_INFERENCE, "description": "Run a model, for clients of Triton and KServe"},
     {"name": oip_metadata.TAG, "description": "What those clients ask of servers and models"},
 ]
-
-#: Headers that scripts of other origins may send, and read of answers.
-SENT = ("Authorization", "Content-Type", "X-API-Key", REQUEST_ID, HEADER)
-READ = (REQUEST_ID, "Server-Timing", "Retry-After", HEADER)
 
 
 def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
@@ -146,14 +141,7 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     }
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
     app.add_middleware(tracing.Attributes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=SENT,
-            expose_headers=READ,
-        )
+    app.add_middleware(allow_origins, settings.cors_origins)
     app.add_middleware(RequestLog, metrics=counted)
     app.add_middleware(RequestId)  # the last one added is the first to run
     return app

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from server.settings import SECRET, Settings, load_settings
 from tocom import ConfigError
 from tocom.command_line import Parser, Version
+from tocom.completion import Completion
 
 #: What may be said of a model besides its name and backbone.
 MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder")
@@ -33,6 +34,7 @@ def parser() -> Parser:
         epilog=EPILOG,
     )
     whole.add_argument("--version", action=Version)
+    whole.add_argument("--completion", action=Completion)
     whole.set_defaults(command="serve")
     commands = whole.add_subparsers(title="without a server", metavar="COMMAND")
     _add_settings(whole)

@@ -66,7 +66,9 @@ class _Server(uvicorn.Server):
     def __init__(
         self, settings: Settings, opened: Callable[[], None], ready: Callable[["Serving"], None]
     ) -> None:
-        self.front = Front(partial(_load, settings), self._is_ready, self._has_failed)
+        self.front = Front(
+            partial(_load, settings), self._is_ready, self._has_failed, settings.cors_origins
+        )
         config = uvicorn.Config(
             self.front,
             access_log=False,  # our own log has a line for each request

@@ -8,7 +8,9 @@ class Prediction(BaseModel):
 
     index: int
     label: str
-    score: float = Field(description="softmax over all classes")
+    score: float = Field(
+        description="softmax over all classes; of a multi-label model each class's own sigmoid"
+    )
 
 
 class Tokens(BaseModel):
@@ -145,6 +147,7 @@ class LadderSummary(BaseModel):
     """A ladder that a model is served on: what its rates mean."""
 
     name: str
+    digest: str = Field(description="SHA-256 of what its rates do, whatever it is called")
     method: str = Field(description="how tokens are reduced")
     options: dict[str, bool | int | float | str] = Field(description="of the method")
     max_rate: int
@@ -173,6 +176,9 @@ class Figures(BaseModel):
     """How well a model does at a rate."""
 
     top1: float | None = Field(default=None, description="percent; null without labels")
+    map: float | None = Field(
+        default=None, description="mean average precision in percent, of a multi-label model"
+    )
     agreement: float = Field(description="percent of answers as at the source rate")
     kl: float = Field(description="KL divergence from the source rate, in nats")
 
@@ -213,11 +219,22 @@ class EvaluationPictures(BaseModel):
     count: int
 
 
+class EvaluationLadder(BaseModel):
+    """What the rates of an evaluation refer to."""
+
+    name: str
+    method: str
+    digest: str = Field(description="that of the ladder, by which it is found among the model's")
+
+
 class Evaluation(BaseModel):
     """What `tocom-train evaluate` measured of a model and `attach` wrote into its folder."""
 
     model: str
     bank: BankSummary | None
+    ladder: EvaluationLadder | None = Field(
+        default=None, description="what its rates refer to; null: measured before results said so"
+    )
     pictures: EvaluationPictures
     rows: list[EvaluationRow]
 
@@ -236,6 +253,9 @@ class ModelDetail(ModelSummary):
 
     weights_digest: str = Field(description="SHA-256 of the backbone's weights")
     class_names: list[str]
+    multi_label: bool = Field(
+        False, description="a picture has several classes: all that score more than 0.5 are listed"
+    )
     input_size: tuple[int, int, int] = Field(description="channels, height, width")
     crop: float = Field(
         description="share of the picture's shorter side that the model sees, in the middle"

@@ -21,7 +21,6 @@ from PIL import Image
 from benchmarks import (
     estimates,
     gpu,
-    peers,
     serve_elastic,
     serve_soak,
     serve_swap,
@@ -38,6 +37,7 @@ from benchmarks.load import (
     run_loop,
     upload,
 )
+from benchmarks.peers import servers
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = sorted(
@@ -359,14 +359,14 @@ class Lengths:
 
 @pytest.mark.parametrize(
     "app",
-    [peers.plain(Lengths()), peers.batching(Lengths(), 4, 0.001, 2)],
+    [servers.plain(Lengths()), servers.batching(Lengths(), 4, 0.001, 2)],
     ids=["plain", "batching"],
 )
 def test_peers_answer_each_image_with_its_own(app):
     with TestClient(app) as client:
         assert client.get("/health").status_code == 200
         for length in (1, 5, 1000):
-            answer = client.post(peers.PATH, files={"file": b"x" * length})
+            answer = client.post(servers.PATH, files={"file": b"x" * length})
             assert answer.json() == {"bytes": length}
 
 

@@ -23,6 +23,7 @@ from adapters import export_model
 from server.app import create_app
 from server.settings import ApiKey, ModelSettings, Settings
 from tests.adapters.test_export import small_backbone
+from training.analysis.config import AnalyseConfig
 from training.cli import _parser
 from training.config import (
     DistillConfig,
@@ -33,6 +34,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import read_recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +47,9 @@ RECIPES = {
     "vtab": VtabConfig,
     "search": LadderSearchConfig,
     "compare": CompareConfig,
+    "segment": SegmentConfig,
+    "evaluate-segment": EvaluateSegmentConfig,
+    "analyse": AnalyseConfig,
 }
 
 
@@ -261,6 +266,15 @@ def test_every_setting_and_route_is_in_the_guides() -> None:
         assert re.sub(r"{(\w+)}", lambda name: name[1].upper(), path) in guides, path
 
 
-def test_readme_shows_what_was_measured() -> None:
+def test_readme_says_what_was_measured() -> None:
     result = json.loads((ROOT / "docs/results/deit_tiny_half/evaluation.json").read_text())
-    assert table(result, (0, 1, 2, 3, 4)) in (ROOT / "README.md").read_text()
+    rows = table(result, (0, 1, 2, 3, 4))
+    assert rows in (ROOT / "docs/results.md").read_text()
+    # Plain and with the bank, at rates 0, 2 and 4: all, three quarters and half of the compute.
+    top1 = [row.split(" | ")[4].split(" / ")[-1] for row in rows.splitlines()[-5:]]
+    stock, quarters, half = (float(top1[rate]) for rate in (0, 2, 4))
+    said = (
+        f"{stock - quarters:.1f} points of top-1 at three quarters of the compute and "
+        f"{stock - half:.1f} points at half."
+    )
+    assert said in " ".join((ROOT / "README.md").read_text().split())

@@ -52,6 +52,13 @@ def test_help_and_version_are_quick(program):
     assert run(program, "--version") == (0, f"{program} {version}\n", "")
 
 
+@pytest.mark.parametrize("program", SCRIPTS)
+def test_completion_is_printed_quickly(program):
+    code, said, complaint = run(program, "--completion", "bash")
+    assert (code, complaint) == (0, "")
+    assert said.endswith(f"complete -o default -F _{program.replace('-', '_')} {program}\n")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -59,6 +66,7 @@ def test_help_and_version_are_quick(program):
         ("tocom-serve chekc", "argument COMMAND: there is no 'chekc', did you mean check? There"),
         ("tocom-bank inspect x --jsn", "there is no option --jsn, did you mean --json?"),
         ("tocom-bank polish", "argument COMMAND: there is no 'polish', did you mean publish? "),
+        ("tocom-bank --completion sh", "there is no 'sh', did you mean "),
         ("tocom-bank xyz", "argument COMMAND: there is no 'xyz'; there are: inspect, list, "),
         ("tocom-train distill x --floder y", "no option --floder, did you mean --folder?"),
         ("tocom-train evaluate x --method lora", "evaluate: there is no option --method"),

@@ -174,14 +174,24 @@ def test_tests_mirror_the_rooms_of_the_server():
     assert there == rooms
 
 
-def test_the_readme_lists_the_folders_that_there_are():
-    table = (ROOT / "README.md").read_text("utf-8").partition("## How it is built")[2]
-    listed = re.findall(r"^\| `([\w/]+)/` \|", table.partition("\n## ")[0], re.MULTILINE)
+def test_the_readme_names_the_folders_that_there_are():
+    where = (ROOT / "README.md").read_text("utf-8").partition("## Where things are")[2]
     there = {path.parts[0] for path in map(Path, sources(*FOLDERS))}
-    there |= {
-        path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "server").glob("*/__init__.py")
-    }
-    assert sorted(listed) == sorted({*there, "docs", "deploy", "scripts"})
+    assert sorted(re.findall(r"`(\w+)/`", where)) == sorted({*there, "docs", "deploy", "scripts"})
+
+
+def test_a_page_lists_the_rooms_of_the_server():
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(server/\w+)/` \|", page, re.MULTILINE)
+    rooms = (ROOT / "server").glob("*/__init__.py")
+    assert sorted(listed) == sorted(path.parent.relative_to(ROOT).as_posix() for path in rooms)
+
+
+def test_what_a_page_says_to_open_is_there():
+    page = (ROOT / "docs/architecture.md").read_text("utf-8").partition("## What to open first")[2]
+    named = re.findall(r"`([\w/]+(?:/|\.py))`", page.partition("\n[")[0])
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_the_path_of_a_request_is_short_and_its_links_lead_somewhere():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tocom.backbones import Backbone, bundled_folder, load_backbone
     from tocom.costs import Cost, cost
     from tocom.delta import AnyDelta, Delta, FoldedWeights, LowRank, check_delta, fold
+    from tocom.dense import forward_dense
     from tocom.ladder import TOME, Ladder, Plan, plan
     from tocom.merging import Match, match, merge, unmerge
     from tocom.supported import check_supported
@@ -41,6 +42,7 @@ else:
             "backbones": ["Backbone", "bundled_folder", "load_backbone"],
             "costs": ["Cost", "cost"],
             "delta": ["AnyDelta", "Delta", "FoldedWeights", "LowRank", "check_delta", "fold"],
+            "dense": ["forward_dense"],
             "ladder": ["TOME", "Ladder", "Plan", "plan"],
             "merging": ["Match", "match", "merge", "unmerge"],
             "supported": ["check_supported"],
@@ -82,6 +84,7 @@ __all__ = [
     "cost",
     "fold",
     "forward",
+    "forward_dense",
     "forward_features",
     "load_backbone",
     "match",

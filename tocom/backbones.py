@@ -47,6 +47,7 @@ class Backbone:
         calibration: the multiplier that was searched for it, as its folder says; None: nothing.
         evaluation: what was measured of it, likewise.
         adapter: branches that it was tuned with, without which it is another model.
+        multi_label: whether a picture has several classes, each scored by itself.
         task_digest: digest of the task folder that it was made from; empty if from none.
     """
 
@@ -62,6 +63,7 @@ class Backbone:
     task_digest: str = ""
     ladder: Ladder = TOME
     proportional: bool = True
+    multi_label: bool = False
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
@@ -89,6 +91,13 @@ class Backbone:
         """The highest rate where no bank says one: all patches, shared among the blocks."""
         patches: int = self.model.patch_embed.num_patches
         return patches // len(self.model.blocks)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return how likely each class is, of logits [..., classes], from 0 to 1.
+
+        Softmax: together they are 1. Where a picture has several classes, each is a sigmoid.
+        """
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
     @cached_property
     def digest(self) -> str:
@@ -199,9 +208,13 @@ def _origin(folder: Path) -> dict[str, Any]:
     proportional = config.get("proportional", True)
     if not isinstance(proportional, bool):
         raise BackboneError(f"{folder}: proportional must be true or false, got {proportional!r}")
+    multi_label = config.get("multi_label", False)
+    if not isinstance(multi_label, bool):
+        raise BackboneError(f"{folder}: multi_label must be true or false, got {multi_label!r}")
     return {
         "source": source,
         "proportional": proportional,
+        "multi_label": multi_label,
         "ladder": _ladder(config.get("ladder"), folder),
         "tuned_from": str(config.get("backbone_digest", "")),
         "calibration": config.get("calibration"),
@@ -227,7 +240,10 @@ def _load_file(path: Path, architecture: str | None) -> VisionTransformer:
     if not path.is_file():
         raise BackboneError(f"there is no weights file {path}")
     if architecture is None:
-        raise BackboneError(f"{path} holds weights only: say which timm architecture they are of")
+        raise BackboneError(
+            f"{path} holds weights only: say which timm architecture they are of, as in "
+            "architecture=vit_small_patch16_224 or, in a recipe, backbone.architecture=..."
+        )
     if not timm.is_model(architecture):
         raise BackboneError(f"timm knows no architecture {architecture!r}")
     try:

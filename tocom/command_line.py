@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from tocom.wording import did_you_mean
@@ -13,6 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         hint: is added where an option is like none that there are.
+        offers: by argument, the words that a shell offers for it.
     """
 
     hint = ""
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments: Any) -> None:
         # A part of an option's name would come to mean another one with the next option.
         super().__init__(allow_abbrev=False, **arguments)
+        self.offers: dict[str, Callable[[], Iterable[str]]] = {}
 
     def parse_known_args(
         self, args: Iterable[str] | None = None, namespace: Any = None

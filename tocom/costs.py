@@ -64,8 +64,9 @@ def cost(
     embedding = patches * model.patch_embed.proj.weight.numel()
     blocks = []
     tokens = plan.tokens_in
-    for block, leaving, acts in zip(model.blocks, plan.tokens, plan.acts, strict=True):
-        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, leaving))
+    counts = zip(plan.reduced, plan.tokens, plan.acts, strict=True)
+    for block, (reduced, leaving, acts) in zip(model.blocks, counts, strict=True):
+        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced))
         tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head
@@ -73,7 +74,7 @@ def cost(
 
 
 def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
-    """Return the multiply-adds of a block that `tokens` enter and `leaving` leave."""
+    """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP."""
     attention, width = block.attn, block.attn.proj.in_features
     place = None if method is None else method.place
     seen = leaving if place is Place.INPUT else tokens

@@ -9,11 +9,12 @@ and batch shapes can be made ahead.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from timm.models.vision_transformer import VisionTransformer
 
 from tocom.errors import RateError, ReductionError
-from tocom.reduction import Cut, Method, ToMe, Unit
+from tocom.reduction import Cut, Method, Place, ToMe, Unit
 from tocom.schedule import Rate, schedule
 
 
@@ -26,9 +27,11 @@ class Plan:
         prefix: tokens at the front that are never reduced.
         asked: what the rate asks of each block: tokens to remove, or to keep, as the method has
             it; 0: nothing.
-        removed: tokens that each block does remove; the least, where pictures decide.
+        removed: tokens that each block does remove; the least, where pictures decide. Around the
+            MLP, from what that sees.
         acts: whether each block does anything.
         grid: rows and columns of patches; one row where they are of no interest.
+        restored: whether all tokens are there again after the MLP of each block.
     """
 
     tokens_in: int
@@ -37,15 +40,19 @@ class Plan:
     removed: tuple[int, ...]
     acts: tuple[bool, ...]
     grid: tuple[int, int] = field(compare=False)  # counts and acts follow from it
+    restored: bool = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Tokens that leave each block; the most, where pictures decide."""
-        left, counts = self.tokens_in, []
-        for removed in self.removed:
-            left -= removed
-            counts.append(left)
-        return tuple(counts)
+        return (self.tokens_in,) * len(self.removed) if self.restored else self.reduced
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """Tokens that the MLP of each block sees; the most, where pictures decide."""
+        if self.restored:
+            return tuple(self.tokens_in - removed for removed in self.removed)
+        return tuple(self.tokens_in - gone for gone in accumulate(self.removed))
 
     @property
     def clipped(self) -> bool:
@@ -56,7 +63,7 @@ class Plan:
         """Return what each block is to do; None: nothing."""
         return tuple(
             Cut(i, self.prefix, leaving, self.grid, trace) if acts else None
-            for i, (leaving, acts) in enumerate(zip(self.tokens, self.acts, strict=True))
+            for i, (leaving, acts) in enumerate(zip(self.reduced, self.acts, strict=True))
         )
 
 
@@ -170,12 +177,13 @@ class Ladder:
         grid = grid or (1, left)
         amounts = self.amounts(rate, depth, left)
         removed, acts = [], []
+        restored = self.method.place is Place.MLP
         for amount in amounts:
             leaving = self.method.leaving(amount, left, grid) if amount else left
             removed.append(left - leaving)
             acts.append(leaving < left or (amount > 0 and self.method.by_picture))
-            left = leaving
-        return Plan(tokens, prefix, amounts, tuple(removed), tuple(acts), grid)
+            left = left if restored else leaving
+        return Plan(tokens, prefix, amounts, tuple(removed), tuple(acts), grid, restored)
 
     def check(self, model: VisionTransformer) -> None:
         """Raise ReductionError, saying why, if a model cannot run it."""

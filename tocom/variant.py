@@ -34,16 +34,23 @@ class Variant:
     proportional: bool = True
     ladder: Ladder = TOME
 
-    def plan(self, model: VisionTransformer, tokens: int) -> Plan:
+    def plan(
+        self, model: VisionTransformer, tokens: int, grid: tuple[int, int] | None = None
+    ) -> Plan:
         """Return the token counts of a forward of `tokens` tokens, prefix tokens included.
+
+        Args:
+            model: a supported timm ViT.
+            tokens: that enter the first block.
+            grid: rows and columns of patches; None: the model's own, if they are as many.
 
         Raises:
             RateError: if the ladder has no such rung, or the rate is malformed.
             ReductionError: if the ladder is for another number of blocks.
         """
         prefix = model.num_prefix_tokens
-        patches = tokens - prefix
-        rows, columns = model.patch_embed.grid_size
-        # A model that takes pictures of any size does not say how these were cut.
-        grid = (rows, columns) if rows * columns == patches else None
+        if grid is None:
+            rows, columns = model.patch_embed.grid_size
+            # A model that takes pictures of any size does not say how these were cut.
+            grid = (rows, columns) if rows * columns == tokens - prefix else None
         return self.ladder.plan(self.rate, len(model.blocks), tokens, prefix, grid)

@@ -26,6 +26,7 @@ from tocom.adapter import Adapter
 from tocom.attention import answer, look
 from tocom.delta import AnyDelta, has_plain_mlp, linear
 from tocom.ladder import TOME, Ladder, Plan
+from tocom.merging import spread
 from tocom.reduction import Cut, Fate, Place, Seen, Tokens
 from tocom.schedule import Rate
 from tocom.variant import Variant
@@ -133,7 +134,7 @@ def embed(model: VisionTransformer, images: Tensor) -> Tensor:
 
     Args:
         model: a supported timm ViT.
-        images: [B, 3, H, W], normalised as the model wants.
+        images: [B, 3, H, W], normalised as the model wants; of its own size, see `dense.embed`.
     """
     x: Tensor = model._pos_embed(model.patch_embed(images))  # timm has no public name for it
     tokens: Tensor = model.norm_pre(model.patch_drop(x))
@@ -194,6 +195,7 @@ class State(NamedTuple):
     size: Tensor | None  # [B, M, 1] input tokens that each stands for, 0: padding; None: one each
     source: Tensor | None  # [B, N] the token that holds each input token, -1: none; None: no trace
     margin: Tensor | None  # [B] of the closest decision so far; None: not traced
+    fate: Fate | None = None  # where its tokens went in this block, if they did and it is traced
 
 
 class Outputs(NamedTuple):
@@ -201,19 +203,29 @@ class Outputs(NamedTuple):
 
     features: Tensor  # [B, D]
     logits: Tensor  # [B, classes]
-    states: tuple[State, ...] = ()  # after each block but the last, which the head reads
+    states: tuple[State, ...] = ()  # after each block; the last one's only if it is whole
 
 
-def outputs(model: VisionTransformer, x: Tensor, variant: Variant, trace: bool = False) -> Outputs:
+def outputs(
+    model: VisionTransformer,
+    x: Tensor,
+    variant: Variant,
+    trace: bool = False,
+    whole: bool = False,
+) -> Outputs:
     """Return features and logits of embedded tokens x [B, N, D].
 
     The logits of `forward` but for rounding, in less time: several calls share one `embed`, and
     of the last block only what the head reads is computed. With `trace` also the tokens on the
-    way.
+    way; with `whole` all tokens of the last block, too.
     """
-    blocks = run_blocks(model, x, variant, trace, prefix_only=not pools_patches(model))
-    *before, last = deque(blocks, maxlen=None if trace else 1)
-    return read(model, last.x, last.size)._replace(states=tuple(before))
+    prefix_only = not whole and not pools_patches(model)
+    blocks = run_blocks(model, x, variant, trace, prefix_only)
+    # Fates hold the tokens as they were, which nobody reads here.
+    states = (state._replace(fate=None) for state in blocks)
+    *before, last = deque(states, maxlen=None if trace else 1)
+    states_on_the_way = (*before, last) if trace and whole else tuple(before)
+    return read(model, last.x, last.size)._replace(states=states_on_the_way)
 
 
 def run_blocks(
@@ -222,6 +234,7 @@ def run_blocks(
     variant: Variant,
     trace: bool = False,
     prefix_only: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> Iterator[State]:
     """Run the blocks on embedded tokens x [B, N, D] and yield the tokens after each.
 
@@ -232,9 +245,10 @@ def run_blocks(
         trace: follow where the tokens go.
         prefix_only: compute only the prefix tokens of the last block, which is all that the
             head of a model without pooling reads.
+        grid: rows and columns of patches; None: the model's own, if they are as many.
     """
     batch, count, _ = x.shape
-    plan = variant.plan(model, count)
+    plan = variant.plan(model, count, grid)
     tokens, seen = Tokens(x), None
     source = torch.arange(count, device=x.device).expand(batch, count) if trace else None
     margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
@@ -249,7 +263,7 @@ def run_blocks(
             source = fate.follow(source)
         if margin is not None and fate is not None and fate.margin is not None:
             margin = torch.minimum(margin, fate.margin)
-        yield State(tokens.x, _counted(tokens), source, margin)
+        yield State(tokens.x, _counted(tokens), source, margin, fate if trace else None)
 
 
 def _run_block(
@@ -268,9 +282,12 @@ def _run_block(
         The tokens, what its attention saw, and where tokens went, if they did and it is traced.
     """
     method, delta, adapter = variant.ladder.method, variant.delta, variant.adapter
-    place = method.place if cut is not None else None
-    fate, rows = None, None
-    if cut is not None and place is Place.INPUT:
+    # Where only prefix tokens are computed, nothing is left to reduce but what attention sees.
+    acts = cut is not None and (queries is None or method.place is Place.INPUT)
+    place = method.place if acts else None
+    fate, rows, before = None, None, tokens.x
+    if place is Place.INPUT:
+        assert cut is not None
         tokens, fate = method.reduce(tokens, seen, cut)
     x, size, live = tokens
     seen = look(
@@ -282,19 +299,28 @@ def _run_block(
         live=live,
         queries=queries,
     )
-    if cut is not None and place is Place.ATTENTION and queries is None:
+    if place is Place.ATTENTION:
+        assert cut is not None
         chosen = method.choose(tokens, seen, cut)
         fate = chosen.fate(x.shape[1]) if trace else None
         rows, live = chosen.rows, chosen.live
         x = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
     y = answer(block.attn, f"blocks.{i}.attn", seen, delta, rows)
-    tokens = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)
-    if cut is not None and place is Place.BETWEEN and queries is None:
+    tokens = whole = Tokens(x[:, :queries] + block.drop_path1(block.ls1(y)), size, live)
+    if place in (Place.BETWEEN, Place.MLP):
+        assert cut is not None
+        before = tokens.x
         tokens, fate = method.reduce(tokens, seen, cut)
     x = tokens.x
     y = block.drop_path2(block.ls2(_mlp(block, f"blocks.{i}.mlp", block.norm2(x), delta)))
+    if place is Place.MLP:
+        assert fate is not None
+        y = y if adapter is None else y + adapter(i, x)
+        # What is added is that of the merged tokens; each token stays itself.
+        tokens = whole._replace(x=whole.x + spread(y, fate.into))
+        return tokens, seen, fate.undone() if trace else None
     tokens = tokens._replace(x=x + y if adapter is None else x + y + adapter(i, x))
-    return tokens, seen, fate
+    return tokens, seen, fate if fate is None else fate._replace(before=before)
 
 
 def _counted(tokens: Tokens) -> Tensor | None:

@@ -24,10 +24,10 @@ from adapters.durable import replace_file
 from tocom import ConfigError
 from training.ladders.chosen import described, named
 from training.measuring import (
+    MANY_CLASSES,
     FoldedDeltas,
     Measurement,
     claim,
-    compare,
     load_model,
     refuse_processes,
     standard_error,
@@ -73,6 +73,8 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     bank = open_bank(config.bank)
     source = backbone.source if config.source is None else config.source
     bank.check_fits(backbone, source)
+    if backbone.multi_label and config.measure == "top1":
+        raise ConfigError(f"{backbone.name} {MANY_CLASSES}: there is no top-1, give measure=kl")
     targets = _targets(config.targets, bank, source)
     path = folder / "calibration.json"
     if claim(folder, path.name, config, backbone, bank):
@@ -189,7 +191,7 @@ class Search:
     ) -> Tensor:
         """Return each picture's KL divergence [B] or, with labels, 1 where its class is missed."""
         answer = self.measurement.logits(tokens, target, self.deltas(self.source, target, s))
-        top1, _, kl = compare(answer, stock, classes).unbind(dim=-1)
+        top1, _, kl = self.measurement.compare(answer, stock, classes).unbind(dim=-1)
         return kl if classes is None else 1 - top1
 
 

@@ -6,12 +6,14 @@ Reads the arguments; what they ask for is imported after that, for which torch t
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tocom import ConfigError, TocomError
 from tocom.allocator import keep_freed_memory
 from tocom.command_line import Parser, Version
+from tocom.completion import Completion
 from tocom.wording import did_you_mean
 
 #: The commands that take a recipe, and what they do.
@@ -20,8 +22,11 @@ COMMANDS = {
     "distill": "make a bank of plug-ins for a backbone; needs no labels",
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
+    "segment": "train a segmenter, a decoder on a backbone, on scenes with labels for every pixel",
     "evaluate": "measure a model at every rate, with and without a bank",
-    "compare": "measure methods and ladders side by side on one model",
+    "evaluate-segment": "measure a segmenter at every rate, with and without a bank",
+    "compare": "measure methods, ladders and banks side by side",
+    "analyse": "compare which tokens methods keep or join, and what it changes",
     "calibrate": "search the multiplier of a bank's deltas for a model",
     "vtab": "tune on many tasks at many rates, and make the table of all",
 }
@@ -57,6 +62,7 @@ def _parser() -> Parser:
     parser = Parser(prog="tocom-train", description=__doc__.partition("\n")[0])
     parser.hint = "; keys of a recipe are key=value"
     parser.add_argument("--version", action=Version)
+    parser.add_argument("--completion", action=Completion)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -75,6 +81,7 @@ def _parser() -> Parser:
             help="check the recipe and all that it names, tell what would run, and end",
         )
         command.set_defaults(run=_run)
+        command.offers["recipe"] = partial(_presets_of, name)
         if name == "finetune":
             command.add_argument(
                 "--method",
@@ -94,12 +101,25 @@ def _parser() -> Parser:
     command = commands.add_parser("presets", help=text, description=text)
     command.add_argument("show", nargs="*", metavar="show NAME", help="of a preset")
     command.set_defaults(run=_presets)
+    command.offers["show"] = _words_of_presets
     return parser
+
+
+def _presets_of(command: str) -> list[str]:
+    from training.presets import command_of, presets
+
+    return [each for each in presets() if command_of(each) == command]
+
+
+def _words_of_presets() -> list[str]:
+    from training.presets import presets
+
+    return ["show", *presets()]
 
 
 def _run(arguments: argparse.Namespace) -> None:
     # What can be told before torch is imported is told before.
-    from training.presets import command_of, find_recipe, parse_overrides, presets, read_recipe
+    from training.presets import command_of, find_recipe, parse_overrides, read_recipe
 
     command, recipe = arguments.command, arguments.recipe
     path = find_recipe(recipe)
@@ -107,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
     overrides = [*arguments.overrides, *method]
     parse_overrides(overrides)
     if path != Path(recipe) and (other := command_of(recipe)) != command:
-        mine = ", ".join(each for each in presets() if command_of(each) == command)
+        mine = ", ".join(_presets_of(command))
         raise ConfigError(f"{recipe} is a preset of {other}; those of {command} are: {mine}")
     if sys.stderr.isatty():  # a log needs no reason for a wait
         print(f"tocom-train {command}: starting", file=sys.stderr)
@@ -135,15 +155,14 @@ def _attach(arguments: argparse.Namespace) -> None:
 
 
 def _presets(arguments: argparse.Namespace) -> None:
-    from training.presets import command_of, presets, summary_of
+    from training.presets import presets, summary_of
 
     if not arguments.show:
         width = max(map(len, presets()))
         for command in COMMANDS:
             print(command)
-            for name in presets():
-                if command_of(name) == command:
-                    print(f"  {name:<{width}}  {summary_of(name)}")
+            for name in _presets_of(command):
+                print(f"  {name:<{width}}  {summary_of(name)}")
         return
     word, *names = arguments.show
     if word != "show" or len(names) != 1:

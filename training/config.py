@@ -279,6 +279,24 @@ class FinetuneConfig(Recipe):
         data_config(self.resize, self.crop_pct)
         return self
 
+    @property
+    def many(self) -> bool:
+        """Whether pictures have several classes."""
+        return self.pictures.labels == "many"
+
+    @model_validator(mode="after")
+    def _labelled_alike(self) -> "FinetuneConfig":
+        search = self.search
+        others = [self.test, *((search.train, search.validation) if search else ())]
+        if any(each is not None and each.labels != self.pictures.labels for each in others):
+            raise ValueError(
+                "pictures, test and those of a search have one class each, or all have many: give "
+                "all the same labels"
+            )
+        if self.many and (self.augment.mixup or self.augment.cutmix):
+            raise ValueError("mixup and cutmix are for pictures of one class, not labels=many")
+        return self
+
     @model_validator(mode="after")
     def _can_be_searched(self) -> "FinetuneConfig":
         for value in self.search.values if self.search else ():

@@ -24,6 +24,7 @@ from adapters import BackboneInfo, Bank, BankInfo, compose_steps
 from adapters.bank import ladder_entries, tensor_shapes
 from adapters.task import data_config, share
 from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
+from tocom.reduction import Place
 from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
@@ -118,6 +119,8 @@ class Distillation:
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
         self.config = config
         self.traced = config.tokens > 0
+        # Where no token leaves a block, dense answers are meant, which read all of them.
+        self.whole = self.traced and self.ladder.method.place is Place.MLP
         self.losses_each = config.sources * config.students
         self.unseen = unseen
         self.plain = self._plain_losses() if config.relative else None  # [source, target]
@@ -142,13 +145,13 @@ class Distillation:
                 tokens = embed(self.teacher, part)
             with torch.inference_mode():
                 variant = self._variant(source)
-                teacher = outputs(self.teacher, tokens, variant, self.traced)
+                teacher = outputs(self.teacher, tokens, variant, self.traced, self.whole)
             teacher = _usable(teacher)
             weight = len(part) / len(images) / self.config.students
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
                 variant = self._variant(target, delta)
-                student = outputs(self.student, tokens, variant, self.traced)
+                student = outputs(self.student, tokens, variant, self.traced, self.whole)
                 loss = weight * self._loss(student, teacher)
                 yield loss if self.plain is None else loss / self.plain[source, target]
 
@@ -172,7 +175,7 @@ class Distillation:
         variants = [self._variant(rate) for rate in range(self.config.highest + 1)]
         say(f"measuring what each pair of {len(variants)} rates loses without plug-ins")
         plain = [
-            outputs(self.teacher, tokens, variant, self.traced)
+            outputs(self.teacher, tokens, variant, self.traced, self.whole)
             for variant in following(variants, "forwards", "rate")
         ]
         pairs = [(student, teacher) for teacher in plain for student in plain]
@@ -289,8 +292,8 @@ def _up_to(ladder: Ladder, top: int) -> Ladder:
 def _usable(teacher: Outputs) -> Outputs:
     """Copy what inference mode made, which cannot take part in a backward."""
     states = (
-        State(x.clone(), None, None if source is None else source.clone(), None)
-        for x, _, source, _ in teacher.states
+        State(each.x.clone(), None, None if each.source is None else each.source.clone(), None)
+        for each in teacher.states
     )
     return Outputs(teacher.features.clone(), teacher.logits.clone(), tuple(states))
 

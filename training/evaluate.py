@@ -9,12 +9,14 @@ out: `evaluation.json`, `.md`, `.svg` and `.png`; for several sources with a ban
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
@@ -26,15 +28,15 @@ from training.measuring import (
     FoldedDeltas,
     Measurement,
     claim,
-    compare,
     load_model,
     standard_error,
 )
 from training.measuring_config import EvaluateConfig
+from training.multi_label.measures import mean_average_precision
 from training.plot import plot_evaluation, plot_matrix
 
-_TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL (nats)"}
-_FORMS = {"top1": ".1f", "agreement": ".1f", "kl": ".4f"}
+_TITLES = {"map": "mAP %", "top1": "top-1 %", "agreement": "agreement %", "kl": "KL (nats)"}
+_FORMS = {"map": ".1f", "top1": ".1f", "agreement": ".1f", "kl": ".4f"}
 
 
 def evaluate(config: EvaluateConfig, folder: Path) -> Path:
@@ -111,26 +113,40 @@ def measure(
 
     Returns:
         Rows of source, target, gmacs, tokens, pictures and, under `plain` and `bank`, `top1` and
-        `agreement` in percent and `kl` in nats, `top1` only with labels. Those with a bank have
-        its multiplier and, under `bank`, what the pictures say one by one: see `_paired`.
+        `agreement` in percent and `kl` in nats, `top1` only with labels, and in its place `map`
+        where a picture has several classes. Those with a bank have its multiplier and, under
+        `bank`, what the pictures say one by one: see `_paired`.
     """
     rates = sorted({rate for pair in pairs for rate in pair})
+    ranked = measurement.labelled and measurement.backbone.multi_label
+    scores: dict[tuple[tuple[int, int], str], list[Tensor]] = defaultdict(list)
+    truth: list[Tensor] = []
     deltas = FoldedDeltas(measurement.backbone, bank) if bank else None
 
     def figures(tokens: Tensor, classes: Tensor | None) -> Tensor:
         """Return [pairs, 5, measures]; see `_sums`."""
+        if ranked and classes is not None:
+            truth.append(classes.cpu())
         stock = {rate: measurement.logits(tokens, rate) for rate in rates}
         cells = []
         for source, target in pairs:
-            plain = repaired = compare(stock[target], stock[source], classes)
+            answer = stock[target]
+            plain = repaired = measurement.compare(answer, stock[source], classes)
+            if ranked:
+                scores[(source, target), "plain"].append(answer.cpu())
             if deltas and (scale := scales.get((source, target))) is not None:
                 answer = measurement.logits(tokens, target, deltas(source, target, scale))
-                repaired = compare(answer, stock[source], classes)
+                repaired = measurement.compare(answer, stock[source], classes)
+                if ranked:
+                    scores[(source, target), "bank"].append(answer.cpu())
             cells.append(_sums(plain, repaired))
         return torch.stack(cells)
 
-    sums = measurement.total(path, [*rates, *(target for _, target in scales)], figures)
-    measures = MEASURES if measurement.labelled else MEASURES[1:]
+    every = [*rates, *(target for _, target in scales)]
+    # Ranks are over all pictures, which are not kept: a killed pass begins anew.
+    sums = measurement.total(path, every, figures, resume=not ranked)
+    seen = gather_object([(dict(scores), truth)]) if ranked else []
+    measures = MEASURES if measurement.labelled and not ranked else MEASURES[1:]
     rows = []
     for (source, target), cell in zip(pairs, sums, strict=True):
         spent, count = measurement.cost(target), measurement.count
@@ -142,9 +158,18 @@ def measure(
             "pictures": count,
             "plain": _means(cell[0], count, measures),
         }
+        for how in ("plain", "bank"):
+            if ((source, target), how) in scores:
+                found = torch.cat(
+                    [each for part, _ in seen for each in part.get(((source, target), how), [])]
+                )
+                has = torch.cat([each for _, part in seen for each in part])
+                precision = round(100 * mean_average_precision(found, has), 2)
+                row[how] = {"map": precision} | row.get(how, {})
         if (source, target) in scales:
             row["multiplier"] = scales[source, target]
-            row["bank"] = _means(cell[1], count, measures) | _paired(cell, count, measures)
+            row["bank"] = row.get("bank", {}) | _means(cell[1], count, measures)
+            row["bank"] |= _paired(cell, count, measures)
         rows.append(row)
     return rows
 
@@ -176,7 +201,7 @@ def table(result: dict[str, Any], targets: Sequence[int] = ()) -> str:
         for row in result["rows"]
         if not targets or (row["source"] == first and row["target"] in targets)
     ]
-    measures = [measure for measure in MEASURES if measure in rows[0]["plain"]]
+    measures = [measure for measure in _TITLES if measure in rows[0]["plain"]]
     pictures = result["pictures"]
     lines = [
         f"{result['model']}, {pictures['count']} pictures of {pictures['name']}{named(result)}; "
@@ -203,10 +228,10 @@ def matrix_table(result: dict[str, Any]) -> str:
         f"{result['model']}, {pictures['count']} pictures of {pictures['name']}{named(result)}; "
         "plain merging / with the bank, for each source (row) and rate (column)."
     ]
-    for measure in MEASURES:
+    for measure, title in _TITLES.items():
         if measure not in result["rows"][0]["plain"]:
             continue
-        lines += ["", f"| {_TITLES[measure]} | " + " | ".join(map(str, targets)) + " |"]
+        lines += ["", f"| {title} | " + " | ".join(map(str, targets)) + " |"]
         lines.append("|---" * (1 + len(targets)) + "|")
         for source in sources:
             cells = [_cell(rows[source, target], measure) for target in targets]

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from timm.models import save_for_hf
+from torch import Tensor
 
 from adapters import BackboneInfo, TaskInfo, TaskModel
 from adapters.durable import new_folder, replace_file
@@ -28,6 +29,7 @@ from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig
 from training.ladders.chosen import chosen_ladder
+from training.multi_label.measures import mean_average_precision
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
 from training.pictures.config import PicturesConfig
@@ -81,9 +83,10 @@ def _make(config: FinetuneConfig, folder: Path, finished: Path) -> None:
 
 
 def _test(config: FinetuneConfig, described: Path) -> None:
-    """Test what was written as it was written, and add the accuracy to what is said of it."""
+    """Test what was written as it was written, and add how good it is to what is said of it."""
     said = json.loads(described.read_text(encoding="utf-8"))
-    if "test_accuracy" in said["training"]:
+    figure = "test_map" if config.many else "test_accuracy"
+    if figure in said["training"]:
         return
     state = PartialState()
     if config.method == "full":
@@ -91,9 +94,9 @@ def _test(config: FinetuneConfig, described: Path) -> None:
     else:
         backbone = load_backbone(config.backbone.name, config.backbone.architecture, state.device)
         tuned = TaskModel.load(described.parent).on(backbone)
-    accuracy = _accuracy(tuned, tuned.source, config.test, config.loop.workers)
+    quality = _quality(tuned, tuned.source, config.test, config.loop.workers)
     if state.is_main_process:
-        said["training"] |= {"test_accuracy": accuracy, "test_precision": _PRECISION}
+        said["training"] |= {figure: quality, "test_precision": _PRECISION}
         replace_file(described, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     state.wait_for_everyone()
 
@@ -151,6 +154,7 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
     """
     assert config.search is not None
     found: dict[float, float] = {}
+    figure = "map" if config.many else "top1"
     for value in config.search.values:
         candidate, run = config.candidate(value), folder / f"{config.search.key}={value:g}"
         result = run / "result.json"
@@ -161,14 +165,14 @@ def _searched(config: FinetuneConfig, classes: list[str], folder: Path) -> Finet
             job, accelerator = _train(
                 candidate, candidate, backbone, train, train_keys, classes, run
             )
-            top1 = _accuracy(
+            quality = _quality(
                 job.tuned(backbone), candidate.source, validation, config.loop.workers,
                 validation_keys,
             )  # fmt: skip
             if accelerator.is_main_process:
-                replace_file(result, json.dumps({"value": value, "top1": top1}) + "\n")
+                replace_file(result, json.dumps({"value": value, figure: quality}) + "\n")
             accelerator.wait_for_everyone()
-        found[value] = json.loads(result.read_text(encoding="utf-8"))["top1"]
+        found[value] = json.loads(result.read_text(encoding="utf-8"))[figure]
     return config.candidate(max(found, key=lambda value: found[value]))
 
 
@@ -261,6 +265,7 @@ def _save_model(
         "source_rate": config.source,
         **({} if part is None else {"ladder": part.model_dump(mode="json")}),
         **({} if job.proportional else {"proportional": False}),
+        **({"multi_label": True} if config.many else {}),
         "backbone_digest": tuned_from,
         "training": notes,
     }
@@ -286,6 +291,7 @@ def _save_task(
         source=config.source,
         ladder=part_of(job.ladder),
         proportional=job.proportional,
+        multi_label=config.many,
         class_names=tuple(classes),
         heads=job.heads,
         rank=rank,
@@ -299,11 +305,12 @@ def _save_task(
 
 
 @torch.inference_mode()
-def _accuracy(
+def _quality(
     backbone: Backbone, rate: int, part: PicturesConfig, workers: int, keys: Keys | None = None
 ) -> float:
-    """Return the share of right answers at a rate, of all pictures or of those of these keys.
+    """Return how good answers are at a rate, of all pictures or of those of these keys.
 
+    That is the share of right ones, or of several classes a picture the mean average precision.
     All processes call it, each takes its share of the pictures, and all get the same answer.
 
     Raises:
@@ -311,21 +318,29 @@ def _accuracy(
     """
     state = PartialState()
     variant = Variant(rate, None, backbone.adapter, backbone.proportional, backbone.ladder)
-    counts = torch.zeros(2, device=state.device)  # right answers, pictures
+    seen: list[tuple[Tensor, Tensor]] = []  # scores and truth, where there are several classes
     batches = evaluation_batches(
         backbone, [part], keys, workers=workers,
         process=state.process_index, processes=state.num_processes,
     )  # fmt: skip
     say(f"testing what was tuned on {part.list or part.path}")
+    counts = torch.zeros(2, device=state.device)  # right answers, pictures
     for images, labels in following(batches, "testing", "batch"):
         tokens = embed(backbone.model, images.to(state.device, non_blocking=True))
         logits = outputs(backbone.model, tokens, variant).logits
-        if (highest := int(labels.max())) >= logits.shape[1]:
+        highest = labels.shape[1] - 1 if backbone.multi_label else int(labels.max())
+        if highest >= logits.shape[1]:
             raise DataError(
                 f"{part.list or part.path} has the class {highest}; the model has "
                 f"{logits.shape[1]}, from 0"
             )
+        if backbone.multi_label:
+            seen.append((logits[:, : labels.shape[1]].cpu(), labels))
+            continue
         counts[0] += (logits.argmax(dim=-1) == labels.to(state.device)).sum()
         counts[1] += len(labels)
+    if backbone.multi_label:
+        scores, truth = zip(*gather_object(seen), strict=True)
+        return round(mean_average_precision(torch.cat(scores), torch.cat(truth)), 4)
     correct, total = map(int, reduce(counts, reduction="sum").tolist())
     return round(correct / total, 4)

@@ -23,8 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from tocom import ConfigError
@@ -142,18 +140,8 @@ def run(
     run_folder = RunFolder(folder, accelerator, config)
     run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
-    # Biases and norms do not decay, nor what the module names in timm's `no_weight_decay()`.
-    optimizer = create_optimizer_v2(
-        job.module, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    job.module, optimizer = accelerator.prepare(job.module, optimizer)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=config.steps,
-        warmup_t=config.warmup_steps,
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
+    job.module, optimizer = accelerator.prepare(job.module, config.make_optimizer(job.module))
+    scheduler = config.make_scheduler(optimizer)
     step = run_folder.resume()
     shares = Shares(accelerator.num_processes, accelerator.process_index, config.accumulation)
     sampler = StepSampler(

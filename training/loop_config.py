@@ -1,9 +1,15 @@
 """The part of a recipe that every training run has: its batch, its length, what it leaves."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
 
 from training.recipe import Recipe
 
@@ -59,9 +65,30 @@ class LoopConfig(_LoopConfig):
         0, ge=0, description="steps in which the learning rate rises to its peak"
     )
 
+    def make_optimizer(self, module: nn.Module) -> Optimizer:
+        """Return timm's optimiser of what a module has to learn."""
+        # Biases and norms do not decay, nor what the module names in timm's `no_weight_decay()`.
+        optimizer: Optimizer = create_optimizer_v2(
+            module, "adamw", lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        return optimizer
+
+    def make_scheduler(self, optimizer: Optimizer) -> Scheduler:
+        """Return timm's schedule of the learning rate, by the number of the step."""
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=self.steps,
+            warmup_t=self.warmup_steps,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+
 
 class EpochLoopConfig(_LoopConfig):
     """A training run of so many passes over its pictures."""
+
+    #: what it is in steps
+    run: ClassVar[Callable[..., LoopConfig]] = LoopConfig
 
     epochs: float = Field(
         gt=0, allow_inf_nan=False, description="length of the run, in passes over the pictures"
@@ -89,4 +116,4 @@ class EpochLoopConfig(_LoopConfig):
         values = self.model_dump(exclude={"epochs", "warmup_epochs", "compile"})
         each = pictures / self.batch_size
         steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
-        return LoopConfig(steps=steps, warmup_steps=warmup, **values)
+        return self.run(steps=steps, warmup_steps=warmup, **values)

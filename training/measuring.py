@@ -38,6 +38,7 @@ from tocom import (
 )
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig
+from training.multi_label.measures import compare_many
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
@@ -46,6 +47,7 @@ from training.run_folder import refuse_other_recipe
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
+MANY_CLASSES = "scores several classes a picture"
 #: How long processes that are done wait for others: an evaluation may take hours.
 _PATIENCE = timedelta(days=1)
 _KEPT_BYTES = 2**31  # of folded weights: a large model's at all pairs of rates are far more
@@ -86,6 +88,12 @@ class Measurement:
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
         self.keys = [(0, i * available // self.count) for i in range(self.count)]
+        if labelled and backbone.multi_label != (pictures.labels == "many"):
+            raise DataError(
+                f"{backbone.name} "
+                f"{MANY_CLASSES if backbone.multi_label else 'answers one class a picture'}, and "
+                f"{pictures.path} has labels={pictures.labels}; labelled=false does without"
+            )
         self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
         self.cost = functools.cache(functools.partial(cost, backbone.model, ladder=ladder))
         self._bar: Any = None
@@ -96,6 +104,7 @@ class Measurement:
         path: Path,
         rates: Sequence[int],
         figures: Callable[[Tensor, Tensor | None], Tensor],
+        resume: bool = True,
     ) -> Tensor:
         """Return the sum over all pictures of what `figures` makes of their batches.
 
@@ -105,8 +114,9 @@ class Measurement:
             path: where the sums so far are kept, and read if they are there. Of several processes
                 each has a file of its own beside it.
             rates: those of all forwards that `figures` runs, for the progress bar.
-            figures: from embedded tokens [B, N, D] and the model's classes [B], None without
-                labels, to sums over the batch.
+            figures: from embedded tokens [B, N, D] and the model's classes [B], of several a
+                picture [B, C], None without labels, to sums over the batch.
+            resume: whether to go on after the sums so far; else all begins anew.
 
         Raises:
             ConfigError: if the sums so far are of other pictures.
@@ -116,7 +126,7 @@ class Measurement:
         if processes.num_processes > 1:
             number = f"{processes.process_index + 1}-of-{processes.num_processes}"
             path = path.with_stem(f"{path.stem}-{number}")
-        done, sums = self._resume(path)
+        done, sums = self._resume(path, resume)
         macs = sum(self.cost(rate).macs for rate in rates)
         batches = evaluation_batches(
             self.backbone, [self.pictures], keys[done:], self.batch_size, self.workers
@@ -124,13 +134,26 @@ class Measurement:
         with Progress("measuring", len(keys) * macs, "MAC", done * macs) as self._bar:
             for images, folders in batches if done < len(keys) else ():
                 tokens = embed(self.backbone.model, images.to(self._device, non_blocking=True))
-                classes = None if self.classes is None else self.classes[folders].to(self._device)
+                classes = None if self.classes is None else self.truth(folders).to(self._device)
                 sums = sums + figures(tokens, classes).cpu()
                 done += len(images)
                 state = {"done": done, "of": self.count, "sums": sums.tolist()}
                 replace_file(path, json.dumps(state) + "\n")
         total: Tensor = sum(gather_object([sums]))
         return total
+
+    def truth(self, folders: Tensor) -> Tensor:
+        """Return the model's classes [B] of folders [B], of several a picture [B, C] both."""
+        assert self.classes is not None
+        if not self.backbone.multi_label:
+            return self.classes[folders]
+        truth = torch.zeros(len(folders), len(self.backbone.class_names))
+        truth[:, self.classes] = folders
+        return truth
+
+    def compare(self, answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+        """Return what `compare` does for the answers of this model."""
+        return compare(answer, reference, classes, self.backbone.multi_label)
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
@@ -154,10 +177,10 @@ class Measurement:
         device: torch.device = next(self.backbone.model.parameters()).device
         return device
 
-    def _resume(self, path: Path) -> tuple[int, Tensor]:
+    def _resume(self, path: Path, resume: bool) -> tuple[int, Tensor]:
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a write that was killed
             leftover.unlink()
-        if not path.exists():
+        if not path.exists() or not resume:
             return 0, torch.zeros((), dtype=torch.float64)
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["of"] != self.count:
@@ -264,16 +287,21 @@ def claim(
     return False
 
 
-def compare(answer: Tensor, reference: Tensor, classes: Tensor | None) -> Tensor:
+def compare(
+    answer: Tensor, reference: Tensor, classes: Tensor | None, many: bool = False
+) -> Tensor:
     """Return each picture's top-1 (0 or 1), agreement (0 or 1) and KL divergence in nats.
 
     Args:
         answer, reference: logits [B, C].
         classes: [B]; without them, top-1 is 0.
+        many: whether each class is scored by itself; see `compare_many`.
 
     Returns:
         [B, 3] in the order of `MEASURES`; KL is KL(reference ‖ answer).
     """
+    if many:
+        return compare_many(answer, reference)
     log_answer, log_reference = answer.float().log_softmax(-1), reference.float().log_softmax(-1)
     kl = (log_reference.exp() * (log_reference - log_answer)).sum(-1)
     top, agreed = answer.argmax(-1), reference.argmax(-1)

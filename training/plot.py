@@ -17,12 +17,14 @@ from adapters.durable import replace_file
 from training.screen.curves import Watched
 
 _MEASURES = {
+    "map": "mAP (%)",
     "kl": "KL to the source rate (nats)",
     "agreement": "agreement with the source rate (%)",
     "top1": "top-1 (%)",
 }
 #: measure -> title, colours (blue is better), form of a cell
 _CHANGES = {
+    "map": ("mAP (points)", "RdBu", "{:+.1f}"),
     "kl": ("KL (%)", "RdBu_r", "{:+.0f}"),
     "agreement": ("agreement (points)", "RdBu", "{:+.1f}"),
     "top1": ("top-1 (points)", "RdBu", "{:+.1f}"),
@@ -57,7 +59,7 @@ def plot_evaluation(result: dict[str, Any], folder: Path) -> None:
         axis.invert_xaxis()  # cheaper to the right, as the rate grows
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    _save(figure, result, folder / "evaluation")
+    save(figure, result, folder / "evaluation")
 
 
 def plot_curves(
@@ -114,29 +116,43 @@ def plot_search(evidence: dict[str, Any], folder: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     result = {"model": evidence["architecture"], "pictures": {"name": "unseen pictures"}}
-    _save(figure, result, folder / "search")
+    save(figure, result, folder / "search")
 
 
 def plot_compare(result: dict[str, Any], folder: Path) -> None:
-    """Write `compare.svg` and `.png`: KL against multiply-adds, a line a method."""
+    """Write `compare.svg` and `.png`: KL by multiply-adds, a line a method, a star a budget."""
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    names = dict.fromkeys(row["name"] for row in result["rows"][1:])
+    rows = {(row["name"], row["rung"], row["bank"]): row for row in result["rows"]}
+    names = dict.fromkeys(name for name, _, _ in list(rows)[1:])
     for i, name in enumerate(names):
-        rows = sorted(
-            (row for row in result["rows"] if row["name"] == name), key=lambda row: row["gmacs"]
-        )
-        form = "s--" if name == "smaller pictures" else "o-"
-        axis.plot(
-            [row["gmacs"] for row in rows], [row["kl"] for row in rows], form, ms=4, lw=1.2,
-            color=plt.get_cmap("tab20")(i % 20), label=name,
-        )  # fmt: skip
+        for bank in (False, True):
+            line = sorted(
+                (row["gmacs"], row["kl"])
+                for row in result["rows"]
+                if row["name"] == name and row["bank"] == bank
+            )
+            if not line:
+                continue
+            form = "s--" if name == "smaller pictures" else "D-" if bank else "o-"
+            axis.plot(
+                *zip(*line, strict=True), form, ms=4, lw=2 if bank else 1.2,
+                color=plt.get_cmap("tab20")(i % 20), label=f"{name} + bank" if bank else name,
+            )  # fmt: skip
     best = sorted((row["gmacs"], row["kl"]) for row in result["rows"][1:] if row["best"])
-    axis.plot(*zip(*best, strict=True), color="black", lw=3, alpha=0.15, label="best at its cost")
+    if best:
+        axis.plot(
+            *zip(*best, strict=True), color="black", lw=3, alpha=0.15, label="best at its cost"
+        )
+    for i, budget in enumerate(result["budgets"]):
+        row = rows[tuple(budget["best"][key] for key in ("name", "rung", "bank"))]
+        axis.plot(
+            row["gmacs"], row["kl"], "k*", ms=11, label="" if i else "best for a budget",
+        )  # fmt: skip
     axis.set(xlabel="GMACs an image", ylabel="KL to the stock model (nats)", yscale="log")
     axis.invert_xaxis()  # cheaper to the right
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, ncols=2)
-    _save(figure, result, folder / "compare")
+    save(figure, result, folder / "compare")
 
 
 def plot_matrix(result: dict[str, Any], folder: Path) -> None:
@@ -163,7 +179,7 @@ def plot_matrix(result: dict[str, Any], folder: Path) -> None:
                         color="white" if dark else "black",
                     )  # fmt: skip
         figure.colorbar(image, ax=axis)
-    _save(figure, result, folder / "matrix")
+    save(figure, result, folder / "matrix")
 
 
 def changes(
@@ -192,7 +208,8 @@ def _measured(result: dict[str, Any]) -> list[str]:
     return [measure for measure in _MEASURES if measure in result["rows"][0]["plain"]]
 
 
-def _save(figure: Figure, result: dict[str, Any], path: Path) -> None:
+def save(figure: Figure, result: dict[str, Any], path: Path) -> None:
+    """Write a figure as `.svg` and `.png`, under the names of the model and of the pictures."""
     figure.suptitle(f"{result['model']} on {result['pictures']['name']}", fontsize=11)
     for suffix in ("svg", "png"):
         figure.savefig(path.with_suffix(f".{suffix}"), dpi=130)

@@ -66,7 +66,7 @@ def presets() -> list[str]:
 def command_of(preset: str) -> str:
     """Return the command that a preset is for, as its first lines show it."""
     text = _preset(preset).read_text(encoding="utf-8")
-    found = re.search(rf"^# .*(?:tocom-train|training\.cli) (\w+) {preset} ", text, re.MULTILINE)
+    found = re.search(rf"^# .*(?:tocom-train|training\.cli) ([\w-]+) {preset} ", text, re.MULTILINE)
     assert found is not None
     return found[1]
 

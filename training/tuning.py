@@ -2,7 +2,8 @@
 
 The backbone is run, not owned: a checkpoint holds what is tuned and nothing else.
 
-Reference: ToCom, Table 3 (recipes), section 4.1 (AdaptFormer).
+Reference: ToCom, Table 3 (recipes), section 4.1 (AdaptFormer); of several classes Ridnik et al.,
+Asymmetric Loss, arXiv:2009.14119.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
+from timm.loss import AsymmetricLossMultiLabel
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -110,10 +112,17 @@ class Finetuning:
             self.module.compile()  # one rate and one size of batches: one graph
         self.mixing = mixing(config.augment, classes, config.label_smoothing)
         self.label_smoothing = config.label_smoothing
+        self.many = config.many
 
     def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        """Yield the cross-entropy at the source rate."""
+        """Yield the cross-entropy at the source rate; of several classes the asymmetric loss."""
         smoothing = self.label_smoothing
+        if self.many:
+            logits = self.module(images)
+            # A part of a set may lack the last classes.
+            labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
+            yield AsymmetricLossMultiLabel(smoothing=smoothing)(logits, labels)
+            return
         if self.mixing:  # smooths the labels itself
             images, labels = self.mixing(images, labels)
             smoothing = 0.0
@@ -136,6 +145,7 @@ class Finetuning:
             adapter=adapter() if adapter is not None else None,
             ladder=self.ladder,
             proportional=self.proportional,
+            multi_label=self.many,
         )
 
     def tensors(self) -> dict[str, Tensor]:

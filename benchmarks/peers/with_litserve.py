@@ -1,4 +1,4 @@
-"""The model of `servers`, served by LitServe: its workers decode, batch and run, and share the cores.
+"""The model of `servers` in LitServe: its workers decode, batch and run, and share the cores.
 
 In a module of its own, since LitServe starts its workers anew and they import it.
 """

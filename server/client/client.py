@@ -1,7 +1,7 @@
 """Clients of the server: `Client` and, for asyncio, `AsyncClient`.
 
     with Client("http://localhost:8000") as client:
-        answer = client.classify("photo.jpg", rate=8)
+        answer = client.classify("photo.jpg", rate=2)
 
 Answers are the server's own schemas. What the server refuses is a ToComServerError; that it
 cannot be reached, or is lost before all of its answer came, is an httpx.TransportError.

@@ -75,7 +75,9 @@ class ModelQuery(RateQuery):
 class ClassifyQuery(ModelQuery):
     """Parameters of a classification."""
 
-    top_k: int | None = Field(default=None, ge=1, description="number of predictions")
+    top_k: int | None = Field(
+        default=None, ge=1, description="number of predictions; of a multi-label model at least"
+    )
     logits: bool = Field(default=False, description="also return the logits of all classes")
     merge_map: bool = Field(default=False, description="also return which patches became one token")
 

@@ -20,10 +20,11 @@ from server.observe.notes import PROTOCOL_INFERENCE, note
 from server.oip import tensors
 from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
 from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
-from server.oip.wire import HEADER, inflate, read_request, write_response
+from server.oip.wire import inflate, read_request, write_response
 from server.settings import Settings
 from server.web.access import charge, priority_of
 from server.web.body import JSON, described_body, in_time, read
+from server.web.origins import JSON_LENGTH
 from server.web.problems import described
 from server.web.serving import Serving, ServingDep
 from tocom import TocomError
@@ -99,7 +100,7 @@ def _understand(
     """Return what a request asks for and what makes each of its images."""
     encoding = request.headers.get("Content-Encoding", "")
     body = inflate(sent, encoding, settings.max_body_bytes)
-    question, inputs = read_request(body, request.headers.get(HEADER), raw_input=tensors.IMAGE)
+    question, inputs = read_request(body, request.headers.get(JSON_LENGTH), raw_input=tensors.IMAGE)
     return question, tensors.preparations(inputs, model, settings)
 
 
@@ -130,4 +131,4 @@ def _respond(
     body, length = write_response(response, tensors.results(question, asked, found))
     if length is None:
         return Response(body, media_type="application/json")
-    return Response(body, media_type="application/octet-stream", headers={HEADER: str(length)})
+    return Response(body, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})

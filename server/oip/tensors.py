@@ -134,12 +134,12 @@ def results(
 def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> OutputTensor:
     attribute = FEATURES if asked.name == FEATURES else LOGITS
     values = torch.stack([getattr(answer.output, attribute) for answer in answers])
+    work = answers[0].work
+    assert isinstance(work, RateWork)
     if asked.name == PROBABILITIES:
-        values = values.softmax(dim=-1)
+        values = work.model.backbone.scores(values)
     found = values.numpy()
     if asked.parameters.classification:
-        work = answers[0].work
-        assert isinstance(work, RateWork)
         found = _classified(values, asked.parameters.classification, work.model)
     own = asked.parameters.binary_data
     return OutputTensor(asked.name, found, binary if own is None else own)

@@ -29,10 +29,9 @@ from server.oip.schemas import (
     RequestInput,
     ResponseOutput,
 )
+from server.web.origins import JSON_LENGTH
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-HEADER = "Inference-Header-Content-Length"
 
 #: Lists and objects that JSON may have. Nested pixels of 64 images have some 50,000; to make
 #: millions takes seconds in which nothing else runs.
@@ -202,10 +201,10 @@ def read_request(
     if header is not None:
         # Few digits only: int() refuses thousands of them in its own words.
         if not (header.isascii() and header.isdigit() and len(header) < 20):
-            raise BadRequestError(f"{HEADER} must be a number of bytes, got {header[:40]!r}")
+            raise BadRequestError(f"{JSON_LENGTH} must be a number of bytes, got {header[:40]!r}")
         length = int(header)
     if length > len(body):
-        raise BadRequestError(f"{HEADER} is {length}, and the body has {len(body)} bytes")
+        raise BadRequestError(f"{JSON_LENGTH} is {length}, and the body has {len(body)} bytes")
     if header is not None and length == 0:
         only = RequestInput(name=raw_input, shape=[1], datatype="BYTES")
         request = InferRequest(inputs=[only], parameters=InferQuery(binary_data_output=True))

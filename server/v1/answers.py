@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapters.ladder import digest
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran, milliseconds
@@ -27,6 +28,9 @@ from server.schemas import (
     Tokens,
 )
 from tocom.reduction import options_of
+
+#: What a class that a picture has scores at least, of a model of several classes a picture.
+LIKELY = 0.5
 
 
 def classification(
@@ -66,8 +70,14 @@ def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str
 
 
 def predictions(logits: Tensor, model: ServedModel, top_k: int) -> list[Prediction]:
-    """Return the `top_k` most likely classes of logits [C], the most likely first."""
-    scores, classes = logits.softmax(dim=-1).topk(top_k)
+    """Return the `top_k` most likely classes of logits [C], the most likely first.
+
+    Where a picture has several classes, all that are more likely than not are listed.
+    """
+    every = model.backbone.scores(logits)
+    if model.backbone.multi_label:
+        top_k = max(top_k, int((every > LIKELY).sum()))
+    scores, classes = every.topk(top_k)
     names = model.backbone.class_names
     return [
         Prediction(index=index, label=names[index], score=score)
@@ -132,6 +142,7 @@ def _ladder(model: ServedModel) -> LadderSummary:
     measured = _measured(model.evidence)
     return LadderSummary(
         name=model.ladder.name,
+        digest=digest(model.ladder),
         method=model.ladder.method.name,
         options=options_of(model.ladder.method),
         max_rate=model.max_rate,
@@ -172,6 +183,7 @@ def detail(model: ServedModel) -> ModelDetail:
         **summary(model).model_dump(),
         weights_digest=model.backbone.digest,
         class_names=list(model.backbone.class_names),
+        multi_label=model.backbone.multi_label,
         input_size=model.input_size,
         crop=config["crop_pct"],
         crop_mode=config["crop_mode"],

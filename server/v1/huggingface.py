@@ -46,7 +46,9 @@ class Parameters(JsonRateQuery):
 
     top_k: int | None = Field(default=None, ge=1, description="number of predictions")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
-        default=None, description="what makes scores of logits; default: softmax"
+        default=None,
+        description="what makes scores of logits; default: softmax, sigmoid if classes are not "
+        "exclusive",
     )
 
 
@@ -120,7 +122,8 @@ async def classify_as_hugging_face(
         response.headers["X-Cached"] = "true"
     if ran.bank_digest is not None:
         response.headers["X-Bank-Digest"] = ran.bank_digest
-    return _scores(answer, asked.function_to_apply or "softmax", predictions)
+    usual = "sigmoid" if model.backbone.multi_label else "softmax"
+    return _scores(answer, asked.function_to_apply or usual, predictions)
 
 
 async def _read(

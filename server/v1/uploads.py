@@ -216,7 +216,10 @@ def parse(kind: type[Schema], body: bytes | bytearray, limit: int) -> Schema:
         if fault["type"] == "json_invalid":
             raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
         of = "'s" if fault["loc"] else ":"
-        raise ParameterError(f"the body{of} {first_fault(error)}") from None
+        form = ""
+        if kind is EncodedImages and len(fault["loc"]) < 2:
+            form = '; it is {"images": ["BASE64", ...]}'
+        raise ParameterError(f"the body{of} {first_fault(error)}{form}") from None
 
 
 async def aside(parse: Callable[[], T], size: int) -> T:

@@ -5,7 +5,7 @@ Needs no torch: it is there before that is imported.
 
 import asyncio
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from server.errors import UnavailableError
 from server.progress import Progress, Tell
 from server.schemas import Health
 from server.web.middleware import RequestId
+from server.web.origins import allow_origins
 from server.web.problems import MEDIA_TYPE, problem_of
 
 #: Where a server that starts says that it lives, and what it says.
@@ -29,9 +30,19 @@ ALIVE = {
 RETRY_AFTER = 2
 
 PAGE = """<!doctype html>
-<meta charset="utf-8"><meta http-equiv="refresh" content="{seconds}">
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="{seconds}">
 <title>ToCom Serve is starting</title>
-<p>ToCom Serve is starting: {progress}. This page looks again by itself.</p>
+<style>
+:root {{ color-scheme: light dark; background: light-dark(#f1f2f2, #0f1214); }}
+body {{ margin: 2rem; font: 1rem/1.5 system-ui, sans-serif; }}
+progress {{ width: min(30rem, 100%); accent-color: light-dark(#b4005a, #ff78ae); }}
+</style>
+<h1>ToCom Serve is starting</h1>
+<p>Now: {progress}.</p>
+<progress aria-label="Rates that are warm" {share}></progress>
+<p>This page looks again by itself.</p>
 """
 
 
@@ -48,6 +59,7 @@ class Front:
         load: Callable[[Tell], FastAPI],
         ready: Callable[[FastAPI], None],
         failed: Callable[[], None],
+        origins: Sequence[str] = (),
     ) -> None:
         """Load nothing yet; that begins with the server.
 
@@ -55,6 +67,7 @@ class Front:
             load: makes the application, in a thread of its own.
             ready: is called once the application answers.
             failed: is called if it cannot be loaded or started.
+            origins: the setting `cors_origins`.
         """
         self.app: FastAPI | None = None
         self.failure: Exception | None = None
@@ -63,7 +76,7 @@ class Front:
         self._failed = failed
         self._progress = Progress()
         self._ended = asyncio.Event()
-        self._meanwhile: ASGIApp = RequestId(self._answer)
+        self._meanwhile: ASGIApp = RequestId(allow_origins(self._answer, origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the application do it."""
@@ -104,7 +117,10 @@ class Front:
         response: Response
         headers = {"Retry-After": str(RETRY_AFTER)}
         if request.url.path == "/" and "text/html" in request.headers.get("Accept", ""):
-            page = PAGE.format(seconds=RETRY_AFTER, progress=html.escape(str(progress)))
+            share = f'value="{progress.warm}" max="{progress.rates}"' if progress.rates else ""
+            page = PAGE.format(
+                seconds=RETRY_AFTER, progress=html.escape(str(progress)), share=share
+            )
             response = HTMLResponse(page, UnavailableError.status, headers)
         else:
             error = UnavailableError(f"the server is starting: {progress}")

@@ -99,7 +99,7 @@ def _check_name(name: bytes | None) -> None:
         shown = (name or b"").decode(errors="replace")[:100]
         raise BadRequestError(
             f"the form has a field {shown!r}, only {FIELD!r} is read; parameters go into the "
-            "address: /v1/classify?rate=8"
+            "address: /v1/classify?rate=2"
         )
 
 

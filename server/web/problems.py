@@ -6,11 +6,12 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -23,6 +24,7 @@ from server.observe.notes import note
 from server.schemas import Problem
 from server.web.middleware import REQUEST_ID
 from tocom import TocomError
+from tocom.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -160,14 +162,16 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    detail = "; ".join(_describe(fault) for fault in error.errors())
+    known = [field.alias for field in get_flat_params(request.scope["route"].dependant)]
+    detail = "; ".join(_describe(fault, known) for fault in error.errors())
     return problem(request, 422, detail, INVALID)
 
 
-def _describe(fault: Mapping[str, Any]) -> str:
+def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> str:
     name = ".".join(str(part) for part in fault["loc"][1:])
     if fault["type"] == "extra_forbidden":
-        return f"there is no parameter {name!r}; /docs says which there are"
+        meant = did_you_mean(name, known) or "; /docs says which there are"
+        return f"there is no parameter {name!r}{meant}"
     return f"{name}: {fault['msg']}, got {str(fault['input'])[:40]!r}"
 
 

@@ -66,6 +66,14 @@ def test_digests_of_what_there_is_never_change():
     )
 
 
+def test_several_classes_are_said_only_where_there_are(tmp_path):
+    plain, many = TASK, TASK.model_copy(update={"multi_label": True})
+    assert "multi_label" not in (task_of(plain).save(tmp_path / "a") / "task.json").read_text()
+    folder = task_of(many).save(tmp_path / "b")
+    assert json.loads((folder / "task.json").read_text())["multi_label"] is True
+    assert TaskModel.load(folder).info.digest != task_of(plain).info.digest
+
+
 @pytest.mark.parametrize(("make", "info"), [(bank_of, BANK), (task_of, TASK)])
 def test_proportional_attention_is_said_only_where_it_is_off(tmp_path, make, info):
     for proportional in (True, False):

@@ -173,7 +173,7 @@ def test_presets_are_listed_by_command_with_a_line_each(
 ) -> None:
     assert main(["presets"]) == 0
     told = capsys.readouterr().out
-    assert re.findall(r"^(\w+)$", told, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^([\w-]+)$", told, re.MULTILINE) == list(COMMANDS)
     listed = re.findall(r"^  (\S+) +(\S.*)$", told, re.MULTILINE)
     assert sorted(name for name, _ in listed) == presets()
     assert re.search(r"^evaluate\n  every-rate +A model at every rate of its bank\.", told, re.M)
@@ -248,6 +248,7 @@ def test_a_dry_run_checks_and_tells_and_writes_nothing(
     assert "at every rate\n" in told("evaluate", "every-rate", f"bank={bank}")
     assert "multipliers and the bank's own\n" in told("calibrate", "multiplier", f"bank={bank}")
     assert "beside the stock model\n" in told("compare", "methods")
+    assert "with banks and seeds\n" in told("analyse", "which-tokens")
     assert "tries for each\n" in told("search", "half-the-compute")
 
 

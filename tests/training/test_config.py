@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from tocom import ConfigError
+from training.analysis.config import AnalyseConfig
 from training.config import (
     DistillConfig,
     ElasticConfig,
@@ -13,6 +14,7 @@ from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.config import PicturesConfig
 from training.presets import presets, read_recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 KINDS = {
@@ -29,7 +31,11 @@ KINDS = {
     "vtab1k": (VtabConfig, ["root=vtab-1k"]),
     "cifar100": (VtabConfig, ["root=data"]),
     "fgvc": (VtabConfig, ["root=data"]),
+    "which-tokens": (AnalyseConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
     "every-rate": (EvaluateConfig, ["backbone.name=bundled:x", "pictures.path=a.tar"]),
+    "ade20k-segmenter": (SegmentConfig, []),
+    "camvid": (SegmentConfig, []),
+    "segment-rates": (EvaluateSegmentConfig, ["backbone.name=bundled:x", "task=y"]),
     "multiplier": (
         CalibrateConfig,
         ["backbone.name=bundled:x", "bank=bundled:y", "pictures.path=a.tar"],

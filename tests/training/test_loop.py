@@ -114,14 +114,14 @@ def test_a_step_waits_for_its_device_once(
     run, to_list = loop.run, torch.Tensor.tolist
     reads, lists = Reads(), list[tuple[int, ...]]()
 
-    def plain_steps(module: torch.nn.Module, *_: Any, **__: Any) -> SGD:
+    def plain_steps(module: torch.nn.Module) -> SGD:
         return SGD(module.parameters(), 0.1)  # on the CPU AdamW reads its own count of steps
 
     def watched(*arguments: Any) -> None:
         with reads:
             run(*arguments)
 
-    monkeypatch.setattr(loop, "create_optimizer_v2", plain_steps)
+    monkeypatch.setattr(LoopConfig, "make_optimizer", lambda _, module: plain_steps(module))
     monkeypatch.setattr(loop, "run", watched)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(t.shape) or to_list(t))
     loop_config = LoopConfig(
@@ -171,7 +171,8 @@ def test_what_tunes_all_weights_lets_nothing_decay_that_timm_keeps(kind: str, wh
     if whole == "finetune":
         backbone = Backbone(model, kind, kind, ())
         module = Finetuning(backbone, FinetuneConfig.model_validate(said), 3).module
-    optimizer = loop.create_optimizer_v2(module, "adamw", lr=1.0, weight_decay=0.5)
+    run = LoopConfig(steps=1, batch_size=1, learning_rate=1.0, weight_decay=0.5)
+    optimizer = run.make_optimizer(module)
     decays = {
         id(parameter): group["weight_decay"]
         for group in optimizer.param_groups

@@ -1,5 +1,6 @@
 """How tokens are reduced: one value a method, one file a method or family of methods."""
 
+from tocom.reduction.around import AroundMLP
 from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
@@ -22,6 +23,7 @@ from tocom.reduction.tome import ToMe
 __all__ = [
     "ATME",
     "ATS",
+    "AroundMLP",
     "Chosen",
     "Cut",
     "DPCKNN",

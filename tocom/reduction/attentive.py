@@ -66,8 +66,10 @@ class EViT(Method):
         left = Tokens(torch.cat([take(tokens.x, kept.rows), fused], dim=1))
         if not cut.trace:
             return left, None
-        into, margin = kept.fate(tokens.x.shape[1])
-        return left, Fate(into.masked_fill(into < 0, cut.leaving - 1), margin)
+        fate = kept.fate(tokens.x.shape[1])
+        # The fused token is no mean, and stands for no place in a picture.
+        into = fate.into.masked_fill(fate.into < 0, cut.leaving - 1)
+        return left, Fate(into, fate.margin, dense=fate.into)
 
     def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
         """Of one row of attention, and of a sum over all tokens, where those kept weigh 0."""

@@ -25,6 +25,7 @@ class Place(Enum):
     INPUT = "input"  #: on what enters the block, before its first norm
     ATTENTION = "attention"  #: attention answers for some of its tokens only
     BETWEEN = "between"  #: between attention and MLP
+    MLP = "mlp"  #: around the MLP, which alone has fewer tokens
 
 
 class Unit(Enum):
@@ -48,6 +49,10 @@ class Fate(NamedTuple):
 
     into: Tensor  # [B, N] the output token that holds each input token, -1: dropped
     margin: Tensor | None = None  # [B] by how much the closest decision was taken
+    # [B, N] as `into`, but -1 also where the token itself is a better guess for a dense grid
+    dense: Tensor | None = None
+    weight: Tensor | None = None  # [B, N, M] soft: shares of each input token in the output tokens
+    before: Tensor | None = None  # [B, N, D] the tokens as they were; the forward notes it
 
     def follow(self, source: Tensor) -> Tensor:
         """Carry a map through this block.
@@ -61,6 +66,11 @@ class Fate(NamedTuple):
         """
         after = self.into.gather(1, source.clamp(min=0))
         return after.masked_fill(source < 0, -1)
+
+    def undone(self) -> "Fate":
+        """Return that of tokens which are all there again, each in its place."""
+        batch, tokens = self.into.shape
+        return Fate(torch.arange(tokens, device=self.into.device).expand(batch, -1), self.margin)
 
 
 class Chosen(NamedTuple):
@@ -141,7 +151,7 @@ class Method(ABC):
     Attributes:
         name: what ladders and programs call it.
         place: where in a block it acts; a method of `Place.ATTENTION` overrides `choose`, the
-            others `reduce`.
+            others `reduce`. One of `Place.MLP` always says where the tokens went.
         unit: what the amounts of its ladders say.
         sizes: whether it counts the input tokens that each token stands for; these weigh in
             attention (if it is proportional) and in the mean of all tokens.
@@ -149,6 +159,7 @@ class Method(ABC):
         by_picture: whether pictures decide how many tokens leave, up to a bound.
         looks_back: whether it reads the attention of the block before, and so leaves the first
             block alone.
+        steps: rungs of its paper's ladder, of evenly rising strength; None: it has none.
     """
 
     name: ClassVar[str]
@@ -158,6 +169,7 @@ class Method(ABC):
     needs_class: ClassVar[bool] = False
     by_picture: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
+    steps: ClassVar[int | None] = None
 
     def refuse(self, model: VisionTransformer) -> str | None:
         """Return why a backbone cannot have the method; None if it can."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from tocom.errors import ReductionError
+from tocom.reduction.around import AroundMLP
 from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     each.name: each
     for each in (
         ToMe,
+        AroundMLP,
         KMedoids,
         DPCKNN,
         Pattern,

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tocom.merging import match, merge
+from tocom.merging import Match, match, merge
 from tocom.reduction.options import check_number, check_one_of
 from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
 
@@ -62,6 +62,11 @@ class ToMe(Method):
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Match and merge."""
         assert seen is not None
+        left, merging = self.merged(tokens, seen, cut)
+        return left, Fate(merging.assignment, merging.margin) if cut.trace else None
+
+    def merged(self, tokens: Tokens, seen: Seen, cut: Cut) -> tuple[Tokens, Match]:
+        """Return the tokens that are left, and how they merged; arguments as of `reduce`."""
         removed = tokens.x.shape[1] - cut.leaving
         metric = tokens.x if self.metric == "tokens" else seen.mean_key
         attention = self._attention(seen)
@@ -70,8 +75,7 @@ class ToMe(Method):
         weight = None
         if attention is not None and self.weight == "class":
             weight = attention.unsqueeze(-1)
-        x, size = merge(tokens.x, tokens.size, merging, weight)
-        return Tokens(x, size), Fate(merging.assignment, merging.margin) if cut.trace else None
+        return Tokens(*merge(tokens.x, tokens.size, merging, weight)), merging
 
     def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
         """Of the similarity of the two sets, and of the attention of the class token."""

@@ -25,6 +25,12 @@ class MethodLadder(Recipe):
         min_length=1,
         description="multiply-adds of the rungs, as shares of the stock model's",
     )
+    steps: int | None = Field(
+        None,
+        gt=0,
+        description="in place of shares: so many rungs, of evenly rising strength up to the most "
+        "that the method can do",
+    )
     name: str | None = Field(None, description="of the ladder; default: the method's")
 
 
@@ -33,7 +39,7 @@ def _read(value: Any) -> Any:
     if not isinstance(value, str) or value == "tome":
         return value
     if value in METHODS:
-        return {"method": value}
+        return {"method": value, "steps": METHODS[value].steps}
     if value.startswith("bundled:") or (Path(value) / "bank.json").exists():
         return open_bank(value).info.ladder or "tome"
     return read_ladder(value).model_dump(exclude={"format_version", "evidence"})

@@ -39,6 +39,13 @@ def usual_ladder(
     return Ladder(name, method, tuple(rungs), patches)
 
 
+def even_ladder(method: Method, model: VisionTransformer, steps: int, name: str) -> Ladder:
+    """Return a method's ladder of so many rungs, of evenly rising strength."""
+    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    rungs = [method.amounts(rung / steps, depth, patches) for rung in range(1, steps + 1)]
+    return Ladder(name, method, ((0,) * depth, *rungs), patches)
+
+
 def chosen_ladder(choice: LadderChoice, model: VisionTransformer) -> Ladder:
     """Return the ladder of a recipe, which the model can run; None: the paper's.
 
@@ -48,8 +55,11 @@ def chosen_ladder(choice: LadderChoice, model: VisionTransformer) -> Ladder:
     if isinstance(choice, LadderPart):
         ladder = choice.ladder()
     elif isinstance(choice, MethodLadder):
-        method = method_of(choice.method, choice.options)
-        ladder = usual_ladder(method, model, choice.shares, choice.name or choice.method)
+        method, name = method_of(choice.method, choice.options), choice.name or choice.method
+        if choice.steps is not None:
+            ladder = even_ladder(method, model, choice.steps, name)
+        else:
+            ladder = usual_ladder(method, model, choice.shares, name)
     else:
         ladder = TOME
     ladder.check(model)

@@ -24,7 +24,7 @@ from torch import Tensor
 from adapters.durable import replace_file
 from adapters.ladder import LadderInfo, read_ladder, write_ladder
 from tocom import Backbone, ConfigError, Ladder, Plan, cost
-from tocom.reduction import Method, Unit, method_of
+from tocom.reduction import Method, Place, Unit, method_of
 from training.ladders.search_config import LadderSearchConfig
 from training.ladders.shown import Shown, draw
 from training.measuring import claim, load_model, refuse_processes
@@ -209,7 +209,7 @@ class Search:
             scaled = self._clipped(tuple(round(middle * each) for each in shape))
             low, high = (low, middle) if self._macs(scaled) < target else (middle, high)
         scaled = self._fit(random.Random(0), tuple(round(high * each) for each in shape), target)
-        return scaled if cheaper is None else _nested(scaled, cheaper.removed)
+        return scaled if cheaper is None else self._nested(scaled, cheaper.removed)
 
     def _begun(self, target: float) -> Removed | None:
         """Return what `start`'s rung with the nearest cost removes."""
@@ -251,7 +251,7 @@ class Search:
             amounts[to_block] += moved
         changed = self._fit(rng, tuple(amounts), target)
         if cheaper is not None:
-            changed = _nested(changed, cheaper.removed)
+            changed = self._nested(changed, cheaper.removed)
         return changed if self._macs(changed) <= target else None
 
     def _nearest_place(self, rng: random.Random, amounts: Sequence[int], block: int) -> int:
@@ -276,6 +276,12 @@ class Search:
             if self._macs(fitted) <= target:
                 return self._clipped(fitted)
         return removed
+
+    def _nested(self, removed: Removed, cheaper: Removed) -> Removed:
+        """Return `removed` with no fewer tokens in each block than `cheaper` has there."""
+        if self.method.place is Place.MLP:  # blocks do not hear of each other
+            return tuple(map(min, removed, cheaper))
+        return _nested(removed, cheaper)
 
     def _clipped(self, removed: Removed) -> Removed:
         """Return what is really removed."""

@@ -44,7 +44,8 @@ class Shown:
         done: list[Tensor] = []
         for i, (tokens, stock) in enumerate(self.batches):
             answer = outputs(self.backbone.model, tokens, variant).logits
-            done.append(compare(answer, stock, None).cpu())
+            many = self.backbone.multi_label
+            done.append(compare(answer, stock, None, many).cpu())
             if i < len(hopeless) and float(torch.cat(done)[:, 2].mean()) > hopeless[i]:
                 break
         return torch.cat(done)

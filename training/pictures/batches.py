@@ -29,11 +29,11 @@ from training.seeds import derive
 _log = logging.getLogger(__name__)
 
 
-class Pictures(Dataset[tuple[Tensor, int, int]]):
+class Pictures(Dataset[tuple[Tensor, Any, int]]):
     """Pictures of several sets under one transform, asked for by `Draw`.
 
-    An item is the picture [3, H, W], its class and the number of unreadable pictures that were
-    passed over for it.
+    An item is the picture [3, H, W], its class, or which it has [C], and the number of unreadable
+    pictures that were passed over for it.
     """
 
     def __init__(
@@ -58,18 +58,14 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         self.on_unreadable = on_unreadable
         self.held_out: frozenset[tuple[int, int]] = frozenset()
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, int]:
         """Return the transformed picture [3, H, W], its class and how many were passed over.
 
         Raises:
             DataError: if it cannot be read and shall not be passed over, or if none can.
         """
         picture, label, skipped = self._read(draw)
-        seed = derive(draw.seed, "augment", draw.position)  # here, where workers share out the time
-        random.seed(seed)
-        np.random.seed(seed)
-        # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
-        torch.default_generator.manual_seed(seed)
+        seed_augmentation(draw)
         return self.transform(picture), label, skipped
 
     def keys(self) -> list[tuple[int, int]]:
@@ -95,7 +91,7 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
         self.held_out |= frozenset(held)
         return held
 
-    def _read(self, draw: Draw) -> tuple[Image.Image, int, int]:
+    def _read(self, draw: Draw) -> tuple[Image.Image, Any, int]:
         part = self.parts[draw.part]
         following = ((draw.index + i) % len(part) for i in range(len(part)))
         allowed = (index for index in following if (draw.part, index) not in self.held_out)
@@ -104,14 +100,26 @@ class Pictures(Dataset[tuple[Tensor, int, int]]):
                 return *read, skipped
         raise DataError(f"none of the {len(part)} pictures of {part.path} can be read")
 
-    def _try(self, part: PictureSet, index: int) -> tuple[Image.Image, int] | None:
+    def _try(self, part: PictureSet, index: int) -> tuple[Image.Image, Any] | None:
         try:
-            return part.read(index, self.least_side)
+            return self._decoded(part, index)
         except DataError as error:
             if self.on_unreadable == "stop":
                 raise
             _log.warning("%s; the next one is taken", error)
             return None
+
+    def _decoded(self, part: PictureSet, index: int) -> tuple[Image.Image, int]:
+        return part.read(index, self.least_side)
+
+
+def seed_augmentation(draw: Draw) -> None:
+    """Let what is drawn next be a function of a draw."""
+    seed = derive(draw.seed, "augment", draw.position)  # here, where workers share out the time
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which also seeds accelerators: slower, and theirs are the loop's.
+    torch.default_generator.manual_seed(seed)
 
 
 class Batches(DataLoader[Any]):
@@ -172,7 +180,7 @@ def unlabelled(backbone: Backbone, config: DistillConfig | ElasticConfig) -> Unl
 
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
-    """Return the sampler's micro-batches: images, classes [B] and passed over [B].
+    """Return the sampler's micro-batches: images, classes [B] or [B, C] and passed over [B].
 
     The images are [B, 3, H, W] as the transform of `pictures` makes them; see `augment.Finish`.
     """
@@ -188,7 +196,7 @@ def evaluation_batches(
     process: int = 0,
     processes: int = 1,
 ) -> Batches:
-    """Return (images [B, 3, H, W], classes [B]) of the pictures in their order.
+    """Return (images [B, 3, H, W], classes [B] or [B, C]) of the pictures in their order.
 
     Args:
         backbone: the model that sees them.
@@ -206,7 +214,7 @@ def evaluation_batches(
     )
 
 
-def _without_count(items: list[tuple[Tensor, int, int]]) -> Any:
+def _without_count(items: list[tuple[Tensor, Any, int]]) -> Any:
     return default_collate([(picture, label) for picture, label, _ in items])
 
 

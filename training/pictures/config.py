@@ -1,6 +1,6 @@
 """How recipes name pictures: by a path, or a table of one and more."""
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -20,6 +20,11 @@ class PicturesConfig(Recipe):
     list: str | None = Field(
         None, description="a file of lines `relative/path class`, in the folder or beside the .tar"
     )
+    labels: Literal["one", "many"] = Field(
+        "one",
+        exclude_if=lambda labels: labels == "one",
+        description="of a list: many, if a line is `relative/path class,class,...`, or - for none",
+    )
     times: int = Field(1, ge=1, description="how often each picture counts in an epoch")
 
     @model_validator(mode="before")
@@ -32,6 +37,12 @@ class PicturesConfig(Recipe):
         if isinstance(value, str | dict | cls):
             return {"path": value} if isinstance(value, str) else value
         raise ValueError("pictures are a path or a table of path, split, ...")
+
+    @model_validator(mode="after")
+    def _many_in_a_list(self) -> "PicturesConfig":
+        if self.labels == "many" and self.list is None:
+            raise ValueError(f"labels=many is for a list of pictures; {self.path} is given none")
+        return self
 
     @model_validator(mode="after")
     def _split_or_list(self) -> "PicturesConfig":

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
+from torch import Tensor
 
 from tocom import DataError
 
@@ -88,29 +90,37 @@ class ListReader(Reader):  # type: ignore[misc]
     """Pictures that a list file names, a line `relative/path class` each.
 
     Paths are relative to a folder or to the root of a .tar; classes are numbers from 0. A file
-    classes.txt beside the list names them, a line each.
+    classes.txt beside the list names them, a line each. Where a picture has several, a line is
+    `relative/path class,class,...`, or `-` for none of them.
     """
 
-    def __init__(self, root: Path, file: Path) -> None:
+    def __init__(self, root: Path, file: Path, many: bool = False) -> None:
         """Read the list.
+
+        Args:
+            root: a folder or a .tar.
+            file: the list.
+            many: whether a picture has several classes.
 
         Raises:
             DataError: naming the line, if it is not what it should be.
         """
         super().__init__()
-        self.root = root
+        self.root, self.many = root, many
         self.samples = [
-            _parse(line, f"{file}:{number}")
-            for number, line in enumerate(_lines(file), start=1)
+            _parse(line, f"{file}:{number}", many)
+            for number, line in enumerate(lines_of(file), start=1)
             if line.strip()
         ]
         if not self.samples:
             raise DataError(f"{file} names no pictures")
-        self.places = _places(root) if root.is_file() else None
+        self.places = places(root) if root.is_file() else None
         for name, _ in self.samples:
             if not ((root / name).is_file() if self.places is None else name in self.places):
                 raise DataError(f"{file} names {name}, which is not in {root}")
-        count = 1 + max(label for _, label in self.samples)
+        count = 1 + max((label for _, labels in self.samples for label in labels), default=-1)
+        if not count:
+            raise DataError(f"{file} names no classes")
         names = _class_names(file.with_name("classes.txt"), count, file.name)
         self.class_to_idx = {name: i for i, name in enumerate(names)}
 
@@ -118,9 +128,15 @@ class ListReader(Reader):  # type: ignore[misc]
         """Return the number of pictures."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        """Return the open file and its class."""
-        name, label = self.samples[index]
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | Tensor]:
+        """Return the open file and its class; of several [C], 1 for each that it has."""
+        name, labels = self.samples[index]
+        label: int | Tensor
+        if self.many:
+            label = torch.zeros(len(self.class_to_idx))
+            label[list(labels)] = 1
+        else:
+            (label,) = labels
         if self.places is None:
             return (self.root / name).open("rb"), label
         start, size = self.places[name]
@@ -143,7 +159,7 @@ def _class_names(file: Path, count: int, of: str) -> list[str]:
     """
     if not file.is_file():
         return [str(label) for label in range(count)]
-    names = [line.strip() for line in _lines(file) if line.strip()]
+    names = [line.strip() for line in lines_of(file) if line.strip()]
     if len(names) < count or len(set(names)) < len(names):
         raise DataError(
             f"{file} names {len(set(names))} different classes in {len(names)} lines; "
@@ -178,25 +194,32 @@ def _class_number(content: bytes | None, picture: str) -> int:
     return int(content)
 
 
-def _lines(file: Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
-def _parse(line: str, where: str) -> tuple[str, int]:
-    """Return (path, class) of a line."""
+def _parse(line: str, where: str, many: bool) -> tuple[str, tuple[int, ...]]:
+    """Return (path, classes) of a line."""
     path, label = line.rsplit(maxsplit=1) if len(line.split()) > 1 else (line, "")
-    if not (label.isascii() and label.isdigit()):
-        raise DataError(f"{where}: a line is `relative/path class`, class a number; got {line!r}")
+    labels = [] if many and label == "-" else label.split(",") if many else [label]
+    if not all(each.isascii() and each.isdigit() for each in labels):
+        form = "relative/path class,class,..." if many else "relative/path class"
+        raise DataError(f"{where}: a line is `{form}`, class a number; got {line!r}")
     path = posixpath.normpath(path.strip())
     if posixpath.isabs(path) or path.split("/")[0] == "..":
         raise DataError(f"{where}: a path stays below the folder or .tar; got {path!r}")
-    return path, int(label)
+    return path, tuple(map(int, labels))
 
 
-def _places(tar: Path) -> dict[str, tuple[int, int]]:
+def places(tar: Path) -> dict[str, tuple[int, int]]:
     """Return (first byte, bytes) of every file in `tar`."""
     with tarfile.open(tar, "r:") as opened:
         return {

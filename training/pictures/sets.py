@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
 
 from tocom import DataError
 from training.pictures.config import PicturesConfig
@@ -31,11 +32,11 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
         super().__init__(path, reader=reader)
         self.path = path
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         """Return the picture in its full size and its class."""
         return self.read(index)
 
-    def read(self, index: int, least_side: int | None = None) -> tuple[Image.Image, int]:
+    def read(self, index: int, least_side: int | None = None) -> tuple[Image.Image, Any]:
         """Decode a picture.
 
         Args:
@@ -44,7 +45,8 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
                 as long as both sides keep so many pixels.
 
         Returns:
-            The picture and its class, -1 where there is none.
+            The picture and its class, -1 where there is none; of a list with several classes a
+            picture [C], 1 for each that it has.
 
         Raises:
             DataError: if it cannot be read.
@@ -58,6 +60,8 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
         except Exception as error:  # a broken file makes PIL's decoders raise anything
             name, reason = self._name(index), _reason(error)
             raise DataError(f"{name} of {self.path} cannot be read: {reason}") from error
+        if isinstance(label, Tensor):
+            return picture, label
         return picture, int(label) if isinstance(label, numbers.Integral) else -1
 
     def forget_files(self) -> None:
@@ -119,7 +123,8 @@ def class_names(pictures: PictureSet) -> list[str]:
 def _local(pictures: PicturesConfig) -> Any:
     path = Path(pictures.path)
     if pictures.list is not None:
-        return ListReader(path, (path if path.is_dir() else path.parent) / pictures.list)
+        file = (path if path.is_dir() else path.parent) / pictures.list
+        return ListReader(path, file, many=pictures.labels == "many")
     if path.is_file():
         return TarReader(str(path))
     if not any(path.glob("*.tar")):

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.analysis.config import AnalyseConfig
 from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.screen.progress import say
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 
@@ -62,8 +64,12 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
     _tell_summary(folder)
     full = config.method == "full"
     described = made / ("config.json" if full else "task.json")
-    accuracy = json.loads(described.read_text(encoding="utf-8"))["training"]["test_accuracy"]
-    say(f"of the test pictures {100 * accuracy:.2f} % are answered rightly, at its source rate")
+    said = json.loads(described.read_text(encoding="utf-8"))["training"]
+    if config.many:
+        say(f"on the test pictures mAP is {100 * said['test_map']:.2f} %, at its source rate")
+    else:
+        right = 100 * said["test_accuracy"]
+        say(f"of the test pictures {right:.2f} % are answered rightly, at its source rate")
     tuned = BackboneConfig(name=str(made)) if full else config.backbone
     task = None if full else made
     given = "" if full else f" task={_word(made)}"
@@ -72,6 +78,33 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
         f"tocom-train evaluate every-rate {_of(tuned)}{given} bank=BANK pictures=TEST_PICTURES",
     )
     print(made)
+
+
+def _segment(config: SegmentConfig, folder: Path) -> None:
+    from training.segment.run import segment
+
+    task = segment(config, folder)
+    _tell_summary(folder)
+    found = json.loads((task / "task.json").read_text(encoding="utf-8"))["training"]["test"]
+    say(
+        f"of the test pictures mIoU is {found['miou']:.2f} % and {found['pixel_accuracy']:.2f} % "
+        "of the pixels are right, at its source rate"
+    )
+    full = config.method == "full"
+    encoder = BackboneConfig(name=str(task.parent / "model")) if full else config.backbone
+    _tell_next(
+        f"tocom-train evaluate-segment segment-rates {_of(encoder)} task={_word(task)} "
+        f"scenes.path={_word(config.scenes.path)} ladder=around-mlp",
+    )
+    print(task)
+
+
+def _evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> None:
+    from training.segment.measure import evaluate_segment
+
+    path = evaluate_segment(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
 
 
 def _evaluate(config: EvaluateConfig, folder: Path) -> None:
@@ -86,6 +119,14 @@ def _compare(config: CompareConfig, folder: Path) -> None:
     from training.ladders.compare import compare_methods
 
     path = compare_methods(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    print(path)
+
+
+def _analyse(config: AnalyseConfig, folder: Path) -> None:
+    from training.analysis.analyse import analyse
+
+    path = analyse(config, folder)
     _tell_table(path.with_suffix(".md"))
     print(path)
 
@@ -147,8 +188,11 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "distill": _distill,
     "elastic": _elastic,
     "finetune": _finetune,
+    "segment": _segment,
     "evaluate": _evaluate,
+    "evaluate-segment": _evaluate_segment,
     "compare": _compare,
+    "analyse": _analyse,
     "calibrate": _calibrate,
     "vtab": _vtab,
 }

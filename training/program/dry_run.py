@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters import open_bank
+from training.analysis.config import AnalyseConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.recipe import Recipe
+from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
 
@@ -26,6 +28,8 @@ def dry_run(config: Recipe, folder: Path) -> str:
     """
     if isinstance(config, VtabConfig):
         rows = list(_vtab(config))
+    elif isinstance(config, SegmentConfig | EvaluateSegmentConfig):
+        rows = [*_segment(config), ("folder", _folder(config, folder))]
     else:
         rows = [*_inputs(config), ("folder", _folder(config, folder))]
     width = max(len(what) for what, _ in rows)
@@ -44,7 +48,7 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
     counts = [len(open_pictures(each)) for each in sets]
     for each, count in zip(sets, counts, strict=True):
         yield "pictures", f"{each.path}: {count:,}"
-    if isinstance(config, EvaluateConfig | CompareConfig) and config.labelled:
+    if isinstance(config, EvaluateConfig | CompareConfig | AnalyseConfig) and config.labelled:
         class_indices(config.pictures, backbone)
     if getattr(config, "bank", None) is not None:
         bank = open_bank(config.bank)
@@ -63,10 +67,19 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
             yield "run", f"{min(counts[0], config.limit or counts[0]):,} pictures at every rate"
         case CalibrateConfig():
             yield "run", f"{len(config.multipliers)} multipliers and the bank's own"
-        case CompareConfig():
+        case CompareConfig() | AnalyseConfig():
             yield "run", f"{len(config.entries)} methods and ladders beside the stock model"
+            yield "rungs", _candidates(config)
         case LadderSearchConfig():
             yield "run", f"{len(config.shares)} rungs, {config.tries} tries for each"
+
+
+def _candidates(config: CompareConfig | AnalyseConfig) -> str:
+    from training.ladders.candidates import Models, candidates_of
+
+    models = Models(config.crop_pct)
+    found = candidates_of(config.entries, config.backbone, config.task, config.shares, models)
+    return f"{len(list(found))}, with banks and seeds"
 
 
 def _distill(config: DistillConfig, backbone: Any, count: int) -> str:
@@ -94,6 +107,35 @@ def _finetune(config: FinetuneConfig, count: int) -> Iterator[tuple[str, str]]:
     if config.search and config.search.values:
         yield "search", f"{config.search.key}: {', '.join(map(str, config.search.values))}"
     loop = config.loop.over(count)
+    yield "steps", f"{loop.steps:,} of {loop.batch_size} pictures, {config.loop.epochs:g} epochs"
+
+
+def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[str, str]]:
+    from tocom import load_backbone
+    from training.segment.run import check_inputs, load_segmenter
+    from training.segment.scenes import SceneSet, classes_of
+
+    if isinstance(config, EvaluateSegmentConfig):
+        segmenter = load_segmenter(
+            config.backbone.name, config.backbone.architecture, config.task, "cpu"
+        )
+        labelled = config.scenes.of_task(segmenter.info)
+        scenes = SceneSet(labelled, config.test, classes_of(labelled))
+        yield "model", f"{config.backbone.name} with the task {segmenter.info.name}"
+        if config.bank is not None:
+            bank = open_bank(config.bank)
+            bank.check_fits(segmenter.backbone, segmenter.backbone.source)
+            yield "bank", f"{bank.info.name}, rates 0 to {bank.info.max_rate} of {bank.ladder.name}"
+        yield "run", f"{min(len(scenes), config.limit or len(scenes)):,} pictures at every rate"
+        return
+    backbone = load_backbone(config.backbone.name, config.backbone.architecture)
+    classes, splits = check_inputs(config, backbone)
+    yield "model", backbone.name
+    yield "classes", f"{len(classes.names)}: {', '.join(classes.names[:5])}"
+    for name, scenes in splits.items():
+        yield "pictures", f"{name}: {len(scenes):,}"
+    yield "tuned", f"{config.method}, at rate {config.source}"
+    loop = config.loop.over(len(splits[config.train]))
     yield "steps", f"{loop.steps:,} of {loop.batch_size} pictures, {config.loop.epochs:g} epochs"
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from training.screen.progress import say
 
-_FIGURE = re.compile(r"unseen_(kl|error)_(\d+)(?:_(plain|bank))?")
-_NAMES = {"kl": "KL", "error": "error"}
+_FIGURE = re.compile(r"unseen_(kl|error|miou)_(\d+)(?:_(plain|bank))?")
+_NAMES = {"kl": "KL", "error": "error", "miou": "mIoU"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Watched:
 
     Attributes:
         step: after which.
-        name: of the measure: KL (nats), or error for a model without a head.
+        name: of the measure: KL (nats), or error for a model without a head; mIoU (percent).
         now: of what is trained, by rate.
         plain: of the backbone as it is, by rate; empty where that is not measured.
     """

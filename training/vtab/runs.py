@@ -1,9 +1,9 @@
 """Many tasks, sources, targets and seeds: fine-tuning, measuring and the table of it all.
 
 A run (task, source, seed) has a folder of its own, with what `finetune`, `evaluate` and, where a
-multiplier is searched, `calibrate` make. What is there is not done again. Runs know nothing of each
-other, so that they may be shared out to processes; a table of what there is so far can be made at
-any time.
+multiplier is searched, `calibrate` make. What is there is not done again; what was measured of a
+shorter run is kept beside what is measured of the longer one. Runs know nothing of each other, so
+that they may be shared out to processes; a table of what there is so far can be made at any time.
 
 Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, mean of the groups.
 """
@@ -72,12 +72,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     ]
     for run in runs:
         recipe = _recipe(config, run)  # refuses what no run could begin with
-        own = run.folder(folder)
-        if longer := refuse_other_run(own, recipe):
-            raise ConfigError(
-                f"{own} holds a run of {longer.replace('-', ' ')}, which is measured as it is and "
-                "does not get longer; choose another run folder"
-            )
+        refuse_other_run(run.folder(folder), recipe)
         if bank and bank.info.proportional != recipe.proportional:
             raise ConfigError(
                 f"bank {bank.info.name!r} is for proportional={bank.info.proportional}, the "
@@ -228,6 +223,10 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
     """Do what is not done yet of a run."""
     recipe, own = _recipe(config, run), run.folder(folder)
+    if shorter := refuse_other_run(own, recipe):
+        for name in (EVALUATION, CALIBRATION, SEARCHED):
+            if (own / name).exists():
+                (own / name).rename(own / f"{name}-{shorter}")
     finished = finetune(recipe, own)
     tuned_on = recipe.backbone
     full = recipe.method == "full"

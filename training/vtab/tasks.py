@@ -116,7 +116,9 @@ def check(root: Path, task: Task) -> list[str]:
                     f"{task.name}: {part} has {len(classes)} classes, not {task.classes}"
                 )
             continue
-        samples: list[tuple[str, int]] = pictures.reader.samples
+        samples: list[tuple[str, int]] = [
+            (path, label) for path, (label,) in pictures.reader.samples
+        ]
         if part == task.parts.test:
             lists[part] = Counter((path, 0) for path, _ in samples)
             continue

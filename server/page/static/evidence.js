@@ -44,13 +44,15 @@ export class Evidence {
   }
 
   /** What was measured on a ladder, by rate: the model's evaluation, or else what the ladder says. */
-  #measured({ name, rungs, source_rate: source }) {
+  #measured({ name, digest, rungs, source_rate: source }) {
     const { evaluation } = this.#model;
     const rows = (evaluation?.rows ?? []).filter((row) => row.source === source)
       // At its own rate there is nothing to repair: both lines go through there.
       .map((row) => (row.target === source && evaluation.bank ? { ...row, bank: row.plain } : row));
-    // An evaluation does not name its ladder, but what its rates cost.
-    if (rows.length && rows.every(({ target, gmacs }) => near(rungs[target]?.macs / 1e9, gmacs))) {
+    // An old evaluation does not name its ladder, but what its rates cost.
+    const here = evaluation?.ladder ? evaluation.ladder.digest === digest
+      : rows.every(({ target, gmacs }) => near(rungs[target]?.macs / 1e9, gmacs));
+    if (rows.length && here) {
       const { count, name: of } = evaluation.pictures;
       rows.sort((a, b) => a.target - b.target);
       return { rows, on: `${evaluation.model}, ${count} pictures of ${of}` };

@@ -64,6 +64,20 @@ def test_between_measured_rates_it_says_about(page, address):
 
 
 @in_browser
+def test_what_was_measured_is_shown_for_its_ladder_alone(page):
+    def of_another(route: Route) -> None:
+        answer = route.fetch()
+        model = answer.json()
+        model["evaluation"]["ladder"]["digest"] = "0" * 64
+        route.fulfill(response=answer, json=model)
+
+    page.route("**/v1/models/imagenet", of_another)
+    page.reload()
+    answered(page, 2)
+    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
+
+
+@in_browser
 @pytest.mark.parametrize("width", [320, 390, 800, 1280, 1920])
 def test_nothing_is_wider_than_the_screen(page, width):
     page.set_viewport_size({"width": width, "height": 844})

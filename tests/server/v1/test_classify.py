@@ -8,13 +8,14 @@ import torch
 from fastapi.testclient import TestClient
 
 from adapters import Bank
+from adapters.ladder import digest
 from server.app import create_app
 from server.models.pictures import decode
 from server.settings import ModelSettings
 from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem
 from tests.server.models.test_pictures import encoded, huge_png
 from tests.server.works import Clock, Exact
-from tocom import forward
+from tocom import TOME, forward
 
 FAR = 1_000_000
 
@@ -102,7 +103,8 @@ def test_a_rate_that_is_not_allowed(client, photo, rate):
         ({"top_k": 11}, "top_k must be in 1..10 for the model 'tiny', got 11"),
         ({"top_k": 0}, "top_k: Input should be greater than or equal to 1, got '0'"),
         ({"compensate": "maybe"}, "compensate: Input should be a valid boolean"),
-        ({"rates": 3}, "there is no parameter 'rates'; /docs says which there are"),
+        ({"rates": 3}, "there is no parameter 'rates', did you mean rate?"),
+        ({"x": 3}, "there is no parameter 'x'; /docs says which there are"),
     ],
 )
 def test_other_parameters_that_are_not_allowed(client, photo, query, message):
@@ -194,7 +196,7 @@ def test_a_deadline_too_short_for_an_idle_server_is_no_full_queue(
     assert answer.json()["type"] == "urn:tocom:deadline-too-short"
     detail = problem(answer)
     assert detail.startswith("an image takes about 20 s on this server even when nothing else")
-    assert "allow more time or ask for a higher rate" in detail
+    assert "allow more time or a higher rate" in detail
     assert ("batch" in path) or detail.endswith("(the deadline was 1000 ms)")
 
 
@@ -302,6 +304,7 @@ def test_one_model_with_what_was_attached_to_it(settings, bank_folder, model_fol
     config = json.loads((folder / "config.json").read_text())
     bank = {"name": "tiny", "digest": Bank.load(bank_folder).info.digest}
     pictures = {"name": "p.tar", "count": 9}
+    ladder = {"name": "of a bank", "method": "tome", "digest": digest(TOME)}
     config["calibration"] = {
         "bank_digest": bank["digest"], "source": 0, "multiplier": {"3": 0.2}, "measure": "kl",
         "pictures": pictures,
@@ -314,7 +317,7 @@ def test_one_model_with_what_was_attached_to_it(settings, bank_folder, model_fol
     }  # fmt: skip
     config["evaluation"] = {
         "model": "tiny", "weights_digest": "0123", "bank": bank, "pictures": pictures,
-        "rows": [row, row | {"multiplier": 0.2, "bank": figures | paired}],
+        "ladder": ladder, "rows": [row, row | {"multiplier": 0.2, "bank": figures | paired}],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     model = ModelSettings(name="attached", backbone=str(folder), bank=str(bank_folder))
@@ -323,6 +326,8 @@ def test_one_model_with_what_was_attached_to_it(settings, bank_folder, model_fol
     assert said["multiplier"] == {"3": 0.2}
     assert said["evaluation"]["bank"] == bank
     assert said["evaluation"]["pictures"] == pictures
+    assert said["evaluation"]["ladder"] == ladder
+    assert [each["digest"] for each in said["ladders"]] == [ladder["digest"]]
     plain, repaired = said["evaluation"]["rows"]
     assert plain["plain"] == figures | {"top1": None}
     assert plain["bank"] is None

@@ -12,6 +12,7 @@ from server.web.front import Front
 from tests.server.conftest import problem
 
 PATIENCE = 60
+ORIGIN = "https://app.example.org"
 
 
 class Start:
@@ -20,7 +21,7 @@ class Start:
     def __init__(self, app: FastAPI) -> None:
         self.app = app
         self.begun, self.may_end, self.ready = (threading.Event() for _ in range(3))
-        self.front = Front(self.load, lambda app: self.ready.set(), self.ready.set)
+        self.front = Front(self.load, lambda app: self.ready.set(), self.ready.set, (ORIGIN,))
         self.tell = lambda progress: None
 
     def load(self, tell) -> FastAPI:
@@ -86,12 +87,33 @@ def test_everything_else_is_to_come_again(start, client, photo):
     assert client.get("/nix").status_code == 404
 
 
+def test_pages_of_other_origins_can_read_how_far_it_is(client):
+    asked = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    preflight = client.options("/v1/classify", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN
+    early = client.post("/v1/classify", headers={"Origin": ORIGIN})
+    assert early.status_code == 503
+    assert early.headers["access-control-allow-origin"] == ORIGIN
+    assert "Retry-After" in early.headers["access-control-expose-headers"].split(", ")
+    other = client.get("/readyz", headers={"Origin": "https://example.com"})
+    assert "access-control-allow-origin" not in other.headers
+
+
 def test_browsers_get_a_page_that_looks_again(start, client):
     start.tell(Progress("<tiny>"))
     page = client.get("/", headers={"Accept": "text/html,*/*"})
     assert page.status_code == 503
     assert re.search(r'http-equiv="refresh" content="2"', page.text)
     assert "model &lt;tiny&gt; is being loaded" in page.text
+    assert "value=" not in page.text  # nobody knows how long that takes
+    start.tell(Progress("tiny", "tome", 3, 6))
+    page = client.get("/", headers={"Accept": "text/html,*/*"})
+    assert 'value="3" max="6"' in page.text
     assert client.get("/").json()["status"] == 503  # programs get what they get everywhere
 
 

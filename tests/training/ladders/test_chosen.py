@@ -63,6 +63,18 @@ def changed(config: EvaluateConfig, **changes: Any) -> EvaluateConfig:
     return EvaluateConfig.model_validate(config.model_dump() | changes)
 
 
+def test_the_name_of_a_method_around_the_mlp_is_its_papers_ladder(
+    pictures: Path, model_folder: Path
+) -> None:
+    model = load_backbone(str(model_folder)).model
+    said = {"backbone": {"name": "x"}, "pictures": {"path": "x"}, "ladder": "around-mlp"}
+    ladder = chosen_ladder(EvaluateConfig.model_validate(said).ladder, model)
+    assert ladder.top == 16
+    assert [rung[0] for rung in ladder.rungs or ()] == [round(rung / 2) for rung in range(17)]
+    shared = said | {"ladder": {"method": "around-mlp", "shares": [0.9]}}
+    assert chosen_ladder(EvaluateConfig.model_validate(shared).ladder, model).top == 1
+
+
 def test_a_recipe_takes_a_file_a_folder_a_method_or_the_papers(ladder: Path) -> None:
     def asked(choice: Any) -> Any:
         return EvaluateConfig.model_validate(

@@ -74,17 +74,24 @@ def test_all_runs_make_a_table_and_are_not_done_twice(
     assert vtab(config, tmp_path / "runs").read_text() == text
 
 
-def test_runs_that_are_measured_do_not_get_longer(
+def test_longer_runs_go_on_and_what_was_measured_of_the_shorter_ones_is_kept(
     root: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    config = recipe(root, model_folder)
-    run = Run(chosen_tasks(config)[0], 0, 0)
-    own = run.folder(tmp_path / "runs")
-    own.mkdir(parents=True)
-    (own / "config.json").write_text(module._recipe(config, run).model_dump_json())
-    longer = recipe(root, model_folder, changes=[*config.changes, "loop.epochs=2"])
-    with pytest.raises(ConfigError, match="holds a run of 1 epochs, which is measured as it is"):
-        vtab(longer, tmp_path / "runs")
+    changes = [each for each in CHANGES if not each.startswith("search")]
+    changes = [f"backbone.name={json.dumps(str(model_folder))}", "search.values=[]", *changes]
+    config = recipe(root, model_folder, tasks=[COLOURS], sources=[2], changes=changes)
+    vtab(config, tmp_path / "runs")
+    own = Run(chosen_tasks(config)[0], 2, 0).folder(tmp_path / "runs")
+    short = (own / "evaluation" / "evaluation.json").read_text()
+    longer = config.model_copy(update={"changes": (*changes, "loop.epochs=2")})
+    vtab(longer, tmp_path / "runs")
+    assert (own / "evaluation-1-epochs" / "evaluation.json").read_text() == short
+    now = json.loads((own / "evaluation" / "evaluation.json").read_text())
+    assert now["task_digest"] != json.loads(short)["task_digest"]
+    written = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    assert [row["plain"] for row in written] == [row["plain"] for row in now["rows"]]
+    with pytest.raises(ConfigError, match=r"another recipe: loop\.epochs 2(\.0)? there, 1"):
+        vtab(config, tmp_path / "runs")
 
 
 def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path: Path) -> None:

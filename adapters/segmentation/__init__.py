@@ -1,0 +1,20 @@
+"""Tasks of segmentation: a decoder on a backbone's dense features, with classes and a palette."""
+
+from adapters.segmentation.decoder import Decoder, DecoderInfo, LinearDecoder, MaskTransformer
+from adapters.segmentation.task import (
+    SegmentationInfo,
+    SegmentationModel,
+    Segmenter,
+    open_segmentation,
+)
+
+__all__ = [
+    "Decoder",
+    "DecoderInfo",
+    "LinearDecoder",
+    "MaskTransformer",
+    "SegmentationInfo",
+    "SegmentationModel",
+    "Segmenter",
+    "open_segmentation",
+]

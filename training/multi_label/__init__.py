@@ -1,0 +1,1 @@
+"""Tasks whose pictures have several classes each."""
