@@ -212,7 +212,7 @@ def test_every_setting_is_an_option_with_its_help(capsys):
     options -= {"models", "admin-key", "api-keys"}
     negated = {"no-auto", "no-cache-shared", "no-otel", "no-reduce-jpegs"}
     assert set(re.findall(r"--([a-z][\w-]*)", told)) == {
-        *options, *negated, "help", "version", "config", "model",
+        *options, *negated, "help", "version", "completion", "config", "model",
     }  # fmt: skip
     assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == ["check", "classify"]
     words = " ".join(told.split())
