@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tocom.ladder import TOME, Ladder, Plan
-from tocom.reduction import Method, Place
+from tocom.pruned import widths
+from tocom.reduction import Heads, Method, Place
 from tocom.schedule import Rate
 
 
@@ -75,13 +76,15 @@ def cost(
 
 def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
     """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP."""
-    attention, width = block.attn, block.attn.proj.in_features
+    attention, width = block.attn, block.attn.proj.out_features
+    queries, _, values = widths(attention.qkv)
     place = None if method is None else method.place
     seen = leaving if place is Place.INPUT else tokens
     answered = leaving if place is Place.ATTENTION else seen
     macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
-    macs += 2 * seen * answered * width + leaving * linear_macs(block.mlp)
-    return macs + (method.macs(tokens, leaving, width, attention.num_heads) if method else 0)
+    macs += (queries + values) * seen * answered + leaving * linear_macs(block.mlp)
+    heads = Heads(attention.num_heads, queries // attention.num_heads)
+    return macs + (method.macs(tokens, leaving, width, heads) if method else 0)
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -22,6 +22,7 @@ COMMANDS = {
     "distill": "make a bank of plug-ins for a backbone; needs no labels",
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
+    "prune": "take channels out of a model, which becomes smaller and faster",
     "segment": "train a segmenter, a decoder on a backbone, on scenes with labels for every pixel",
     "evaluate": "measure a model at every rate, with and without a bank",
     "evaluate-segment": "measure a segmenter at every rate, with and without a bank",

@@ -25,6 +25,7 @@ from adapters.durable import new_folder, replace_file
 from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
+from tocom.pruned import Channels
 from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig
@@ -246,6 +247,8 @@ def _notes(
 
 def save_model(backbone: Backbone, said: dict[str, Any], folder: Path) -> None:
     """Write a model folder in timm's own form, in fp16, with what is `said` in its config."""
+    if (channels := Channels.of(backbone.model)) is not None:
+        said |= {"pruned": channels.said}
     with new_folder(folder, TrainingError) as beside:
         save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
 

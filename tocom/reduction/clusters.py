@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tocom.precision import unrounded
 from tocom.reduction.options import check_one_of, check_whole
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 
 UPDATES = ("textbook", "reference")
@@ -57,9 +57,9 @@ class KMedoids(Method):
         kept = x[:, prefix:].gather(1, medoids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         return _joined(x, kept, cluster, cut)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the attention that is received and of the distances."""
-        return 2 * tokens**2 * width
+        return tokens**2 * (heads.channels + width)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class DPCKNN(Method):
         cluster = nearest(distance, density_peaks(distance, clusters, self.neighbours))
         return _joined(x, cluster_means(x[:, prefix:], cluster, clusters), cluster, cut)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the distances."""
         return tokens**2 * width
 

@@ -99,6 +99,18 @@ class Cut(NamedTuple):
     trace: bool = False  # also say where the tokens go, and how close the decisions were
 
 
+class Heads(NamedTuple):
+    """The heads of a block's attention."""
+
+    number: int
+    width: int  # channels of a query and of a key
+
+    @property
+    def channels(self) -> int:
+        """Of the queries of all heads."""
+        return self.number * self.width
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What the attention of a block saw, from which methods score tokens.
@@ -225,12 +237,12 @@ class Method(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Return the multiply-adds of reducing itself, per image.
 
         Args:
             tokens: N, prefix tokens included.
             leaving: M, prefix tokens included.
             width: D.
-            heads: H.
+            heads: of the block's attention.
         """

@@ -15,6 +15,7 @@ from training.config import BackboneConfig, DistillConfig, ElasticConfig, Finetu
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.prune.config import PruneConfig
 from training.screen.progress import say
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
@@ -78,6 +79,30 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
         f"tocom-train evaluate every-rate {_of(tuned)}{given} bank=BANK pictures=TEST_PICTURES",
     )
     print(made)
+
+
+def _prune(config: PruneConfig, folder: Path) -> None:
+    from training.prune.prune import prune
+
+    model = prune(config, folder)
+    _tell_summary(folder)
+    said = json.loads((model / "config.json").read_text(encoding="utf-8"))["training"]
+    for when in ("before", "after"):
+        top1 = f", {100 * said[when]['top1']:.2f} % right" if "top1" in said[when] else ""
+        say(
+            f"{when:<6}  {said[when]['macs'] / 1e9:.4f} GMACs, "
+            f"{said[when]['parameters'] / 1e6:.2f} M parameters{top1}"
+        )
+    pruned = BackboneConfig(name=str(model))
+    task = model.with_name("task")
+    parts = {"task": task} if task.exists() else {}
+    given = f" task={_word(task)}" if parts else ""
+    _tell_next(
+        _serve(config.name, pruned, **parts),
+        f"tocom-train evaluate every-rate {_of(pruned)}{given} pictures=TEST_PICTURES",
+        f"tocom-train distill RECIPE {_of(pruned)} pictures=PICTURES",
+    )
+    print(model)
 
 
 def _segment(config: SegmentConfig, folder: Path) -> None:
@@ -188,6 +213,7 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "distill": _distill,
     "elastic": _elastic,
     "finetune": _finetune,
+    "prune": _prune,
     "segment": _segment,
     "evaluate": _evaluate,
     "evaluate-segment": _evaluate_segment,

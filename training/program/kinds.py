@@ -5,6 +5,7 @@ from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.prune.config import PruneConfig
 from training.recipe import Recipe
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
@@ -14,6 +15,7 @@ KINDS: dict[str, type[Recipe]] = {
     "distill": DistillConfig,
     "elastic": ElasticConfig,
     "finetune": FinetuneConfig,
+    "prune": PruneConfig,
     "segment": SegmentConfig,
     "evaluate": EvaluateConfig,
     "evaluate-segment": EvaluateSegmentConfig,
