@@ -75,7 +75,10 @@ class ImageAnswer(BaseModel):
     macs: int = Field(description="multiply-adds of the image, in all its runs")
     macs_ratio: float = Field(description="multiply-adds compared to rate 0")
     timings_ms: Timings
-    batch_size: int = Field(description="images that ran together")
+    batch_size: int = Field(description="images that ran together; 0 if it is `cached`")
+    cached: bool = Field(
+        default=False, description="whether the answer was kept from before, and nothing ran"
+    )
     bank_digest: str | None = Field(
         description="content of the model's bank for the ladder; null without one"
     )

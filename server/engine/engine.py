@@ -24,17 +24,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from server.engine.job import Answer, Job
+from server.engine.job import Answer, Job, decoding_order
 from server.engine.observer import Observer
+from server.engine.places import Places
 from server.engine.pool import UrgentPool
-from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
+from server.engine.scheduler import Batch, Runnable, Scheduler, Work
 from server.engine.threads import set_torch_threads
-from server.errors import (
-    DeadlineError,
-    QueueFullError,
-    ShortDeadlineError,
-    UnavailableError,
-)
+from server.engine.turns import NORMAL
+from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +64,8 @@ class Engine:
         max_wait: float = 0.0,
         slo: float = math.inf,
         decode_threads: int = 2,
+        share: float = 0.0,
+        keep_places: bool = False,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,6 +78,8 @@ class Engine:
                 work-conserving: under load batches fill while their predecessor runs.
             slo: seconds in which answers are wanted, which batches leave room for.
             decode_threads: threads that prepare images.
+            share: of the time that each lower priority keeps while higher ones wait.
+            keep_places: whether some places are kept for high priority.
             observer: is told what happens.
             clock: tells seconds; deadlines are in its time.
         """
@@ -86,15 +87,15 @@ class Engine:
         self.max_wait = max_wait
         self.clock = clock
         self._pool: UrgentPool[Job] = UrgentPool(
-            decode_threads, "decode", self._prepare, urgency, partial(set_torch_threads, 1)
+            decode_threads, "decode", self._prepare, decoding_order, partial(set_torch_threads, 1)
         )
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
-        self._scheduler = Scheduler(max_batch, slo)
+        self._scheduler = Scheduler(max_batch, slo, share)
         self.observer = observer
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._numbers = count()
-        self._taken = 0
+        self._places = Places(max_queue, keep_places)
         self._pace = 0.0
         self._beat = clock()
         self._closed = False
@@ -127,9 +128,9 @@ class Engine:
     def load(self) -> Load:
         """Return what there is to do at this moment."""
         with self._wake:
-            return Load(self._taken, self._scheduler.queued())
+            return Load(self._places.taken, self._scheduler.queued())
 
-    def check_room(self, images: int = 1) -> None:
+    def check_room(self, images: int = 1, priority: int = NORMAL) -> None:
         """Raise what `submit` would raise now, so that a body need not be read in vain.
 
         Raises:
@@ -138,12 +139,7 @@ class Engine:
         """
         if self._closed:
             raise UnavailableError("the server is shutting down")
-        if self._taken + images > self.max_queue:
-            raise QueueFullError(
-                f"{self._taken} of {self.max_queue} places in the queue are taken; "
-                f"{images} would be needed",
-                retry_after=self._taken * self._pace,
-            )
+        self._places.check(images, priority, self._pace)
 
     def submit(
         self,
@@ -151,6 +147,7 @@ class Engine:
         prepare: Callable[[], Tensor],
         deadline: float,
         due: float | None = None,
+        priority: int = NORMAL,
     ) -> Future[Answer]:
         """Take one image.
 
@@ -159,6 +156,7 @@ class Engine:
             prepare: makes the image [3, H, W]; runs in the pool. What it raises, the future raises.
             deadline: when the answer is of no more use, in the time of `clock`.
             due: when it should be there; default: at the deadline. Decides what is urgent.
+            priority: of the image; the higher one goes first, whatever is due.
 
         Returns:
             The answer to come. Cancelling it gives the place free at once; a forward that
@@ -170,7 +168,7 @@ class Engine:
             ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
         """
-        (job,) = self.submit_all(work, [prepare], deadline, due)
+        (job,) = self.submit_all(work, [prepare], deadline, due, priority)
         return job
 
     def submit_all(
@@ -179,6 +177,7 @@ class Engine:
         prepares: list[Callable[[], Tensor]],
         deadline: float,
         due: float | None = None,
+        priority: int = NORMAL,
     ) -> list[Future[Answer]]:
         """Take several images, all or none; each is answered, or fails, by itself.
 
@@ -186,10 +185,10 @@ class Engine:
         that its upload is not kept by it.
         """
         with self._wake:
-            self.check_room(len(prepares))
+            self.check_room(len(prepares), priority)
             now = self.clock()
             due = deadline if due is None else due
-            unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
+            unprepared = self._places.taken + len(prepares) - 1 - len(self._scheduler)
             if now >= deadline:
                 raise DeadlineError("the deadline passed before the images were there")
             late = deadline > due
@@ -200,7 +199,7 @@ class Engine:
                     f"{what} about {alone:.3g} s on this server even when nothing else waits, "
                     f"and {deadline - now:.3g} s are left; allow more time or a higher rate"
                 )
-            wait = self._scheduler.wait(work, due, unprepared, late)
+            wait = self._scheduler.wait(work, due, unprepared, late, priority)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
@@ -209,23 +208,29 @@ class Engine:
                 )
             jobs: list[Future[Answer]] = []
             while prepares:
-                self._taken += 1
+                self._places.take(priority)
                 self._scheduler.arrived(work, now)
-                job = Job(work, prepares.pop(0), deadline, due, next(self._numbers), now)
+                number = next(self._numbers)
+                job = Job(work, prepares.pop(0), deadline, due, number, now, priority)
                 job.add_done_callback(self._leave)
                 self._pool.add(job)
                 jobs.append(job)
         return jobs
 
     def submit_again(
-        self, work: Work, image: Tensor, deadline: float, due: float | None = None
+        self,
+        work: Work,
+        image: Tensor,
+        deadline: float,
+        due: float | None = None,
+        priority: int = NORMAL,
     ) -> Future[Answer]:
         """Take an image that has run already, for other work; being let in, it needs no free place.
 
         Args:
             work: what to do with it this time.
             image: [3, H, W], prepared.
-            deadline, due: as of `submit`, and the same as before.
+            deadline, due, priority: as of `submit`, and the same as before.
 
         Raises:
             DeadlineError: if there is not enough time left for it.
@@ -236,14 +241,14 @@ class Engine:
                 raise UnavailableError("the engine is not running")
             now = self.clock()
             due = deadline if due is None else due
-            wait = self._scheduler.wait(work, due, unprepared=0, late=deadline > due)
+            wait = self._scheduler.wait(work, due, 0, deadline > due, priority)
             if now + wait > deadline:
                 raise DeadlineError(
                     f"another run takes {wait:.3g} s, and {deadline - now:.3g} s are left"
                 )
-            self._taken += 1
+            self._places.take(priority)
             self._scheduler.arrived(work, now)
-            job = Job(work, None, deadline, due, next(self._numbers), now)
+            job = Job(work, None, deadline, due, next(self._numbers), now, priority)
             job.image, job.decode = image, 0.0
             job.add_done_callback(self._leave)
             self._scheduler.add(job)
@@ -283,7 +288,7 @@ class Engine:
     def _leave(self, job: Future[Answer]) -> None:
         assert isinstance(job, Job)
         with self._wake:
-            self._taken -= 1
+            self._places.leave(job.priority)
             self._scheduler.discard(job)
         self._pool.discard(job)
         job.prepare = None

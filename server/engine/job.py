@@ -9,6 +9,10 @@ from torch import Tensor
 
 from server.engine.scheduler import Runnable, Work
 
+#: By its priority, when an image is decoded as if it were due: this much of its time from its
+#: arrival. No priority waits for ever, as it might if another went first always.
+HASTE = (0.25, 1, 4)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -23,6 +27,7 @@ class Answer:
         inference: seconds that its batch ran.
         batch_size: images in that batch.
         before: the answers of the runs before this one, of an image that ran again.
+        cached: whether it was kept from before, and nothing ran.
     """
 
     output: Any
@@ -33,6 +38,7 @@ class Answer:
     inference: float
     batch_size: int
     before: tuple["Answer", ...] = ()
+    cached: bool = False
 
 
 class Job(Future[Answer]):
@@ -54,6 +60,7 @@ class Job(Future[Answer]):
         due: float,
         number: int,
         arrived: float,
+        priority: int,
     ) -> None:
         super().__init__()
         self.work = work
@@ -63,6 +70,7 @@ class Job(Future[Answer]):
         self.due = due
         self.number = number
         self.arrived = arrived
+        self.priority = priority
 
     def fail(self, error: Exception) -> bool:
         """Fail an image that has not begun, unless it was given up; return whether it failed."""
@@ -70,3 +78,8 @@ class Job(Future[Answer]):
             return False
         self.set_exception(error)
         return True
+
+
+def decoding_order(job: Job) -> tuple[float, int]:
+    """Return what images are decoded by, the most urgent first."""
+    return job.arrived + HASTE[job.priority] * (job.due - job.arrived), job.number

@@ -1,4 +1,4 @@
-"""Who is told what happens in an engine."""
+"""What an engine tells of itself while it runs."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -2,8 +2,9 @@
 
 One queue for each kind of work. The one whose head is most urgent, by when it is due, then by
 age, fills the next batch; where the rate is left to the server, its controller chooses one for
-the batch. Knows nothing of threads, and time is an argument: the engine runs it under its lock,
-tests by a simulated clock.
+the batch. Where images differ in priority, those whose turn it is decide, and others ride along.
+Knows nothing of threads, and time is an argument: the engine runs it under its lock, tests by a
+simulated clock.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from server.engine.rates import Controller, Elsewhere
 from server.engine.times import Flow, largest_batch
+from server.engine.turns import NORMAL, Turns
 
 
 class Work(Protocol):
@@ -63,12 +65,13 @@ class Runnable(Work, Protocol):
 
 
 class Waiting(Protocol):
-    """An image that waits: its work, when it arrived, when it is due, its number."""
+    """An image that waits: its work, when it arrived, when it is due, its number and priority."""
 
     work: Work
     arrived: float
     due: float
     number: int
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -89,24 +92,26 @@ class Batch:
 class Scheduler:
     """See the module."""
 
-    def __init__(self, max_batch: int, slo: float = math.inf) -> None:
+    def __init__(self, max_batch: int, slo: float = math.inf, share: float = 0.0) -> None:
         """Begin with nothing to do.
 
         Args:
             max_batch: images in a batch.
             slo: seconds in which answers are wanted; batches of what has more time than that are
                 no longer for it, since others may come meanwhile.
+            share: of the time that each lower priority keeps while higher ones wait.
         """
         self.max_batch = max_batch
         self.slo = slo
         self._queues: dict[Work, list[Any]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
-        self._waiting = 0
+        self._turns = Turns(share)
+        self._waiting: Counter[int] = Counter()  # images, by their priority
 
     def __len__(self) -> int:
         """Return how many images wait."""
-        return self._waiting
+        return self._waiting.total()
 
     def patience(self, now: float) -> float:
         """Return for how many seconds the next batch may wait for more images.
@@ -138,14 +143,14 @@ class Scheduler:
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""
         insort(self._queues.setdefault(job.work, []), job, key=urgency)
-        self._waiting += 1
+        self._waiting[job.priority] += 1
 
     def discard(self, job: Waiting) -> None:
         """Let an image wait no longer, if it does."""
         queue = self._queues.get(job.work, [])
         if job in queue:
             queue.remove(job)
-            self._waiting -= 1
+            self._waiting[job.priority] -= 1
             if not queue:
                 del self._queues[job.work]
 
@@ -153,14 +158,23 @@ class Scheduler:
         """Take the next batch out of its queue; None if nothing waits."""
         if not self._queues:
             return None
-        work, queue = min(self._queues.items(), key=lambda item: urgency(item[1][0]))
+        priorities = [priority for priority, images in self._waiting.items() if images]
+        turn = self._turns.next(priorities)
+        heads = {
+            work: head
+            for work, queue in self._queues.items()
+            if (head := next((job for job in queue if job.priority == turn), None))
+        }
+        work, head = min(heads.items(), key=lambda item: urgency(item[1]))
+        queue = self._queues[work]
+        if len(priorities) > 1:
+            queue = sorted(queue, key=lambda job: (job.priority != turn, job.priority))
         rate, reason = work.rate, "asked"
         if rate is None:
             waiting = [(job.arrived, job.due) for job in queue]
-            elsewhere = self._elsewhere(work, now)
+            elsewhere = self._elsewhere(work, now, turn)
             decision = work.controller.choose(work.low, work.high, waiting, elsewhere, now)
             rate, reason = decision.rate, decision.reason
-        head = queue[0]
         size = largest_batch(
             work.controller.times,
             rate,
@@ -169,15 +183,18 @@ class Scheduler:
             budget=min(self.slo, head.due - head.arrived),
             slack=head.due - now,
         )
-        self._waiting -= size
+        self._turns.ran(turn, work.controller.times.batch(rate, size), priorities)
         batch, rest = queue[:size], queue[size:]
+        self._waiting.subtract(job.priority for job in batch)
         if rest:
-            self._queues[work] = rest
+            self._queues[work] = sorted(rest, key=urgency)
         else:
             del self._queues[work]
         return Batch(work.at(rate), reason, batch)
 
-    def wait(self, work: Work, due: float, unprepared: int, late: bool) -> float:
+    def wait(
+        self, work: Work, due: float, unprepared: int, late: bool, priority: int = NORMAL
+    ) -> float:
         """Return the seconds until one more image could be done, at its cheapest.
 
         Args:
@@ -186,9 +203,10 @@ class Scheduler:
             unprepared: images that were taken and do not wait here, since they are decoded, or
                 run: they count as this one.
             late: whether it is wanted after that, too.
+            priority: the image's; what is of a lower one does not keep it waiting either.
         """
-        own = _due_until(self._queues.get(work, []), due) + unprepared + 1
-        return self._backlog(work, due) + self.alone(work, own, late)
+        own = _ahead(self._queues.get(work, []), due, priority) + unprepared + 1
+        return self._backlog(work, due, priority) + self.alone(work, own, late)
 
     def alone(self, work: Work, images: int, late: bool) -> float:
         """Return the seconds that images take at their cheapest if nothing else waits.
@@ -203,25 +221,27 @@ class Scheduler:
             each = min(each, work.controller.times.image(work.high, min(images, self.max_batch)))
         return images * each
 
-    def _backlog(self, work: Work, due: float) -> float:
-        """Return the seconds that what is due until then takes, the images of `work` left out."""
+    def _backlog(self, work: Work, due: float, priority: int) -> float:
+        """Return the seconds of what goes before an image, the images of `work` left out."""
         total = 0.0
         for other, queue in self._queues.items():
-            if other != work and (images := _due_until(queue, due)):
+            if other != work and (images := _ahead(queue, due, priority)):
                 rate = min(max(other.low, other.controller.need), other.high)
                 total += images * other.controller.seconds(rate, images)
         return total
 
-    def _elsewhere(self, work: Work, now: float) -> Elsewhere:
+    def _elsewhere(self, work: Work, now: float, priority: int) -> Elsewhere:
         load = self._exact.rate(now, work.controller.window())
         for other in self._controllers - {work.controller}:
             load += other.load(other.need, now)
-        return Elsewhere(self._backlog(work, self._queues[work][-1].due), load)
+        return Elsewhere(self._backlog(work, self._queues[work][-1].due, priority), load)
 
 
-def _due_until(queue: Sequence[Waiting], due: float) -> int:
-    """Return how many images of a queue are due no later than `due`."""
-    return bisect_right(queue, due, key=lambda job: job.due)
+def _ahead(queue: Sequence[Waiting], due: float, priority: int) -> int:
+    """Return how many images of a queue go before one: of a higher priority, or due no later."""
+    until = bisect_right(queue, due, key=lambda job: job.due)
+    ahead = sum(job.priority <= priority for job in queue[:until])
+    return ahead + sum(job.priority < priority for job in queue[until:])
 
 
 def urgency(job: Waiting) -> tuple[float, int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from adapters.cascade import Cascade, CascadePoint, margins
 from server.engine.engine import Engine
 from server.engine.job import Answer
+from server.engine.turns import NORMAL
 from server.errors import DeadlineError, ParameterError
 from server.inference.query import CASCADE, RateQuery
 from server.models.cascades import misfit
@@ -101,16 +102,17 @@ def submit_all(
     prepares: list[Callable[[], Tensor]],
     deadline: float,
     due: float | None = None,
+    priority: int = NORMAL,
 ) -> list[Future[Answer]]:
     """Let an engine take images for any work; arguments and errors as of `Engine.submit_all`."""
     if not isinstance(work, CascadeWork):
-        return engine.submit_all(work, prepares, deadline, due)
-    images = [Climbing(engine, work, deadline, due) for _ in prepares]
+        return engine.submit_all(work, prepares, deadline, due, priority)
+    images = [Climbing(engine, work, (deadline, due, priority)) for _ in prepares]
     kept: list[Callable[[], Tensor]] = [
         partial(image.prepare, prepare) for image, prepare in zip(images, prepares, strict=True)
     ]
     prepares.clear()
-    runs = engine.submit_all(work.runs[0], kept, deadline, due)
+    runs = engine.submit_all(work.runs[0], kept, deadline, due, priority)
     for image, run in zip(images, runs, strict=True):
         image.follow(run)
     return list(images)
@@ -123,12 +125,12 @@ class Climbing(Future[Answer]):
     """
 
     def __init__(
-        self, engine: Engine, work: CascadeWork, deadline: float, due: float | None
+        self, engine: Engine, work: CascadeWork, urgency: tuple[float, float | None, int]
     ) -> None:
         super().__init__()
         self._engine = engine
         self._work = work
-        self._times = deadline, due
+        self._urgency = urgency  # deadline, due and priority of all runs
         self._image: Tensor | None = None
         self._done: tuple[Answer, ...] = ()
         # Not beyond its end: two futures that know each other would keep their images.
@@ -171,7 +173,7 @@ class Climbing(Future[Answer]):
             return
         assert self._image is not None
         try:
-            again = self._engine.submit_again(next_run, self._image, *self._times)
+            again = self._engine.submit_again(next_run, self._image, *self._urgency)
         except TocomError:  # no time is left, or the server ends
             self._settle(None, "deadline")
         else:

@@ -1,8 +1,15 @@
 """The parameters of requests that run a model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 AUTO = "auto"
 BUDGET = "budget"
@@ -11,13 +18,17 @@ CASCADE = "cascade"
 #: Of a cascade whose request does not say it.
 AGREEMENT = 0.99
 
+#: Entries of an object in a request. Each entry too many is an error that pydantic describes,
+#: and it describes all of them: millions would take its time and memory.
+MAX_ENTRIES = 32
+
 #: A share of rate 0's multiply-adds, or of images. Which can be had, the model says better than a
 #: description.
 Share = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 
 
 class RateQuery(BaseModel):
-    """Which model a request wants, at which rate and by when; nothing is ignored."""
+    """At which rate a request wants its images run and by when; nothing is ignored."""
 
     # A misspelt rate must not be answered at another one.
     model_config = ConfigDict(extra="forbid")
@@ -57,7 +68,6 @@ class RateQuery(BaseModel):
     deadline_ms: int | None = Field(
         default=None, gt=0, le=600_000, description="milliseconds after which no answer is wanted"
     )
-    model: str | None = Field(default=None, description="model to ask; default: the first")
     compensate: bool = Field(
         default=True, description="make up for the difference of rates with the model's bank"
     )
@@ -75,7 +85,13 @@ class RateQuery(BaseModel):
         return AGREEMENT if self.agreement is None else self.agreement
 
 
-class ClassifyQuery(RateQuery):
+class ModelQuery(RateQuery):
+    """Which model a request wants, too, where its address does not say that."""
+
+    model: str | None = Field(default=None, description="model to ask; default: the first")
+
+
+class ClassifyQuery(ModelQuery):
     """Parameters of a classification."""
 
     top_k: int | None = Field(
@@ -85,9 +101,40 @@ class ClassifyQuery(RateQuery):
     merge_map: bool = Field(default=False, description="also return which patches became one token")
 
 
-class EmbedQuery(RateQuery):
+class EmbedQuery(ModelQuery):
     """Parameters of a request for features."""
 
     normalize: bool = Field(
         default=False, description="scale to length 1: a dot product is the cosine then"
     )
+
+
+class Entry(BaseModel):
+    """An object in the JSON of a request; nothing in it is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_endless(cls, entry: Any) -> Any:
+        if isinstance(entry, dict) and len(entry) > MAX_ENTRIES:
+            raise ValueError(f"an object may have {MAX_ENTRIES} entries")
+        return entry
+
+
+class JsonRateQuery(Entry, RateQuery):
+    """The same parameters in JSON, where a rate may be a number."""
+
+    rate: str = Field(
+        default="0",
+        description="as for /v1/classify, a number or a string",
+        json_schema_extra={"type": ["string", "integer"]},
+        examples=[8, "auto"],
+    )
+
+    @field_validator("rate", mode="before")
+    @classmethod
+    def _as_text(cls, rate: Any) -> Any:
+        if isinstance(rate, float):
+            return f"{rate:g}"  # some clients have no other numbers: 8.0 is 8
+        return str(rate) if type(rate) is int else rate

@@ -22,7 +22,8 @@ class Ran:
         macs: multiply-adds of all its runs.
         macs_ratio: the same, compared to rate 0.
         bank_digest: of the model's bank; None without one.
-        batch_size: images that ran together, at `rate`.
+        batch_size: images that ran together, at `rate`; 0 if it was kept from before.
+        cached: whether it was.
         decode_ms, queue_ms, inference_ms: what the image waited for, in milliseconds.
     """
 
@@ -36,6 +37,7 @@ class Ran:
     macs_ratio: float
     bank_digest: str | None
     batch_size: int
+    cached: bool
     decode_ms: float
     queue_ms: float
     inference_ms: float
@@ -57,6 +59,7 @@ class Ran:
             macs_ratio=round(sum(map(work.model.share, rates)), 4),
             bank_digest=work.model.bank_digest,
             batch_size=answer.batch_size,
+            cached=answer.cached,
             decode_ms=milliseconds(answer.decode),
             queue_ms=milliseconds(answer.queue),
             inference_ms=milliseconds(answer.inference),
@@ -65,7 +68,7 @@ class Ran:
     @property
     def notes(self) -> dict[str, Any]:
         """What logs, headers, metrics and traces say of it."""
-        return {
+        notes = {
             "model": self.model.name,
             "ladder": self.model.ladder.name,
             "rate": self.rate,
@@ -77,6 +80,7 @@ class Ran:
             "queue_ms": self.queue_ms,
             "inference_ms": self.inference_ms,
         }
+        return notes | ({"cached": True} if self.cached else {})
 
 
 def milliseconds(seconds: float) -> float:

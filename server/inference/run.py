@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.engine.engine import Engine
 from server.engine.job import Answer
+from server.engine.turns import NORMAL
 from server.errors import DeadlineError, ParameterError, ShortDeadlineError
 from server.inference.cascade import CascadeWork, Climbing, cascade_work, submit_all
 from server.inference.query import AUTO, BUDGET, CASCADE, RateQuery
@@ -139,6 +140,7 @@ async def answer_all(
     work: AnyWork,
     preparations: list[Callable[[], Tensor]],
     deadline: Deadline,
+    priority: int = NORMAL,
 ) -> list[Answer | TocomError]:
     """Run the images of a request; each is answered, or fails, by itself.
 
@@ -148,6 +150,7 @@ async def answer_all(
         work: what to do with each.
         preparations: makes each image; taken out of the list, so that uploads are freed early.
         deadline: of all.
+        priority: of all.
 
     Raises:
         QueueFullError, UnavailableError: if not all of them were taken; none is run then.
@@ -155,7 +158,7 @@ async def answer_all(
         ClientDisconnect: if nobody waits for them any more.
     """
     try:
-        futures = submit_all(engine, work, preparations, deadline.at, deadline.due)
+        futures = submit_all(engine, work, preparations, deadline.at, deadline.due, priority)
     except ShortDeadlineError as error:
         error.args = (f"{error} (the deadline was {deadline.wanted_ms} ms)",)
         raise

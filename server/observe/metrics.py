@@ -106,6 +106,7 @@ class Metrics:
         self._missed = counter("deadline_missed", "Images whose deadline passed.", ["stage"])
         self._failed = counter("failed", "Images that could not be answered.", ["stage"])
         self._cancelled = counter("cancelled", "Images that their client gave up.")
+        self._lookups = counter("cache_lookups", "Images looked up in the cache.", ["result"])
         self._swaps = counter("swaps", "Changes of a model's bank.", ["result"])
         self._begin_at_zero()
 
@@ -118,6 +119,8 @@ class Metrics:
             self._stages.labels(stage)
         for reason in ("quality", "deadline", "backlog", "load", "cooling"):
             self._decisions.labels(reason)
+        for result in ("hit", "miss"):
+            self._lookups.labels(result)
         for result in ("ok", "failed"):
             self._swaps.labels(result)
         for model in self._models.all():
@@ -198,6 +201,11 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count a request that was refused; `reason` is one of a few."""
         self._rejected.labels(reason).inc()
+
+    def looked_up(self, hits: int, misses: int) -> None:
+        """Count images whose answers were looked up in the cache."""
+        self._lookups.labels("hit").inc(hits)
+        self._lookups.labels("miss").inc(misses)
 
     def swapped(self, result: str) -> None:
         """Count a change of a model's bank: `ok` or `failed`."""

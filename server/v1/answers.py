@@ -112,6 +112,7 @@ def _common(ran: Ran, query: RateQuery, seconds: float, request_id: str) -> dict
             total=milliseconds(seconds),
         ),
         "batch_size": ran.batch_size,
+        "cached": ran.cached,
         "bank_digest": ran.bank_digest,
         "request_id": request_id,
     }

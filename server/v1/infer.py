@@ -1,26 +1,23 @@
 """Classes and features of images, over HTTP."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
-from torch import Tensor
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
-from server.inference.ran import Ran
-from server.inference.run import Deadline, answer_all, noted, top_k, work_for
-from server.models.pictures import prepare
+from server.inference.run import Deadline, top_k
 from server.models.served import ServedModel
-from server.observe.notes import INFERENCE, note
+from server.observe.notes import INFERENCE
 from server.schemas import Classification, Classifications, Embedding, Embeddings, Problem
 from server.v1 import answers, uploads
-from server.web.access import charge
+from server.v1.running import asked_for, run
 from server.web.body import in_time
 from server.web.problems import described, problem_of
 from server.web.serving import Serving, ServingDep
+from tocom import TocomError
 
 Described = TypeVar("Described", bound=BaseModel)
 
@@ -104,22 +101,13 @@ async def _ask(
     """
     settings, engine = serving.settings, serving.engine
     deadline = Deadline(engine, query.deadline_ms, settings)
-    work = work_for(model, query, settings, trace)
-    note(request, **noted(work))
+    work = asked_for(request, serving, model, query, trace)
     engine.check_room()  # before the body is read: what cannot be taken need not be sent
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)
-    charge(request, len(upload.images) - 1)
-    preparations: list[Callable[[], Tensor]] = [
-        partial(prepare, image, model, settings) for image in upload.images
-    ]
-    upload.images.clear()  # the bytes of an image are free once it is decoded
-    outcomes = await answer_all(request, engine, work, preparations, deadline)
-    first = outcomes[0]
-    if isinstance(first, Answer):
-        note(request, **Ran.of(first).notes)
-    elif upload.single:
-        raise first
+    outcomes = await run(request, serving, work, upload.images, deadline)
+    if upload.single and isinstance(outcomes[0], TocomError):
+        raise outcomes[0]
     told = [
         describe(outcome, deadline.spent)
         if isinstance(outcome, Answer)

@@ -35,7 +35,7 @@ from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.v1 import uploads
 from server.web import multipart
-from server.web.access import charge_when_allowed
+from server.web.access import charge_when_allowed, priority_of
 from server.web.ahead import Ahead
 from server.web.body import FORM, content_type
 from server.web.multipart import File
@@ -229,12 +229,14 @@ class Stream:
             await self._fewer.wait()
 
     async def _submit(self, data: bytes) -> Future[Answer]:
-        engine = self._serving.engine
+        engine, priority = self._serving.engine, priority_of(self._request)
         preparation = partial(prepare, data, self._model, self._serving.settings)
         while True:
             try:
                 engine.check_room(1 + engine.max_queue // 2)
-                (image,) = submit_all(engine, self._work, [preparation], self._deadline)
+                (image,) = submit_all(
+                    engine, self._work, [preparation], self._deadline, priority=priority
+                )
                 return image
             except (QueueFullError, DeadlineError):
                 pass  # whether the deadline has passed, the timer tells

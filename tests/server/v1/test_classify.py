@@ -206,7 +206,7 @@ def silent(settings, monkeypatch):
     app = create_app(settings)
     engine, app.state.futures = app.state.serving.engine, []
 
-    def submit_all(work, prepares, deadline, due):
+    def submit_all(work, prepares, deadline, due, priority):
         app.state.futures += [Future() for _ in prepares]
         return app.state.futures
 
