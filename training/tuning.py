@@ -152,11 +152,12 @@ class Finetuning:
         if self.mixing and not self.many:  # smooths the labels itself
             images, labels = self.mixing(images, labels)
             smoothing = 0.0
+        more: Tensor | float = 0.0
         if self.lesson is not None:
             answer = self.module(images)
             logits, more = answer.logits, self.lesson(answer, images)
         else:
-            logits, more = self.module(images, self._rung(micro)), 0.0
+            logits = self.module(images, self._rung(micro))
         if self.many:
             # A part of a set may lack the last classes.
             labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
