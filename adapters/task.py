@@ -248,9 +248,8 @@ def tensor_shapes(info: TaskInfo) -> dict[str, tuple[int, ...]]:
         shapes["adaptformer.down"] = (geometry.depth, rank, geometry.width)
         shapes["adaptformer.up"] = (geometry.depth, geometry.width, rank)
     for layer in info.layers:
-        inputs, outputs = geometry.channels(layer.rpartition(".")[2])
-        outputs *= 3 if layer == "attn.qkv" else 1
         for i in range(geometry.depth):
+            inputs, outputs = geometry.channels(layer.rpartition(".")[2], i)
             shapes[f"lora.blocks.{i}.{layer}.A"] = (rank, inputs)
             shapes[f"lora.blocks.{i}.{layer}.B"] = (outputs, rank)
     ladder = ladder_of(info.ladder, geometry.depth)

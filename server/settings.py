@@ -65,6 +65,11 @@ class ModelSettings(BaseModel):
         "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
         "bank's; without a bank the one that the model was tuned on, mostly `tome`",
     )
+    cascade: str | None = Field(
+        default=None,
+        description="a cascade.json, its folder or bundled:NAME, for rate=cascade; default: that "
+        "in the folder of the task or else of the backbone, if there is one",
+    )
 
 
 BUNDLED_MODEL = ModelSettings(

@@ -34,6 +34,7 @@ from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.presets import read_recipe
+from training.prune.config import PruneConfig
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
@@ -42,6 +43,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = {
     "distill": DistillConfig,
     "finetune": FinetuneConfig,
+    "prune": PruneConfig,
     "evaluate": EvaluateConfig,
     "calibrate": CalibrateConfig,
     "vtab": VtabConfig,

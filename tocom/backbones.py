@@ -22,8 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tocom.adapter import Adapter
-from tocom.errors import BackboneError, ReductionError
+from tocom.errors import BackboneError, ReductionError, UnsupportedModelError
 from tocom.ladder import TOME, Ladder
+from tocom.pruned import Channels, narrow
 from tocom.reduction import ReductionWeights, method_of
 from tocom.supported import check_supported
 
@@ -189,7 +190,12 @@ def weights_digest(
 
 def _load_folder(folder: Path, name: str) -> VisionTransformer:
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        pruned = _pruned(folder)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=pruned is None)
+        if pruned is not None:
+            check_supported(model, name)
+            narrow(model, Channels.read(pruned, model))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         if (folder / "task.json").exists():
             raise BackboneError(
@@ -198,6 +204,10 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
         raise BackboneError(
             f"{name}: a model folder holds timm's config.json and model.safetensors; {error}"
         ) from error
+    except UnsupportedModelError:
+        raise
+    except BackboneError as error:
+        raise BackboneError(f"{name}: {error}") from error
     except Exception as error:  # timm raises whatever a wrong config.json leads it to
         raise BackboneError(
             f"{name}: cannot be loaded ({type(error).__name__}: {error})"
@@ -208,6 +218,12 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
             f"{name}: config.json declares {declared} classes, its model_args {model.num_classes}"
         )
     return model
+
+
+def _pruned(folder: Path) -> Any:
+    """Return what the folder of a pruned model says of its channels, which timm does not know."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("pruned") if path.exists() else None
 
 
 def _origin(folder: Path) -> dict[str, Any]:

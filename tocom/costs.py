@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tocom.ladder import TOME, Ladder, Plan
-from tocom.reduction import Method, Place
+from tocom.pruned import widths
+from tocom.reduction import Heads, Method, Place
 from tocom.schedule import Rate
 
 
@@ -78,14 +79,16 @@ def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int, 
 
     Both with the prefix tokens, of which there are `prefix`.
     """
-    attention, width = block.attn, block.attn.proj.in_features
+    attention, width = block.attn, block.attn.proj.out_features
+    queries, _, values = widths(attention.qkv)
     place = None if method is None else method.place
     seen = leaving if place is Place.INPUT else tokens
     answered = leaving if place is Place.ATTENTION else seen
     macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
-    macs += 2 * seen * answered * width + leaving * linear_macs(block.mlp)
+    macs += (queries + values) * seen * answered + leaving * linear_macs(block.mlp)
     if method is not None:
-        macs += method.macs(tokens, leaving, width, attention.num_heads)
+        heads = Heads(attention.num_heads, queries // attention.num_heads)
+        macs += method.macs(tokens, leaving, width, heads)
         macs += method.learned_macs(tokens - prefix, leaving - prefix, width)
     return macs
 

@@ -27,6 +27,7 @@ from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
 from tocom.backbones import REDUCTION
+from tocom.pruned import Channels
 from tocom.reduction import DynamicViT
 from tocom.vit import embed, outputs
 from training import loop
@@ -257,6 +258,8 @@ def save_model(backbone: Backbone, said: dict[str, Any], folder: Path) -> None:
 
     What a method has learned lies beside the model.
     """
+    if (channels := Channels.of(backbone.model)) is not None:
+        said |= {"pruned": channels.said}
     with new_folder(folder, TrainingError) as beside:
         save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
         if backbone.learned is not None:

@@ -19,12 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from server.engine.job import Answer, Job
+from server.engine.observer import Observer
 from server.engine.pool import UrgentPool
 from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
 from server.engine.threads import set_torch_threads
@@ -54,32 +55,6 @@ class Load:
 
     taken: int
     queued: Mapping[Work, int]
-
-
-class Observer(Protocol):
-    """Is told what happens, from the engine's threads: it must be quick and never raise."""
-
-    def decoded(self, work: Work, seconds: float) -> None:
-        """Take note of an image that was prepared."""
-        ...
-
-    def ran(
-        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
-    ) -> None:
-        """Take note of a batch, and of the seconds that each of its images had waited."""
-        ...
-
-    def failed(self, work: Work, stage: str) -> None:
-        """Take note of an image whose `decode` or `inference` raised."""
-        ...
-
-    def missed(self, work: Work, stage: str) -> None:
-        """Take note of an image that is late: before `decode`, in `queue`, after `inference`."""
-        ...
-
-    def cancelled(self, work: Work) -> None:
-        """Take note of an image that was given up."""
-        ...
 
 
 class Engine:
@@ -116,7 +91,7 @@ class Engine:
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
         self._scheduler = Scheduler(max_batch, slo)
-        self._observer = observer
+        self.observer = observer
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._numbers = count()
         self._taken = 0
@@ -242,6 +217,39 @@ class Engine:
                 jobs.append(job)
         return jobs
 
+    def submit_again(
+        self, work: Work, image: Tensor, deadline: float, due: float | None = None
+    ) -> Future[Answer]:
+        """Take an image that has run already, for other work; being let in, it needs no free place.
+
+        Args:
+            work: what to do with it this time.
+            image: [3, H, W], prepared.
+            deadline, due: as of `submit`, and the same as before.
+
+        Raises:
+            DeadlineError: if there is not enough time left for it.
+            UnavailableError: if the engine has stopped.
+        """
+        with self._wake:
+            if self._drained and threading.current_thread() is not self._worker:
+                raise UnavailableError("the engine is not running")
+            now = self.clock()
+            due = deadline if due is None else due
+            wait = self._scheduler.wait(work, due, unprepared=0, late=deadline > due)
+            if now + wait > deadline:
+                raise DeadlineError(
+                    f"another run takes {wait:.3g} s, and {deadline - now:.3g} s are left"
+                )
+            self._taken += 1
+            self._scheduler.arrived(work, now)
+            job = Job(work, None, deadline, due, next(self._numbers), now)
+            job.image, job.decode = image, 0.0
+            job.add_done_callback(self._leave)
+            self._scheduler.add(job)
+            self._wake.notify()
+        return job
+
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the worker, between two batches, as a forward would run there."""
         future: Future[T] = Future()
@@ -260,12 +268,12 @@ class Engine:
         try:
             job.image = prepare()
         except Exception as error:
-            if job.fail(error) and self._observer:
-                self._observer.failed(job.work, "decode")
+            if job.fail(error) and self.observer:
+                self.observer.failed(job.work, "decode")
             return
         job.decode = self.clock() - started
-        if self._observer:
-            self._observer.decoded(job.work, job.decode)
+        if self.observer:
+            self.observer.decoded(job.work, job.decode)
         with self._wake:
             # Whoever cancels from here on takes the job out of its queue again.
             if not job.done():
@@ -279,11 +287,11 @@ class Engine:
             self._scheduler.discard(job)
         self._pool.discard(job)
         job.prepare = None
-        if job.cancelled() and self._observer:
+        if job.cancelled() and self.observer:
             if self.clock() < job.deadline:
-                self._observer.cancelled(job.work)
+                self.observer.cancelled(job.work)
             else:  # whoever waits for an answer gives it up when its time is over
-                self._observer.missed(job.work, "queue")
+                self.observer.missed(job.work, "queue")
 
     def _loop(self) -> None:
         set_torch_threads(1)  # work takes more where it has use for them
@@ -349,8 +357,8 @@ class Engine:
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].set_exception(error)
-                if self._observer:
-                    self._observer.failed(work, "inference")
+                if self.observer:
+                    self.observer.failed(work, "inference")
                 return
             logger.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
             for job in jobs:
@@ -373,17 +381,17 @@ class Engine:
                     batch_size=len(jobs),
                 )
             )
-        if self._observer:
-            self._observer.ran(work, reason, len(jobs), spent, queued)
+        if self.observer:
+            self.observer.ran(work, reason, len(jobs), spent, queued)
             for job in jobs:
                 if started + spent > job.deadline:
-                    self._observer.missed(work, "inference")
+                    self.observer.missed(work, "inference")
 
     def _expire(self, job: Job, stage: str) -> bool:
         """Fail a job that has not begun and is past its deadline; whether it was."""
         if self.clock() < job.deadline:
             return False
         error = DeadlineError("the deadline passed before inference began")
-        if job.fail(error) and self._observer:
-            self._observer.missed(job.work, stage)
+        if job.fail(error) and self.observer:
+            self.observer.missed(job.work, stage)
         return True

@@ -22,6 +22,7 @@ class Answer:
         queue: seconds that it waited, for the pool and for its batch.
         inference: seconds that its batch ran.
         batch_size: images in that batch.
+        before: the answers of the runs before this one, of an image that ran again.
     """
 
     output: Any
@@ -31,6 +32,7 @@ class Answer:
     queue: float
     inference: float
     batch_size: int
+    before: tuple["Answer", ...] = ()
 
 
 class Job(Future[Answer]):
@@ -47,7 +49,7 @@ class Job(Future[Answer]):
     def __init__(
         self,
         work: Work,
-        prepare: Callable[[], Tensor],
+        prepare: Callable[[], Tensor] | None,
         deadline: float,
         due: float,
         number: int,
@@ -56,7 +58,7 @@ class Job(Future[Answer]):
         super().__init__()
         self.work = work
         # None once it runs, or is given up: it may hold a whole upload.
-        self.prepare: Callable[[], Tensor] | None = prepare
+        self.prepare = prepare
         self.deadline = deadline
         self.due = due
         self.number = number

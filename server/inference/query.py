@@ -6,8 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 AUTO = "auto"
 BUDGET = "budget"
+CASCADE = "cascade"
 
-#: A share of rate 0's multiply-adds. Which can be had, the model says better than a description.
+#: Of a cascade whose request does not say it.
+AGREEMENT = 0.99
+
+#: A share of rate 0's multiply-adds, or of images. Which can be had, the model says better than a
+#: description.
 Share = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
 
 
@@ -21,14 +26,21 @@ class RateQuery(BaseModel):
         default="0",
         description="tokens merged per block, a whole number from 0 (the stock model) to the "
         "model's `max_rate`; higher is cheaper. `auto`: the server chooses the lowest that keeps "
-        "the deadline",
+        "the deadline. `cascade`: the image does, which runs at a high rate and again at a lower "
+        "one if that answer is not sure",
         examples=["8"],
     )
     budget: Share | None = Field(
         default=None,
         description="in place of `rate`: the lowest rate that takes at most this share of the "
-        "multiply-adds of rate 0",
+        "multiply-adds of rate 0; with `rate=cascade` the mean share of many images",
         examples=[0.75],
+    )
+    agreement: Share | None = Field(
+        default=None,
+        description="of `rate=cascade`: the share of images to be answered as at rate 0; default: "
+        f"{AGREEMENT:g}",
+        examples=[0.97],
     )
     ladder: str | None = Field(
         default=None,
@@ -52,8 +64,15 @@ class RateQuery(BaseModel):
 
     @property
     def asked(self) -> str:
-        """What was asked for: a rate, `auto` or `budget`."""
-        return self.rate if self.budget is None else BUDGET
+        """What was asked for: a rate, `auto`, `cascade` or `budget`."""
+        return BUDGET if self.budget is not None and self.rate != CASCADE else self.rate
+
+    @property
+    def asked_agreement(self) -> float | None:
+        """The agreement that a cascade is to have; None: it has a budget, or it is none."""
+        if self.rate != CASCADE or self.budget is not None:
+            return None
+        return AGREEMENT if self.agreement is None else self.agreement
 
 
 class ClassifyQuery(RateQuery):

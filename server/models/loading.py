@@ -13,6 +13,7 @@ from adapters.schema import first_fault
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
+from server.models.cascades import check_cascade, open_cascade
 from server.models.graphs import Graphs
 from server.models.ladders import are_same, open_ladders
 from server.models.served import ServedModel
@@ -108,6 +109,7 @@ def load_model(
         )
     transform = create_transform(**backbone.data_config, is_training=False)
     evaluation = _evaluation(settings.name, backbone)
+    cascade = open_cascade(settings)
     first, *others = (
         ServedModel(
             name=settings.name,
@@ -122,10 +124,13 @@ def load_model(
             evaluation=evaluation,
             ladder=each.ladder,
             evidence=each.evidence,
+            cascade=cascade,
         )
         for each in opened
     )
-    return replace(first, others=tuple(others)).with_bank(bank)
+    model = replace(first, others=tuple(others)).with_bank(bank)
+    check_cascade(model, settings)
+    return model
 
 
 def _controller(backbone: Backbone, ladder: Ladder, max_batch: int, slo: float) -> Controller:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
+from adapters.cascade import Cascade
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
@@ -48,6 +49,7 @@ class ServedModel:
         task: the task that was put on the backbone, if any.
         ladder: what its rates mean.
         evidence: what was measured of the ladder, as its file tells it.
+        cascade: how its images decide their own compute, if that was calibrated.
         others: the same model on its other ladders; the handle of the default one has them.
 
     Raises:
@@ -66,6 +68,7 @@ class ServedModel:
     task: TaskInfo | None = None
     ladder: Ladder = TOME
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    cascade: Cascade | None = None
     others: tuple["ServedModel", ...] = ()
     _made: dict[int, AnyDelta] = field(init=False, default_factory=dict, repr=False)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)

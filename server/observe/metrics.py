@@ -86,6 +86,12 @@ class Metrics:
             buckets=RATES,
         )
         self._decisions = counter("rate_decisions", "Batches with rate=auto.", ["reason"])
+        self._cascades = counter(
+            "cascade_images",
+            "Images answered by a cascade, by the rate of their last run and why it was that.",
+            [*LABELS, "reason"],
+        )
+        self._runs = counter("cascade_runs", "Runs of images of cascades.", LABELS)
         self._queued = seconds("queue_duration_seconds", "What an image waited for its batch.")
         self._stages = seconds(
             "stage_duration_seconds", "Decoding of an image, inference of a batch.", ["stage"]
@@ -142,6 +148,14 @@ class Metrics:
             for _ in range(images):
                 self._auto.labels(*model).observe(work.rate)
 
+    def passed(self, works: Sequence[Runnable], reason: str) -> None:
+        """Count an image that a cascade has answered, and its runs."""
+        for work in works:
+            assert isinstance(work, RateWork)
+            run = work.model.name, work.model.ladder.name, work.rate
+            self._runs.labels(*run).inc()
+        self._cascades.labels(*run, reason).inc()
+
     def failed(self, work: Work, stage: str) -> None:
         """Count an image whose decoding or inference raised."""
         self._failed.labels(stage).inc()
@@ -175,7 +189,7 @@ class Metrics:
         highest = {(each.name, each.ladder.name): each.max_rate for each in handles}
         if model is None or ladder is None or (model, ladder) not in highest:
             model, ladder, rate = "", "", ""
-        elif str(rate) not in {"auto", *map(str, range(highest[model, ladder] + 1))}:
+        elif str(rate) not in {"auto", "cascade", *map(str, range(highest[model, ladder] + 1))}:
             rate = ""
         self._requests.labels(model, ladder, rate, code).inc()
         if seconds is not None:

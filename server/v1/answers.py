@@ -11,9 +11,11 @@ from adapters.ladder import digest
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran, milliseconds
+from server.models.cascades import misfit
 from server.models.served import ServedModel
 from server.schemas import (
     BankSummary,
+    CascadeSummary,
     Classification,
     Embedding,
     LadderSummary,
@@ -94,12 +96,14 @@ def _common(ran: Ran, query: RateQuery, seconds: float, request_id: str) -> dict
         "method": ran.model.ladder.method.name,
         "asked_rate": query.asked,
         "asked_budget": query.budget,
+        "asked_agreement": query.asked_agreement,
         "rate": ran.rate,
+        "rates": ran.rates,
         "reason": ran.reason,
         "source_rate": ran.model.source,
         "compensate": ran.compensate,
         "tokens": Tokens(input=plan.tokens_in, blocks=list(plan.tokens), final=plan.tokens[-1]),
-        "macs": ran.cost.macs,
+        "macs": ran.macs,
         "macs_ratio": ran.macs_ratio,
         "timings_ms": Timings(
             decode=ran.decode_ms,
@@ -157,7 +161,17 @@ def _ladder(model: ServedModel) -> LadderSummary:
             )
             for rate, cost in enumerate(model.costs)
         ],
+        cascade=_cascade(model),
     )
+
+
+def _cascade(model: ServedModel) -> list[CascadeSummary]:
+    if model.cascade is None or misfit(model) is not None:
+        return []
+    return [
+        CascadeSummary(rates=list(each.rates), agreement=each.agreement, share=each.share)
+        for each in model.cascade.points
+    ]
 
 
 def _measured(evidence: Mapping[str, Any]) -> dict[int, dict[str, float]]:

@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect
 
 from adapters.schema import first_fault
 from server.engine.job import Answer
-from server.engine.scheduler import Work
 from server.errors import (
     DeadlineError,
     ParameterError,
@@ -30,6 +29,8 @@ from server.errors import (
     UnsupportedTypeError,
     UploadTimeoutError,
 )
+from server.inference.cascade import submit_all
+from server.inference.run import AnyWork
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.v1 import uploads
@@ -93,7 +94,7 @@ class Stream:
     """
 
     def __init__(
-        self, request: Request, serving: Serving, model: ServedModel, work: Work, deadline: float
+        self, request: Request, serving: Serving, model: ServedModel, work: AnyWork, deadline: float
     ) -> None:
         """Describe a stream; nothing is read yet.
 
@@ -233,7 +234,8 @@ class Stream:
         while True:
             try:
                 engine.check_room(1 + engine.max_queue // 2)
-                return engine.submit(self._work, preparation, self._deadline)
+                (image,) = submit_all(engine, self._work, [preparation], self._deadline)
+                return image
             except (QueueFullError, DeadlineError):
                 pass  # whether the deadline has passed, the timer tells
             except ShortDeadlineError:

@@ -305,8 +305,9 @@ def test_photographs_that_cannot_be_classified_do_not_stop_the_others(
     [
         (
             ["--rate", "auto"],
-            "rate auto needs a server, whose load it goes by; here it is a whole n",
+            "rate auto needs a server; here it is a whole number from 0 to 5",
         ),
+        (["--rate", "cascade"], "rate cascade needs a server"),
         (["--rate", "6"], "runs at the rates 0 to 5"),
         (["--top-k", "11"], "top_k must be in 1..10"),
         (["--top-k", "0"], "top_k must be in 1..10"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tocom.precision import unrounded
-from tocom.reduction.protocol import Chosen, Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Chosen, Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 
 
@@ -35,9 +35,9 @@ class TopK(Method):
         left = Tokens(take(tokens.x, kept.rows))
         return left, kept.fate(tokens.x.shape[1]) if cut.trace else None
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of one row of attention."""
-        return tokens * width
+        return tokens * heads.channels
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class EViT(Method):
         into = fate.into.masked_fill(fate.into < 0, cut.leaving - 1)
         return left, Fate(into, fate.margin, dense=fate.into)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of one row of attention, and of a sum over all tokens, where those kept weigh 0."""
-        return 2 * tokens * width
+        return tokens * (heads.channels + width)
 
 
 def fuse(x: Tensor, attention: Tensor, kept: Tensor) -> Tensor:

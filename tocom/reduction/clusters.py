@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tocom.precision import unrounded
 from tocom.reduction.options import check_flag, check_one_of, check_whole
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 
 UPDATES = ("textbook", "reference")
@@ -59,9 +59,9 @@ class KMedoids(Method):
         kept = x[:, prefix:].gather(1, medoids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         return joined(x, kept, cluster, cut)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the attention that is received and of the distances."""
-        return 2 * tokens**2 * width
+        return tokens**2 * (heads.channels + width)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DPCKNN(Method):
         """Of the linear layer."""
         return patches * width if self.weighted else 0
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the distances."""
         return tokens**2 * width
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tocom.reduction.options import check_flag, check_one_of
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 Grid = tuple[int, int]
 
@@ -46,7 +46,7 @@ class OnGrid(Method):
             )
         return super().refuse(model)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """None: tokens are dropped or become means."""
         return 0
 

@@ -25,7 +25,7 @@ from tocom.precision import unrounded
 from tocom.reduction.attentive import most_of, take
 from tocom.reduction.clusters import joined
 from tocom.reduction.options import check_above_zero, check_flag, check_whole
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 Weights = Mapping[str, Tensor]
 
@@ -37,7 +37,7 @@ class Learned(Method):
     unit: ClassVar = Unit.KEPT
     learns: ClassVar = True
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """None beside what is learned."""
         return 0
 

@@ -101,6 +101,18 @@ class Cut(NamedTuple):
     learned: Mapping[str, Tensor] | None = None  # what a method that learns knows for the block
 
 
+class Heads(NamedTuple):
+    """The heads of a block's attention."""
+
+    number: int
+    width: int  # channels of a query and of a key
+
+    @property
+    def channels(self) -> int:
+        """Of the queries of all heads."""
+        return self.number * self.width
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What the attention of a block saw, from which methods score tokens.
@@ -248,12 +260,12 @@ class Method(ABC):
         return 0
 
     @abstractmethod
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Return the multiply-adds of reducing itself, per image.
 
         Args:
             tokens: N, prefix tokens included.
             leaving: M, prefix tokens included.
             width: D.
-            heads: H.
+            heads: of the block's attention.
         """
