@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from timm.models import save_for_hf
 
+from tests.tocom.reduction.learning import drawn_weights
 from tests.tocom_models import pictures, small_model
 from tocom import (
     BackboneError,
@@ -114,7 +115,9 @@ def test_every_method_runs_and_is_costed(name):
     method = method_of(name)
     depth, patches = len(model.blocks), model.patch_embed.num_patches
     ladder = Ladder(name, method, ((0,) * depth, method.amounts(0.4, depth, patches)), patches)
-    assert forward(model, pictures(model), 1, ladder=ladder).isfinite().all()
+    learned = drawn_weights(ladder, model)
+    answer = forward(model, pictures(model), 1, ladder=ladder, learned=learned)
+    assert answer.isfinite().all()
     assert 0 < cost(model, 1, ladder=ladder).macs < cost(small_model(), 1, ladder=ladder).macs
 
 

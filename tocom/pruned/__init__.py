@@ -142,9 +142,12 @@ def widths(layer: nn.Linear) -> tuple[int, int, int]:
 def split(attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q [B, H, N, d], k [B, H, N, d] and v [B, H, N, e] of `qkv` [B, N, H (2 d + e)]."""
     pruned = isinstance(attention, PrunedAttention)  # whose layer PEFT may have wrapped
-    parts = torch.split(qkv, list(attention.widths if pruned else widths(attention.qkv)), dim=-1)
-    batch, tokens, _ = qkv.shape
-    q, k, v = (x.reshape(batch, tokens, attention.num_heads, -1).transpose(1, 2) for x in parts)
+    channels = list(attention.widths if pruned else widths(attention.qkv))
+    heads = attention.num_heads
+    q, k, v = (
+        part.reshape(*part.shape[:-1], heads, part.shape[-1] // heads).transpose(1, 2)
+        for part in torch.split(qkv, channels, dim=-1)
+    )
     return q, k, v
 
 
