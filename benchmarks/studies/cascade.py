@@ -10,6 +10,7 @@ The bundled model with its bank. All pictures run at all rungs once; what each p
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, unless only the plot is wanted, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pictures", nargs="?", help="a .tar or a folder of pictures")
     parser.add_argument("--limit", type=int, help="so many pictures (default: all)")
     parser.add_argument("--plot", action="store_true", help="draw what was measured before")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.plot:
         if arguments.pictures is None:
             parser.error("PICTURES are needed, or --plot")

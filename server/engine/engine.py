@@ -218,12 +218,7 @@ class Engine:
         return jobs
 
     def submit_again(
-        self,
-        work: Work,
-        image: Tensor,
-        deadline: float,
-        due: float | None = None,
-        priority: int = NORMAL,
+        self, work: Work, image: Tensor, deadline: float, due: float | None, priority: int
     ) -> Future[Answer]:
         """Take an image that has run already, for other work; being let in, it needs no free place.
 

@@ -42,6 +42,7 @@ def test_the_interface_is_described(client):
     assert set(asked) == {
         "rate",
         "budget",
+        "agreement",
         "ladder",
         "min_rate",
         "max_rate",

@@ -165,7 +165,7 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         (["--model", "=x"], "--model =x: expected NAME=BACKBONE"),
         (
             ["--model", "a=x,bnak=y"],
-            "with one of task, bank, architecture, source, ladder, got 'bnak=y'",
+            "with one of task, bank, architecture, source, ladder, cascade, got 'bnak=y'",
         ),
         (["--model", "a=x,bank="], "expected KEY=VALUE"),
         (

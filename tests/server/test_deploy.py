@@ -51,6 +51,7 @@ def series(app):
     metrics.answered(model.name, model.ladder.name, 0, 200, 0.1)
     metrics.ran(model.at(0, True), "quality", 1, 0.1, [0])
     metrics.rejected("queue_full")
+    metrics.passed([model.at(0, True)], "sure")
     text = generate_latest(metrics.registry) + generate_latest(State(serving))
     return {
         sample.name: set(sample.labels)

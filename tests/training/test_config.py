@@ -4,6 +4,7 @@ import pytest
 
 from tocom import ConfigError
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import (
     DistillConfig,
     ElasticConfig,
@@ -38,6 +39,7 @@ KINDS = {
     "ade20k-segmenter": (SegmentConfig, []),
     "camvid": (SegmentConfig, []),
     "segment-rates": (EvaluateSegmentConfig, ["backbone.name=bundled:x", "task=y"]),
+    "cascade": (CascadeConfig, ["backbone.name=bundled:x", "pictures=a.tar"]),
     "multiplier": (
         CalibrateConfig,
         ["backbone.name=bundled:x", "bank=bundled:y", "pictures.path=a.tar"],
