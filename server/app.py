@@ -27,7 +27,7 @@ from server.oip.statistics import Statistics
 from server.page import routes as page_routes
 from server.progress import Progress, Tell, tell_nobody
 from server.settings import Settings
-from server.v1 import batch, infer, models
+from server.v1 import batch, infer, models, segment
 from server.web import status
 from server.web.access import Access, require_api_key, require_known_key
 from server.web.middleware import BodyLimit, Budget, RequestId
@@ -106,7 +106,7 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     keys, known = [], []
     if settings.api_keys:
         keys, known = [Depends(require_api_key)], [Depends(require_known_key)]
-    for router in (infer.router, batch.router, oip_infer.router):
+    for router in (infer.router, segment.router, batch.router, oip_infer.router):
         app.include_router(router, dependencies=keys)
     app.include_router(oip_metadata.repository, dependencies=known)
     for router in (
@@ -121,7 +121,7 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     limits = {
         batch.PATH: math.inf,  # a stream of images has no end; each of them has
         bank_routes.PATH: settings.max_bank_bytes,
-        **dict.fromkeys((*infer.PATHS, oip_infer.PATH), settings.max_body_bytes),
+        **dict.fromkeys((*infer.PATHS, segment.PATH, oip_infer.PATH), settings.max_body_bytes),
     }
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
     app.add_middleware(tracing.Attributes)

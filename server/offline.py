@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from server.errors import ImageError
-from server.inference.run import top_k
+from server.inference.run import model_of, top_k
 from server.models.loading import load_models
 from server.models.pictures import prepare
+from server.models.registry import Registry
 from server.models.served import RateWork, ServedModel
 from server.schemas import Prediction
 from server.settings import Settings
@@ -41,7 +42,8 @@ def check(settings: Settings) -> Iterator[Checked]:
     for model in load_models(settings):
         for each in model.ladders:
             for rate in (0, each.max_rate):
-                _run(each.at(rate, compensate=True), torch.zeros(model.input_size))
+                with torch.inference_mode():
+                    each.at(rate, compensate=True)(torch.zeros(1, *model.input_size))
         tensors = [*model.backbone.model.parameters(), *model.backbone.model.buffers()]
         folded = 0
         if (repaired := model.repaired).bank is not None:
@@ -67,7 +69,8 @@ class Classifier:
         """
         self._settings = settings
         first = settings.model_copy(update={"models": settings.models[:1]})
-        (self.model,) = load_models(first)
+        registry = Registry(load_models(first))
+        self.model = model_of("classification", None, registry)
         if rate == "auto":
             raise RateError(
                 "rate auto needs a server, whose load it goes by; here it is a whole number from "
@@ -93,4 +96,6 @@ class Classifier:
 def _run(work: RateWork, image: torch.Tensor) -> torch.Tensor:
     """Return the logits [C] of an image [3, H, W]."""
     with torch.inference_mode():
-        return work(image[None])[0].logits
+        (output,) = work(image[None])
+    logits: torch.Tensor = output.logits
+    return logits

@@ -62,6 +62,11 @@ class Job(Future[Answer]):
         self.number = number
         self.arrived = arrived
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the prepared image."""
+        return tuple(self.image.shape)
+
     def fail(self, error: Exception) -> bool:
         """Fail an image that has not begun, unless it was given up; return whether it failed."""
         if not self.set_running_or_notify_cancel():

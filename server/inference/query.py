@@ -1,6 +1,6 @@
 """The parameters of requests that run a model."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -71,4 +71,14 @@ class EmbedQuery(RateQuery):
 
     normalize: bool = Field(
         default=False, description="scale to length 1: a dot product is the cosine then"
+    )
+
+
+class SegmentQuery(RateQuery):
+    """Parameters of a segmentation."""
+
+    format: Literal["json", "png"] | None = Field(
+        default=None,
+        description="`png`: an image whose palette has the colours of the classes; `json`: runs of "
+        "pixels; default: PNG where `Accept` asks for it, else JSON",
     )

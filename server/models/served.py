@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
+from adapters.segmentation import SegmentationInfo
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
 from server.models.ladders import are_same
 from server.models.weights import Deltas
-from server.schemas import Evaluation
+from server.schemas import Evaluation, Kind
 from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
 from tocom.vit import trace
 
@@ -54,6 +55,8 @@ class ServedModel:
         BankError: if the bank is for another backbone.
     """
 
+    kind: ClassVar[Kind] = "classification"
+
     name: str
     backbone: Backbone
     bank: Bank | None
@@ -63,7 +66,7 @@ class ServedModel:
     deltas: Deltas
     graphs: Graphs
     evaluation: Evaluation | None = None
-    task: TaskInfo | None = None
+    task: TaskInfo | SegmentationInfo | None = None
     ladder: Ladder = TOME
     evidence: Mapping[str, Any] = field(default_factory=dict)
     others: tuple["ServedModel", ...] = ()
@@ -91,6 +94,11 @@ class ServedModel:
         if self.ladder.top is not None:
             return self.ladder.top
         return self.bank.info.max_rate if self.bank else self.backbone.max_rate
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes that it tells apart."""
+        return self.backbone.class_names
 
     @property
     def ladders(self) -> tuple["ServedModel", ...]:
@@ -307,8 +315,8 @@ class RateWork:
         assert rate == self.rate
         return self
 
-    def __call__(self, images: Tensor) -> list[Output]:
-        """Run images [B, 3, H, W], from any device, to an output each."""
+    def __call__(self, images: Tensor) -> list[Any]:
+        """Run images [B, 3, H, W], from any device, to an `Output` each."""
         delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         variant = Variant(self.rate, delta, adapter, self.model.proportional, self.model.ladder)

@@ -1,8 +1,8 @@
 """Classes and features of images, over HTTP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
@@ -11,7 +11,7 @@ from torch import Tensor
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
 from server.inference.ran import Ran
-from server.inference.run import Deadline, answer_all, noted, top_k, work_for
+from server.inference.run import Deadline, answer_all, model_of, noted, top_k, work_for
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.observe.notes import INFERENCE, note
@@ -21,6 +21,7 @@ from server.web.access import charge
 from server.web.body import in_time
 from server.web.problems import described, problem_of
 from server.web.serving import Serving, ServingDep
+from tocom import TocomError
 
 Described = TypeVar("Described", bound=BaseModel)
 
@@ -45,7 +46,7 @@ async def classify(
     One image is the form field `file` or the whole body, and is answered by itself. Several are
     several fields `file`, or JSON of base64, and are answered together, in their order.
     """
-    model = serving.models.get(query.model)
+    model = model_of("classification", query.model, serving.models)
     predictions = top_k(query.top_k, model, serving.settings)
 
     def describe(answer: Answer, seconds: float) -> Classification:
@@ -68,7 +69,7 @@ async def embed(
 
     Images are sent and answered as those to classify are.
     """
-    model = serving.models.get(query.model)
+    model = model_of("classification", query.model, serving.models)
 
     def describe(answer: Answer, seconds: float) -> Embedding:
         return answers.embedding(answer, query, seconds, request.state.request_id)
@@ -102,6 +103,52 @@ async def _ask(
         ServerError: if the images cannot be read or taken, or if the only one fails.
         ClientDisconnect: if nobody waits for the answer any more.
     """
+    settings = serving.settings
+
+    def prepared(data: bytes | bytearray) -> Callable[[], Tensor]:
+        return partial(prepare, data, model, settings)
+
+    asked = await run(request, serving, model, query, prepared, trace)
+    told = [
+        describe(outcome, asked.deadline.spent)
+        if isinstance(outcome, Answer)
+        else problem_of(request, outcome)
+        for outcome in asked.outcomes
+    ]
+    if not asked.single:
+        return told
+    (only,) = told
+    assert not isinstance(only, Problem)
+    return only
+
+
+class Asked(NamedTuple):
+    """What became of the images of a request.
+
+    Attributes:
+        outcomes: of each, in their order.
+        single: whether there was one that was sent by itself; it was answered then.
+        deadline: of the request.
+    """
+
+    outcomes: Sequence[Answer | TocomError]
+    single: bool
+    deadline: Deadline
+
+
+async def run(
+    request: Request,
+    serving: Serving,
+    model: ServedModel,
+    query: RateQuery,
+    prepared: Callable[[bytes | bytearray], Callable[[], Tensor]],
+    trace: bool = False,
+) -> Asked:
+    """Read the images of a request and run them; arguments and errors as of `_ask`.
+
+    Args:
+        prepared: returns what makes an image of its bytes.
+    """
     settings, engine = serving.settings, serving.engine
     deadline = Deadline(engine, query.deadline_ms, settings)
     work = work_for(model, query, settings, trace)
@@ -110,9 +157,7 @@ async def _ask(
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)
     charge(request, len(upload.images) - 1)
-    preparations: list[Callable[[], Tensor]] = [
-        partial(prepare, image, model, settings) for image in upload.images
-    ]
+    preparations = [prepared(image) for image in upload.images]
     upload.images.clear()  # the bytes of an image are free once it is decoded
     outcomes = await answer_all(request, engine, work, preparations, deadline)
     first = outcomes[0]
@@ -120,14 +165,4 @@ async def _ask(
         note(request, **Ran.of(first).notes)
     elif upload.single:
         raise first
-    told = [
-        describe(outcome, deadline.spent)
-        if isinstance(outcome, Answer)
-        else problem_of(request, outcome)
-        for outcome in outcomes
-    ]
-    if not upload.single:
-        return told
-    (only,) = told
-    assert not isinstance(only, Problem)
-    return only
+    return Asked(outcomes, upload.single, deadline)
