@@ -28,7 +28,7 @@ from server.oip.statistics import Statistics
 from server.page import routes as page_routes
 from server.progress import Progress, Tell, tell_nobody
 from server.settings import Settings
-from server.v1 import batch, huggingface, infer, models, openai
+from server.v1 import batch, huggingface, infer, models, openai, segment
 from server.web import status
 from server.web.access import Access, require_api_key, require_known_key
 from server.web.fetching import Fetcher
@@ -116,6 +116,7 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
         keys, known = [Depends(require_api_key)], [Depends(require_known_key)]
     for router in (
         infer.router,
+        segment.router,
         batch.router,
         openai.router,
         huggingface.router,
@@ -136,7 +137,8 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
         batch.PATH: math.inf,  # a stream of images has no end; each of them has
         bank_routes.PATH: settings.max_bank_bytes,
         **dict.fromkeys(
-            (*infer.PATHS, openai.PATH, huggingface.PATH, oip_infer.PATH), settings.max_body_bytes
+            (*infer.PATHS, segment.PATH, openai.PATH, huggingface.PATH, oip_infer.PATH),
+            settings.max_body_bytes,
         ),
     }
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)

@@ -9,6 +9,7 @@ from pathlib import Path
 import server.models.timm_without_dynamo  # noqa: F401  # isort: split
 from adapters import BankInfo
 from server import offline
+from server.inference.run import ROUTES
 from server.models.served import ServedModel
 from server.settings import Settings
 from server.web.serving import Serving
@@ -78,9 +79,8 @@ def greet(serving: Serving, address: str) -> None:
     rate = min(8, models[0].max_rate)
     print(f"  page    {address}/")
     print(f"  docs    {address}/docs")
-    print(
-        f"  try it  curl -F file=@{shlex.quote(str(_sample()))} '{address}/v1/classify?rate={rate}'"
-    )
+    ask, file = f"{address}{ROUTES[models[0].kind]}?rate={rate}", shlex.quote(str(_sample()))
+    print(f"  try it  curl -F file=@{file} '{ask}'")
     sys.stdout.flush()
 
 

@@ -8,9 +8,10 @@ import torch
 
 from server.errors import ImageError
 from server.inference.query import AUTO, CASCADE
-from server.inference.run import top_k
+from server.inference.run import model_of, top_k
 from server.models.loading import load_models
 from server.models.pictures import prepare
+from server.models.registry import Registry
 from server.models.served import RateWork, ServedModel
 from server.schemas import Prediction
 from server.settings import Settings
@@ -42,7 +43,8 @@ def check(settings: Settings) -> Iterator[Checked]:
     for model in load_models(settings):
         for each in model.ladders:
             for rate in (0, each.max_rate):
-                _run(each.at(rate, compensate=True), torch.zeros(model.input_size))
+                with torch.inference_mode():
+                    each.at(rate, compensate=True)(torch.zeros(1, *model.input_size))
         tensors = [*model.backbone.model.parameters(), *model.backbone.model.buffers()]
         folded = 0
         if (repaired := model.repaired).bank is not None:
@@ -68,7 +70,8 @@ class Classifier:
         """
         self._settings = settings
         first = settings.model_copy(update={"models": settings.models[:1]})
-        (self.model,) = load_models(first)
+        registry = Registry(load_models(first))
+        self.model = model_of("classification", None, registry)
         if rate in (AUTO, CASCADE):
             raise RateError(
                 f"rate {rate} needs a server; here it is a whole number from "
@@ -94,4 +97,6 @@ class Classifier:
 def _run(work: RateWork, image: torch.Tensor) -> torch.Tensor:
     """Return the logits [C] of an image [3, H, W]."""
     with torch.inference_mode():
-        return work(image[None])[0].logits
+        (output,) = work(image[None])
+    logits: torch.Tensor = output.logits
+    return logits

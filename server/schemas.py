@@ -1,6 +1,11 @@
 """The shapes of questions and answers, as they go over the wire."""
 
+from typing import Literal, TypeAlias
+
 from pydantic import BaseModel, Field
+
+#: What models do: name what a picture shows, or say it of every pixel.
+Kind: TypeAlias = Literal["classification", "segmentation"]
 
 
 class Prediction(BaseModel):
@@ -99,6 +104,31 @@ class Classifications(BaseModel):
     results: list["Classification | Problem"]
 
 
+class ClassShare(BaseModel):
+    """A class of a picture's pixels, and how many have it."""
+
+    index: int
+    label: str
+    share: float = Field(description="of all pixels, 0 to 1")
+
+
+class Segmentation(ImageAnswer):
+    """The answer to a request for the class of every pixel."""
+
+    size: tuple[int, int] = Field(description="height and width of the picture in pixels")
+    classes: list[ClassShare] = Field(description="those that pixels have, the largest first")
+    runs: list[int] = Field(
+        description="the pixels row by row, from the top left: by turns a class and how many "
+        "pixels have it, also across the ends of rows"
+    )
+
+
+class Segmentations(BaseModel):
+    """The answers to several images, in their order."""
+
+    results: list["Segmentation | Problem"]
+
+
 class Embedding(ImageAnswer):
     """The answer to a request for the features of an image."""
 
@@ -188,6 +218,7 @@ class ModelSummary(BaseModel):
     """A served model."""
 
     name: str
+    kind: Kind = Field(default="classification", description="what it does")
     backbone: str
     architecture: str
     classes: int
@@ -288,13 +319,16 @@ class ModelDetail(ModelSummary):
     )
     crop_mode: str = Field(
         description="squash: all of the picture is brought to the size of that share, whatever its "
-        "proportions; center: its proportions stay"
+        "proportions; center: its proportions stay; none: all of it at its own proportions"
     )
     mean: list[float] = Field(description="of each channel, values in 0..1")
     std: list[float]
     multiplier: float | dict[int, float] | None = Field(
         description="in place of the bank's own scale, for all rates or for each, as searched for "
         "this model; null: the bank's own"
+    )
+    palette: list[tuple[int, int, int]] | None = Field(
+        default=None, description="red, green and blue of each class; of segmentation"
     )
     evaluation: Evaluation | None = Field(description="what was measured, if its folder says so")
     task: TaskSummary | None = Field(description="the task on the backbone, if it is one")

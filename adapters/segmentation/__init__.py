@@ -5,6 +5,7 @@ from adapters.segmentation.task import (
     SegmentationInfo,
     SegmentationModel,
     Segmenter,
+    is_segmentation,
     open_segmentation,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "SegmentationInfo",
     "SegmentationModel",
     "Segmenter",
+    "is_segmentation",
     "open_segmentation",
 ]

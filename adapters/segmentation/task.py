@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import FailFast, Field, model_validator
+from pydantic_core import from_json
 from torch import Tensor
 
 from adapters.adaptformer import adapter
@@ -32,7 +33,15 @@ from adapters.schema import (
     Strict,
 )
 from adapters.segmentation.decoder import Decoder, DecoderInfo
-from tocom import Backbone, ReductionError, ShapeError, TaskError, Variant, bundled_folder
+from tocom import (
+    Backbone,
+    BackboneError,
+    ReductionError,
+    ShapeError,
+    TaskError,
+    Variant,
+    bundled_folder,
+)
 from tocom.backbones import BUNDLED
 from tocom.dense import check_windows, features, slide
 
@@ -40,6 +49,9 @@ from tocom.dense import check_windows, features, slide
 MAX_CLASSES = 256
 #: How many times longer than its shorter side a picture may be: a line has no size to be seen at.
 MAX_RATIO = 8
+
+#: Scores that are held at once while those of patches become classes of pixels.
+STRIP = 2**22
 
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
@@ -241,8 +253,27 @@ class Segmenter:
         )
 
     def classes(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the class [B, H, W] of every pixel, as bytes, from scores of patches."""
-        return upsampled(scores, size).argmax(dim=1).to(torch.uint8)
+        """Return the class [B, H, W] of every pixel, as bytes, from scores of patches.
+
+        Scores are brought to that size as `upsampled` does it, some rows at a time: those of all
+        pixels of a photograph, with a number for each class, would take gigabytes.
+        """
+        height, width = size
+        across = upsampled(scores, (scores.shape[2], width))
+        last = scores.shape[2] - 1
+        places = (torch.arange(height, device=scores.device) + 0.5) * (last + 1) / height - 0.5
+        places = places.clamp(0, last)
+        above = places.long()
+        below, part = (above + 1).clamp(max=last), (places - above).to(scores.dtype)
+        found = torch.empty(len(scores), *size, dtype=torch.uint8, device=scores.device)
+        rows = max(1, STRIP // across[:, :, 0].numel())
+        for start in range(0, height, rows):
+            strip = slice(start, start + rows)
+            values = torch.lerp(
+                across[:, :, above[strip]], across[:, :, below[strip]], part[strip, None]
+            )
+            found[:, strip] = values.argmax(dim=1)
+        return found
 
 
 def upsampled(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -261,6 +292,23 @@ def open_segmentation(reference: str | Path) -> SegmentationModel:
     if text.startswith(BUNDLED):
         return SegmentationModel.load(bundled_folder(text.removeprefix(BUNDLED)))
     return SegmentationModel.load(text)
+
+
+def is_segmentation(reference: str | Path) -> bool:
+    """Return whether a task folder, or a bundled one, says that it is of segmentation.
+
+    Nothing else is checked, nor that it can be read.
+    """
+    text = str(reference)
+    try:
+        folder = Path(text)
+        if text.startswith(BUNDLED):
+            folder = bundled_folder(text.removeprefix(BUNDLED))
+        with (folder / _FORMAT.files[0]).open("rb") as file:
+            said = from_json(file.read(_FORMAT.max_info_bytes))
+    except (BackboneError, OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("kind") == _FORMAT.kind
 
 
 def usual_palette(classes: int) -> tuple[Colour, ...]:

@@ -244,7 +244,8 @@ class Engine:
             self._places.take(priority)
             self._scheduler.arrived(work, now)
             job = Job(work, None, deadline, due, next(self._numbers), now, priority)
-            job.image, job.decode = image, 0.0
+            job.hold(image)
+            job.decode = 0.0
             job.add_done_callback(self._leave)
             self._scheduler.add(job)
             self._wake.notify()
@@ -266,7 +267,7 @@ class Engine:
             return
         started = self.clock()
         try:
-            job.image = prepare()
+            job.hold(prepare())
         except Exception as error:
             if job.fail(error) and self.observer:
                 self.observer.failed(job.work, "decode")

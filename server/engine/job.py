@@ -50,6 +50,7 @@ class Job(Future[Answer]):
 
     # Set once the image is prepared.
     image: Tensor
+    shape: tuple[int, ...]
     decode: float
 
     def __init__(
@@ -71,6 +72,10 @@ class Job(Future[Answer]):
         self.number = number
         self.arrived = arrived
         self.priority = priority
+
+    def hold(self, image: Tensor) -> None:
+        """Take the prepared image."""
+        self.image, self.shape = image, tuple(image.shape)
 
     def fail(self, error: Exception) -> bool:
         """Fail an image that has not begun, unless it was given up; return whether it failed."""

@@ -1,18 +1,18 @@
 """Which images run next, and at which rate: the queues behind the engine.
 
-One queue for each kind of work. The one whose head is most urgent, by when it is due, then by
-age, fills the next batch; where the rate is left to the server, its controller chooses one for
-the batch. Where images differ in priority, those whose turn it is decide, and others ride along.
-Knows nothing of threads, and time is an argument: the engine runs it under its lock, tests by a
-simulated clock.
+One queue for each kind of work and shape of images. The one whose head is most urgent, by when it
+is due, then by age, fills the next batch; where the rate is left to the server, its controller
+chooses one for the batch. Where images differ in priority, those whose turn it is decide, and
+others ride along. Knows nothing of threads, and time is an argument: the engine runs it under its
+lock, tests by a simulated clock.
 """
 
 import math
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from server.engine.rates import Controller, Elsewhere
 from server.engine.times import Flow, largest_batch
@@ -65,13 +65,22 @@ class Runnable(Work, Protocol):
 
 
 class Waiting(Protocol):
-    """An image that waits: its work, when it arrived, when it is due, its number and priority."""
+    """An image that waits: its work, when it came and is due, its number, priority and shape."""
 
     work: Work
     arrived: float
     due: float
     number: int
     priority: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the image; only images of one shape run together."""
+        ...
+
+
+#: What images of one batch have in common.
+Alike: TypeAlias = tuple[Work, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Scheduler:
         """
         self.max_batch = max_batch
         self.slo = slo
-        self._queues: dict[Work, list[Any]] = {}
+        self._queues: dict[Alike, list[Any]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
         self._turns = Turns(share)
@@ -122,13 +131,16 @@ class Scheduler:
             return 0.0
         latest = (
             queue[0].due - work.controller.times.batch(work.high, len(queue))
-            for work, queue in self._queues.items()
+            for (work, _), queue in self._queues.items()
         )
         return min(latest, default=math.inf) - now
 
     def queued(self) -> Counter[Work]:
         """Return how many images wait for each kind of work."""
-        return Counter({work: len(queue) for work, queue in self._queues.items()})
+        found: Counter[Work] = Counter()
+        for (work, _), queue in self._queues.items():
+            found[work] += len(queue)
+        return found
 
     def arrived(self, work: Work, now: float) -> None:
         """Take note that an image was asked for; it is added when it is prepared."""
@@ -142,17 +154,19 @@ class Scheduler:
 
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""
-        insort(self._queues.setdefault(job.work, []), job, key=urgency)
+        insort(self._queues.setdefault((job.work, job.shape), []), job, key=urgency)
         self._waiting[job.priority] += 1
 
     def discard(self, job: Waiting) -> None:
         """Let an image wait no longer, if it does."""
-        queue = self._queues.get(job.work, [])
-        if job in queue:
-            queue.remove(job)
-            self._waiting[job.priority] -= 1
-            if not queue:
-                del self._queues[job.work]
+        # Not by its shape, which it has only once it is prepared.
+        for alike, queue in self._queues.items():
+            if alike[0] == job.work and job in queue:
+                queue.remove(job)
+                self._waiting[job.priority] -= 1
+                if not queue:
+                    del self._queues[alike]
+                return
 
     def take(self, now: float) -> Batch | None:
         """Take the next batch out of its queue; None if nothing waits."""
@@ -161,18 +175,18 @@ class Scheduler:
         priorities = [priority for priority, images in self._waiting.items() if images]
         turn = self._turns.next(priorities)
         heads = {
-            work: head
-            for work, queue in self._queues.items()
+            alike: head
+            for alike, queue in self._queues.items()
             if (head := next((job for job in queue if job.priority == turn), None))
         }
-        work, head = min(heads.items(), key=lambda item: urgency(item[1]))
-        queue = self._queues[work]
+        alike, head = min(heads.items(), key=lambda item: urgency(item[1]))
+        work, queue = alike[0], self._queues[alike]
         if len(priorities) > 1:
             queue = sorted(queue, key=lambda job: (job.priority != turn, job.priority))
         rate, reason = work.rate, "asked"
         if rate is None:
             waiting = [(job.arrived, job.due) for job in queue]
-            elsewhere = self._elsewhere(work, now, turn)
+            elsewhere = self._elsewhere(alike, now, turn)
             decision = work.controller.choose(work.low, work.high, waiting, elsewhere, now)
             rate, reason = decision.rate, decision.reason
         size = largest_batch(
@@ -187,9 +201,9 @@ class Scheduler:
         batch, rest = queue[:size], queue[size:]
         self._waiting.subtract(job.priority for job in batch)
         if rest:
-            self._queues[work] = sorted(rest, key=urgency)
+            self._queues[alike] = sorted(rest, key=urgency)
         else:
-            del self._queues[work]
+            del self._queues[alike]
         return Batch(work.at(rate), reason, batch)
 
     def wait(
@@ -205,8 +219,9 @@ class Scheduler:
             late: whether it is wanted after that, too.
             priority: the image's; what is of a lower one does not keep it waiting either.
         """
-        own = _ahead(self._queues.get(work, []), due, priority) + unprepared + 1
-        return self._backlog(work, due, priority) + self.alone(work, own, late)
+        same = {alike for alike in self._queues if alike[0] == work}
+        own = sum(_ahead(self._queues[alike], due, priority) for alike in same) + unprepared + 1
+        return self._backlog(same, due, priority) + self.alone(work, own, late)
 
     def alone(self, work: Work, images: int, late: bool) -> float:
         """Return the seconds that images take at their cheapest if nothing else waits.
@@ -221,20 +236,22 @@ class Scheduler:
             each = min(each, work.controller.times.image(work.high, min(images, self.max_batch)))
         return images * each
 
-    def _backlog(self, work: Work, due: float, priority: int) -> float:
-        """Return the seconds of what goes before an image, the images of `work` left out."""
+    def _backlog(self, without: Collection[Alike], due: float, priority: int) -> float:
+        """Return the seconds of what goes before an image, some queues left out."""
         total = 0.0
-        for other, queue in self._queues.items():
-            if other != work and (images := _ahead(queue, due, priority)):
+        for alike, queue in self._queues.items():
+            if alike not in without and (images := _ahead(queue, due, priority)):
+                other = alike[0]
                 rate = min(max(other.low, other.controller.need), other.high)
                 total += images * other.controller.seconds(rate, images)
         return total
 
-    def _elsewhere(self, work: Work, now: float, priority: int) -> Elsewhere:
+    def _elsewhere(self, alike: Alike, now: float, priority: int) -> Elsewhere:
+        work = alike[0]
         load = self._exact.rate(now, work.controller.window())
         for other in self._controllers - {work.controller}:
             load += other.load(other.need, now)
-        return Elsewhere(self._backlog(work, self._queues[work][-1].due, priority), load)
+        return Elsewhere(self._backlog([alike], self._queues[alike][-1].due, priority), load)
 
 
 def _ahead(queue: Sequence[Waiting], due: float, priority: int) -> int:

@@ -1,6 +1,6 @@
 """The parameters of requests that run a model."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -138,3 +138,13 @@ class JsonRateQuery(Entry, RateQuery):
         if isinstance(rate, float):
             return f"{rate:g}"  # some clients have no other numbers: 8.0 is 8
         return str(rate) if type(rate) is int else rate
+
+
+class SegmentQuery(ModelQuery):
+    """Parameters of a segmentation."""
+
+    format: Literal["json", "png"] | None = Field(
+        default=None,
+        description="`png`: an image whose palette has the colours of the classes; `json`: runs of "
+        "pixels; default: PNG where `Accept` asks for it, else JSON",
+    )

@@ -1,7 +1,7 @@
 """From what a request asks for to work for the engine, and to its answers."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
@@ -14,12 +14,16 @@ from server.engine.turns import NORMAL
 from server.errors import DeadlineError, ParameterError, ShortDeadlineError
 from server.inference.cascade import CascadeWork, Climbing, cascade_work, submit_all
 from server.inference.query import AUTO, BUDGET, CASCADE, RateQuery
+from server.models.registry import Registry
 from server.models.served import AutoWork, RateWork, ServedModel
+from server.schemas import Kind
 from server.settings import Settings
 from tocom import TOME, TocomError
 
 #: What may be done with an image.
 AnyWork: TypeAlias = RateWork | AutoWork | CascadeWork
+#: Where models of a kind are asked.
+ROUTES: Mapping[Kind, str] = {"classification": "/v1/classify", "segmentation": "/v1/segment"}
 
 
 class Deadline:
@@ -116,6 +120,26 @@ def noted(work: AnyWork) -> dict[str, str | int]:
     """Return what is noted of work before it runs."""
     rate = AUTO if work.rate is None else work.rate
     return {"model": work.model.name, "ladder": work.model.ladder.name, "rate": rate}
+
+
+def model_of(kind: Kind, name: str | None, models: Registry) -> ServedModel:
+    """Return the model of a name; without one, the first of a kind.
+
+    Raises:
+        UnknownModelError: naming those that there are, if no model has the name.
+        ParameterError: if it is of another kind.
+    """
+    of_kind = [model for model in models.all() if model.kind == kind]
+    if name is None and of_kind:
+        return of_kind[0]
+    model = models.get(name)
+    if model.kind != kind:
+        there = ", ".join(each.name for each in of_kind) or "none"
+        raise ParameterError(
+            f"the model {model.name!r} is for {model.kind} ({ROUTES[model.kind]}), and this is for "
+            f"{kind}; models for that: {there}"
+        )
+    return model
 
 
 def top_k(asked: int | None, model: ServedModel, settings: Settings) -> int:

@@ -2,20 +2,24 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import ValidationError
 from timm.data.transforms_factory import create_transform
 
-from adapters import Store, open_bank, open_task
+from adapters import Store, TaskModel, open_bank, open_task
 from adapters.schema import first_fault
+from adapters.segmentation import SegmentationModel, is_segmentation, open_segmentation
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
 from server.models.cascades import check_cascade, open_cascade
 from server.models.graphs import Graphs
 from server.models.ladders import are_same, open_ladders
+from server.models.segmenting import ServedSegmenter, scene_transform
 from server.models.served import ServedModel
 from server.models.weights import Backbones
 from server.progress import Progress, Tell, tell_nobody
@@ -87,12 +91,18 @@ def load_model(
     """
     backbones = backbones or Backbones()
     backbone, deltas = backbones.get(settings.backbone, settings.architecture)
-    task = open_task(settings.task) if settings.task is not None else None
-    if task is not None:
+    task: TaskModel | SegmentationModel | None = None
+    segmenter = None
+    if settings.task is not None and is_segmentation(settings.task):
+        task = open_segmentation(settings.task)
+        segmenter = task.on(backbone)
+        backbone = segmenter.backbone
+    elif settings.task is not None:
+        task = open_task(settings.task)
         backbone = task.on(backbone)
         if task.info.method == "lora":  # it has changed weights that deltas are added to
             deltas = backbones.deltas(backbone)
-    if not backbone.class_names:
+    if segmenter is None and not backbone.class_names:
         raise ConfigError(
             f"model {settings.name!r}: {settings.backbone} has no classification head; "
             "tune it on a task first"
@@ -107,17 +117,24 @@ def load_model(
             f"model {settings.name!r} was tuned at rate {source} of the ladder {tuned_on.name!r}: "
             "name that among its ladders, too, or say source, a rate of its own"
         )
-    transform = create_transform(**backbone.data_config, is_training=False)
-    evaluation = _evaluation(settings.name, backbone)
+    make: Callable[..., ServedModel] = ServedModel
+    size = backbone.input_size[1:]
+    if segmenter is None:
+        transform = create_transform(**backbone.data_config, is_training=False)
+        evaluation = _evaluation(settings.name, backbone)
+    else:
+        make = partial(ServedSegmenter, segmenter=segmenter)
+        size = segmenter.info.window
+        transform, evaluation = scene_transform(segmenter), None
     cascade = open_cascade(settings)
     first, *others = (
-        ServedModel(
+        make(
             name=settings.name,
             backbone=backbone,
             bank=None,
             source=source if are_same(each.ladder, tuned_on) else 0,
             transform=transform,
-            controller=_controller(backbone, each.ladder, max_batch, slo),
+            controller=_controller(backbone, size, each.ladder, max_batch, slo),
             deltas=deltas,
             graphs=backbones.graphs,
             task=task.info if task is not None else None,
@@ -133,8 +150,9 @@ def load_model(
     return model
 
 
-def _controller(backbone: Backbone, ladder: Ladder, max_batch: int, slo: float) -> Controller:
-    size = backbone.input_size[1:]
+def _controller(
+    backbone: Backbone, size: tuple[int, int], ladder: Ladder, max_batch: int, slo: float
+) -> Controller:
     times = ServiceTimes(lambda rate: cost(backbone.model, rate, size, ladder=ladder).macs)
     return Controller(times, max_batch, slo)
 

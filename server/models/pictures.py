@@ -45,9 +45,25 @@ def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> 
         ServerError: what `pictures.decode` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
-    image = _open(data, settings.max_pixels, least_side)
-    with DECODING.hold(_pixels_in_memory(image), settings.max_pixels):
-        return transformed(_load(image), model.transform)
+    with decoding(data, settings.max_pixels, least_side) as picture:
+        return transformed(picture, model.transform)
+
+
+@contextmanager
+def decoding(
+    data: bytes | bytearray,
+    max_pixels: int,
+    least_side: int | None = None,
+    max_aspect: int = MAX_ASPECT,
+) -> Iterator[Image.Image]:
+    """Decode an image once there is room for its pixels, which are held meanwhile.
+
+    Arguments and errors as in `decode`; `max_aspect` is how often the shorter side may fit into
+    the longer one.
+    """
+    image = _open(data, max_pixels, least_side, max_aspect)
+    with DECODING.hold(_pixels_in_memory(image), max_pixels):
+        yield _load(image)
 
 
 def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
@@ -68,15 +84,17 @@ def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = No
     return _load(_open(data, max_pixels, least_side))
 
 
-def _open(data: bytes | bytearray, max_pixels: int, least_side: int | None) -> ImageFile.ImageFile:
-    """Open an image without decoding it; arguments and errors as in `decode`."""
+def _open(
+    data: bytes | bytearray, max_pixels: int, least_side: int | None, max_aspect: int = MAX_ASPECT
+) -> ImageFile.ImageFile:
+    """Open an image without decoding it; arguments and errors as in `decoding`."""
     if not data:
         raise BadRequestError("the image is empty: it has no bytes")
     check_container(data)
     try:
         with _image_errors():
             image = Image.open(BytesIO(data), formats=FORMATS)
-            _check_size(*image.size, max_pixels)
+            _check_size(*image.size, max_pixels, max_aspect)
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
             return image
@@ -145,16 +163,16 @@ def _image_errors() -> Iterator[None]:
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int, max_aspect: int) -> None:
     if width * height > max_pixels:
         raise TooLargeError(
             f"the image has {width:,} x {height:,} = {width * height:,} pixels; "
             f"at most {max_pixels:,} are allowed"
         )
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(width, height) > max_aspect * min(width, height):
         raise ImageError(
             f"the image is {width:,} x {height:,} pixels; its sides may differ by a factor of "
-            f"{MAX_ASPECT} at most"
+            f"{max_aspect} at most"
         )
 
 

@@ -12,19 +12,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
 from adapters.cascade import Cascade
+from adapters.segmentation import SegmentationInfo
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
 from server.models.ladders import are_same
-from server.models.weights import Deltas
-from server.schemas import Evaluation
+from server.models.weights import Deltas, calibration_of
+from server.schemas import Evaluation, Kind
 from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
 from tocom.vit import trace
 
@@ -56,6 +57,8 @@ class ServedModel:
         BankError: if the bank is for another backbone.
     """
 
+    kind: ClassVar[Kind] = "classification"
+
     name: str
     backbone: Backbone
     bank: Bank | None
@@ -65,7 +68,7 @@ class ServedModel:
     deltas: Deltas
     graphs: Graphs
     evaluation: Evaluation | None = None
-    task: TaskInfo | None = None
+    task: TaskInfo | SegmentationInfo | None = None
     ladder: Ladder = TOME
     evidence: Mapping[str, Any] = field(default_factory=dict)
     cascade: Cascade | None = None
@@ -94,6 +97,11 @@ class ServedModel:
         if self.ladder.top is not None:
             return self.ladder.top
         return self.bank.info.max_rate if self.bank else self.backbone.max_rate
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes that it tells apart."""
+        return self.backbone.class_names
 
     @property
     def ladders(self) -> tuple["ServedModel", ...]:
@@ -133,7 +141,7 @@ class ServedModel:
     @cached_property
     def calibration(self) -> Calibration | None:
         """Multipliers searched for it and this bank, in place of the bank's own."""
-        return _calibration(self.name, self.backbone, self.bank, self.source)
+        return calibration_of(self.name, self.backbone, self.bank, self.source)
 
     def parse_rate(self, text: str) -> int:
         """Read an exact rate that a request asks for.
@@ -231,10 +239,6 @@ class ServedModel:
         """Return the multiply-adds of an image at a rate, compared to rate 0."""
         return self.costs[rate].macs / self.costs[0].macs
 
-    def macs_ratio(self, rate: int) -> float:
-        """Return the share as answers tell it."""
-        return round(self.share(rate), 4)
-
     @property
     def proportional(self) -> bool:
         """Whether merged tokens count in attention by their size: its bank's word, or its own."""
@@ -310,8 +314,8 @@ class RateWork:
         assert rate == self.rate
         return self
 
-    def __call__(self, images: Tensor) -> list[Output]:
-        """Run images [B, 3, H, W], from any device, to an output each."""
+    def __call__(self, images: Tensor) -> list[Any]:
+        """Run images [B, 3, H, W], from any device, to an `Output` each."""
         delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         variant = Variant(
@@ -380,20 +384,3 @@ class AutoWork:
     def at(self, rate: int) -> RateWork:
         """Return the same work at one of these rates."""
         return self.model.at(rate, self.compensate, self.trace)
-
-
-def _calibration(
-    name: str, backbone: Backbone, bank: Bank | None, source: int
-) -> Calibration | None:
-    """Return the model's calibration if it is one for how the model is served."""
-    found = Calibration.of(backbone)
-    if found is None or bank is None:
-        return None
-    if found.fits(bank.info.digest, source):
-        return found
-    logger.warning(
-        "model %r: its calibration is ignored, the bank's own multiplier used: it is for the bank "
-        "%s at source %d, served is the bank %s at source %d",
-        name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
-    )  # fmt: skip
-    return None

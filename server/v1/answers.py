@@ -1,23 +1,28 @@
 """From what models and engine say to the shapes that go over the wire."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapters.ladder import digest
 from server.engine.job import Answer
-from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
+from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery, SegmentQuery
 from server.inference.ran import Ran, milliseconds
 from server.models.cascades import misfit
+from server.models.segmenting import Scene, ServedSegmenter
 from server.models.served import ServedModel
 from server.schemas import (
     BankSummary,
     CascadeSummary,
     Classification,
+    ClassShare,
     Embedding,
+    ImageAnswer,
     LadderSummary,
     MergeMap,
     ModelDetail,
@@ -25,6 +30,7 @@ from server.schemas import (
     Prediction,
     RateCost,
     Rung,
+    Segmentation,
     TaskSummary,
     Timings,
     Tokens,
@@ -68,6 +74,41 @@ def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str
         embedding=features.tolist(),
         normalized=query.normalize,
         **_common(Ran.of(answer), query, seconds, request_id),
+    )
+
+
+def segmentation(
+    answer: Answer, scene: Scene, query: SegmentQuery, seconds: float, request_id: str
+) -> tuple[ImageAnswer, np.ndarray]:
+    """Return what ran for a picture, and the class [H, W] of each of its pixels.
+
+    Arguments as of `classification`; it may wait for room, see `Scene.classes`.
+    """
+    ran, scores = Ran.of(answer), answer.output
+    assert isinstance(ran.model, ServedSegmenter)
+    patch = ran.model.backbone.model.patch_embed.patch_size
+    size = scores.shape[1] * patch[0], scores.shape[2] * patch[1]
+    own, stock = (ran.model.cost_of(rate, size) for rate in (ran.rate, 0))
+    ran = replace(ran, cost=own, macs_ratio=round(own.macs / stock.macs, 4))
+    classes = scene.classes(scores).numpy()
+    return ImageAnswer(**_common(ran, query, seconds, request_id)), classes
+
+
+def runs(told: ImageAnswer, classes: np.ndarray, names: Sequence[str]) -> Segmentation:
+    """Add to what ran the classes [H, W] of pixels, as runs."""
+    pixels = classes.ravel()
+    begin = np.concatenate([[0], np.flatnonzero(np.diff(pixels)) + 1])
+    lengths = np.diff(begin, append=pixels.size)
+    counts = np.bincount(pixels, minlength=len(names))
+    return Segmentation(
+        **told.model_dump(),
+        size=classes.shape,
+        classes=[
+            ClassShare(index=index, label=names[index], share=round(counts[index] / pixels.size, 6))
+            for index in np.argsort(-counts, kind="stable").tolist()
+            if counts[index]
+        ],
+        runs=np.stack([pixels[begin], lengths], axis=1).ravel().tolist(),
     )
 
 
@@ -122,9 +163,10 @@ def summary(model: ServedModel) -> ModelSummary:
     """Describe a model in a list."""
     return ModelSummary(
         name=model.name,
+        kind=model.kind,
         backbone=model.backbone.name,
         architecture=model.backbone.architecture,
-        classes=len(model.backbone.class_names),
+        classes=len(model.class_names),
         source_rate=model.source,
         max_rate=model.max_rate,
         bank=_bank(model.repaired),
@@ -133,7 +175,7 @@ def summary(model: ServedModel) -> ModelSummary:
                 rate=rate,
                 tokens=cost.plan.tokens[-1],
                 macs=cost.macs,
-                macs_ratio=model.macs_ratio(rate),
+                macs_ratio=round(model.share(rate), 4),
             )
             for rate, cost in enumerate(model.costs)
         ],
@@ -193,17 +235,19 @@ def _measured(evidence: Mapping[str, Any]) -> dict[int, dict[str, float]]:
 def detail(model: ServedModel) -> ModelDetail:
     """Describe a model by itself."""
     config, calibration = model.backbone.data_config, model.repaired.calibration
+    palette = list(model.palette) if isinstance(model, ServedSegmenter) else None
     return ModelDetail(
         **summary(model).model_dump(),
         weights_digest=model.backbone.digest,
-        class_names=list(model.backbone.class_names),
+        class_names=list(model.class_names),
         multi_label=model.backbone.multi_label,
         input_size=model.input_size,
-        crop=config["crop_pct"],
-        crop_mode=config["crop_mode"],
+        crop=1.0 if palette else config["crop_pct"],
+        crop_mode="none" if palette else config["crop_mode"],
         mean=list(config["mean"]),
         std=list(config["std"]),
         multiplier=calibration.multiplier if calibration else None,
+        palette=palette,
         evaluation=model.evaluation,
         task=_task(model),
     )

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery
-from server.inference.run import noted, top_k, work_for
+from server.inference.run import model_of, noted, top_k, work_for
 from server.observe.notes import INFERENCE, note
 from server.schemas import BatchLine
 from server.v1 import answers, uploads
@@ -65,7 +65,7 @@ async def classify_batch(
     be as large as a body otherwise may. An image that fails gets a line with its error and the
     others go on. Unless there is a `deadline_ms`, for all of them, what others ask for comes first.
     """
-    model = serving.models.get(query.model)
+    model = model_of("classification", query.model, serving.models)
     predictions = top_k(query.top_k, model, serving.settings)
     work = work_for(model, query, serving.settings, trace=query.merge_map)
     clock = serving.engine.clock

@@ -17,7 +17,7 @@ from server.engine.job import Answer
 from server.errors import UnsupportedTypeError
 from server.inference.query import Entry, JsonRateQuery
 from server.inference.ran import Ran
-from server.inference.run import Deadline, top_k
+from server.inference.run import Deadline, model_of, top_k
 from server.observe.notes import INFERENCE
 from server.settings import Settings
 from server.v1 import uploads
@@ -107,7 +107,7 @@ async def classify_as_hugging_face(
     """
     settings = serving.settings
     arrived = serving.engine.clock()
-    model = serving.models.get(name)
+    model = model_of("classification", name, serving.models)
     serving.engine.check_room()  # before the body is read: what cannot be taken need not be sent
     reading = _read(request, query, settings)
     image, asked = await in_time(reading, settings.timeout_ms / 1000, settings.timeout_ms)

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
-from server.inference.run import Deadline, top_k
+from server.inference.run import Deadline, model_of, top_k
 from server.models.served import ServedModel
 from server.observe.notes import INFERENCE
 from server.schemas import Classification, Classifications, Embedding, Embeddings, Problem
@@ -42,7 +42,7 @@ async def classify(
     One image is the form field `file` or the whole body, and is answered by itself. Several are
     several fields `file`, or JSON of base64, and are answered together, in their order.
     """
-    model = serving.models.get(query.model)
+    model = model_of("classification", query.model, serving.models)
     predictions = top_k(query.top_k, model, serving.settings)
 
     def describe(answer: Answer, seconds: float) -> Classification:
@@ -65,7 +65,7 @@ async def embed(
 
     Images are sent and answered as those to classify are.
     """
-    model = serving.models.get(query.model)
+    model = model_of("classification", query.model, serving.models)
 
     def describe(answer: Answer, seconds: float) -> Embedding:
         return answers.embedding(answer, query, seconds, request.state.request_id)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from server.engine.job import Answer
 from server.errors import ParameterError, UnsupportedTypeError
 from server.inference.ran import Ran
-from server.inference.run import Deadline
+from server.inference.run import Deadline, model_of
 from server.models.served import ServedModel
 from server.observe.notes import INFERENCE
 from server.schemas import Problem
@@ -78,7 +78,7 @@ async def embeddings(
     arrived = serving.engine.clock()
     serving.engine.check_room()  # before the body is read: what cannot be taken need not be sent
     question = await _read(request, serving)
-    model = serving.models.get(question.model)
+    model = model_of("classification", question.model, serving.models)
     _check_dimensions(question.dimensions, model)
     work = asked_for(request, serving, model, question)
     deadline = Deadline(serving.engine, question.deadline_ms, serving.settings, arrived)

@@ -9,10 +9,12 @@ from server.web.middleware import REQUEST_ID
 
 #: Says where the JSON of a body of the Open Inference Protocol ends.
 JSON_LENGTH = "Inference-Header-Content-Length"
+#: Of an answer that is no JSON: what ran, as JSON.
+ANSWER = "X-Answer"
 
 #: Headers that scripts of other origins may send, and read of answers.
 SENT = ("Authorization", "Content-Type", "X-API-Key", REQUEST_ID, JSON_LENGTH)
-READ = (REQUEST_ID, "Server-Timing", "Retry-After", JSON_LENGTH)
+READ = (REQUEST_ID, "Server-Timing", "Retry-After", ANSWER, JSON_LENGTH)
 
 
 def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

@@ -41,7 +41,11 @@ async function reach(what) {
 }
 
 async function loadModels() {
-  const list = await api.models();
+  const list = (await api.models()).filter(({ kind }) => kind === "classification");
+  if (!list.length) {
+    at("#note").textContent = "No model here classifies. POST /v1/segment asks those that segment.";
+    return;
+  }
   const picker = at("#model");
   const value = picker.value || linked.get("model");
   picker.replaceChildren(...list.map(({ name }) => new Option(name)));

@@ -12,9 +12,10 @@ from adapters.segmentation import (
     DecoderInfo,
     SegmentationInfo,
     SegmentationModel,
+    is_segmentation,
     open_segmentation,
 )
-from adapters.segmentation.task import tensor_shapes, usual_palette
+from adapters.segmentation.task import tensor_shapes, upsampled, usual_palette
 from tests.tocom_models import small_model
 from tocom import Backbone, ShapeError, TaskError, Variant, forward_dense
 
@@ -170,3 +171,20 @@ def test_colours_of_classes_that_have_none_differ():
     colours = usual_palette(256)
     assert len(set(colours)) > 240
     assert len(set(colours[:30])) == 30
+
+
+@pytest.mark.parametrize("size", [(5, 7), (300, 200), (1, 1)])
+def test_classes_of_pixels_are_those_of_scores_at_that_size(size, monkeypatch):
+    monkeypatch.setattr("adapters.segmentation.task.STRIP", 5000)
+    scores = torch.randn(2, 3, 4, 6)
+    found = task().on(backbone()).classes(scores, size)
+    expected = upsampled(scores, size).argmax(dim=1)
+    assert found.shape == (2, *size)
+    assert (found == expected).float().mean() > 0.999
+
+
+def test_a_folder_says_whether_it_is_of_segmentation(tmp_path):
+    assert is_segmentation(task().save(tmp_path / "task"))
+    assert not is_segmentation("bundled:deit_tiny_textures")
+    assert not is_segmentation("bundled:nothing")
+    assert not is_segmentation(tmp_path)

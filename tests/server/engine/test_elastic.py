@@ -40,6 +40,7 @@ class Image:
     rate: int = -1
     reason: str = ""
     done: float = 0.0
+    shape: tuple[int, ...] = (3, 8, 8)
 
 
 def poisson(rate: Callable[[float], float], until: float, seed: int) -> Iterator[float]:

@@ -125,7 +125,7 @@ def test_what_is_late_is_dropped_before_inference(make, work, clock):
 def test_what_is_late_is_not_even_prepared(make, work, clock):
     engine = make()
     go = threading.Event()
-    engine.submit(work, partial(go.wait, PATIENCE), math.inf)
+    engine.submit(work, lambda: go.wait(PATIENCE) and image(0)(), math.inf)
     prepared: list[bool] = []
     late = engine.submit(work, lambda: prepared.append(True) or image(1)(), clock.now + 1)
     clock.now += 5

@@ -2,10 +2,13 @@
 
 import math
 import threading
+from dataclasses import dataclass
 
 import pytest
 from torch import Tensor
 
+from server.engine.scheduler import Scheduler
+from server.engine.turns import NORMAL
 from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
 
@@ -159,3 +162,25 @@ def test_the_load_is_what_waits_and_what_was_taken(make, work):
     load = engine.load()
     assert load.taken == 2
     assert load.queued == {work: 1, other: 1}
+
+
+@dataclass
+class Shaped:
+    work: Exact
+    number: int
+    shape: tuple[int, ...]
+    arrived: float = 0.0
+    due: float = 10.0
+    priority: int = NORMAL
+
+
+def test_images_of_one_shape_run_together():
+    scheduler, work = Scheduler(max_batch=8), Exact(name="one")
+    images = [Shaped(work, number, (3, 8, 8 * (1 + number % 2))) for number in range(6)]
+    for each in images:
+        scheduler.add(each)
+    assert scheduler.queued() == {work: 6}
+    scheduler.discard(images[2])
+    assert [each.number for each in scheduler.take(0.0).jobs] == [0, 4]
+    assert [each.number for each in scheduler.take(0.0).jobs] == [1, 3, 5]
+    assert scheduler.take(0.0) is None
