@@ -160,7 +160,7 @@ def test_a_request_chooses_its_rate(triton, served, rate, compensate):
         "compensate": compensate,
         "tokens": cost.plan.tokens[-1],
         "macs": cost.macs,
-        "macs_ratio": served.macs_ratio(3),
+        "macs_ratio": round(served.share(3), 4),
         "bank_digest": served.bank.info.digest,
     }
 
