@@ -265,7 +265,8 @@ def tensor_shapes(info: BankInfo) -> dict[str, tuple[int, int, int]]:
     """Return the name and shape of every tensor that a bank has."""
     shapes = {}
     for name in target_names(info):
-        inputs, outputs = info.backbone.geometry.channels(name.rpartition(".")[2])
+        _, block, *_, target = name.split(".")
+        inputs, outputs = info.backbone.geometry.channels(target, int(block))
         shapes[f"{name}.A"] = (info.max_rate, info.rank, inputs)
         shapes[f"{name}.B"] = (info.max_rate, outputs, info.rank)
     return shapes

@@ -77,7 +77,7 @@ def export_model(
     used = {"name": bank.info.name, "digest": bank.info.digest, "scale": scale} if bank else None
     about = _describe(backbone) | {"source": source, "rate": rate, "bank": used}
     proportional = bank.info.proportional if bank else backbone.proportional
-    variant = Variant(rate, folded, backbone.adapter, proportional, ladder)
+    variant = Variant(rate, folded, backbone.adapter, proportional, ladder, backbone.learned)
     about |= {
         "proportional": proportional,
         "method": ladder.method.name,
@@ -131,6 +131,7 @@ def _ladder(backbone: Backbone, source: int, bank: Bank | None, asked: Ladder | 
     if not bank and (reason := tuned_on_another(backbone, source, ladder)) is not None:
         raise ConfigError(reason)
     ladder.check(backbone.model)
+    ladder.check_learned(backbone.model, backbone.learned)
     if ladder.method.by_picture:
         raise ConfigError(
             f"the method {ladder.method.name!r} decides by picture how many tokens are left, which "

@@ -30,7 +30,7 @@ MAX_HEADER_BYTES: Final = 2**20
 #: What a digest covers of the model that a folder is for.
 _BACKBONE: Final[dict[str, Any]] = {
     "architecture": True,
-    "geometry": {"depth", "width", "heads", "hidden", "input", "patch"},
+    "geometry": {"depth", "width", "heads", "hidden", "input", "patch", "pruned"},
     "digest": True,
 }
 #: What a digest covers of the ladder that a folder is for; what a ladder is called is a name.

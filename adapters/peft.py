@@ -6,6 +6,7 @@ exports.
 Reference: LoRA in PEFT: x -> x Aᵀ Bᵀ · lora_alpha / r beside the layer that it targets.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from adapters.bank import Bank
 from adapters.composition import compose
 from adapters.durable import new_folder
+from adapters.schema import Geometry
 from tocom import Delta, LowRank, RateError, TocomError
-from tocom.delta import TARGETS, parts
+from tocom.delta import TARGETS
 
 
 def export_peft(bank: Bank, source: int, target: int, folder: str | Path) -> Path:
@@ -47,7 +49,7 @@ def export_peft(bank: Bank, source: int, target: int, folder: str | Path) -> Pat
 
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for layer, pair in _by_layer(delta).items():
+    for layer, pair in _by_layer(delta, bank.info.backbone.geometry).items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = pair.down
         tensors[f"base_model.model.{layer}.lora_B.weight"] = pair.up
         ranks[".".join(layer.split(".")[2:])] = len(pair.down)
@@ -69,25 +71,27 @@ def export_peft(bank: Bank, source: int, target: int, folder: str | Path) -> Pat
     return Path(folder)
 
 
-def _by_layer(delta: Delta) -> dict[str, LowRank]:
-    """Return one pair for each of timm's layers; q, k and v are thirds of `attn.qkv`."""
-    outputs = {}
-    for name, pair in delta.pairs.items():
-        block, _, target = name.rsplit(".", 2)
-        path, third = TARGETS[target]
-        outputs[f"{block}.{path}"] = len(pair.up) * (1 if third is None else 3)
-    return {layer: _join(delta, layer, channels) for layer, channels in outputs.items()}
+def _by_layer(delta: Delta, geometry: Geometry) -> dict[str, LowRank]:
+    """Return one pair for each of timm's layers; q, k and v are parts of `attn.qkv`."""
+    layers: dict[str, list[str]] = {}
+    for target, (path, _) in TARGETS.items():
+        layers.setdefault(path, []).append(target)
+    joined = {}
+    for block in range(geometry.depth):
+        for path, targets in layers.items():
+            room = path.partition(".")[0]
+            pairs = [delta.pairs.get(f"blocks.{block}.{room}.{target}") for target in targets]
+            widths = [geometry.channels(target, block)[1] for target in targets]
+            if any(pairs):
+                joined[f"blocks.{block}.{path}"] = _join(pairs, widths)
+    return joined
 
 
-def _join(delta: Delta, layer: str, outputs: int) -> LowRank:
-    """Join the pairs of a layer's parts: down [Σ K, in], up [outputs, Σ K] in blocks."""
-    shared = [
-        (rows, delta.pairs[part]) for part, rows in parts(layer, outputs) if part in delta.pairs
+def _join(pairs: Sequence[LowRank | None], widths: Sequence[int]) -> LowRank:
+    """Join the pairs of a layer's parts: down [Σ K, in], up [Σ widths, Σ K] in blocks."""
+    ups = [
+        pair.up if pair else torch.zeros(width, 0)
+        for pair, width in zip(pairs, widths, strict=True)
     ]
-    down = torch.cat([pair.down for _, pair in shared])
-    up = down.new_zeros(outputs, len(down))
-    first = 0
-    for rows, pair in shared:
-        up[rows, first : first + len(pair.down)] = pair.up
-        first += len(pair.down)
-    return LowRank(down, up)
+    up: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+    return LowRank(torch.cat([pair.down for pair in pairs if pair]), up)

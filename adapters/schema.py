@@ -1,11 +1,21 @@
 """What `bank.json` and `task.json` are made of: strict parts, and the model that a file is for."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from timm.models.vision_transformer import VisionTransformer
 
 from tocom import Backbone
+from tocom.pruned import Channels
 
 #: What banks, tasks and ladders may be called.
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
@@ -47,34 +57,68 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Pruned(Strict):
+    """The channels of a pruned model, one number a block."""
+
+    qk: tuple[Count, ...] = Field(description="of a query and of a key, in each head")
+    v: tuple[Count, ...] = Field(description="of a value, in each head")
+    hidden: tuple[Count, ...] = Field(description="inside the MLP")
+
+
 class Geometry(Strict):
     """What a model must share with a bank: its shape, not its weights."""
 
     depth: int = Field(gt=0, le=1000, description="blocks")
     width: Count = Field(description="channels of a token")
     heads: Count
-    hidden: Count = Field(description="channels inside the MLP")
+    hidden: Count = Field(description="channels inside the MLP; the most, if it is pruned")
     input: tuple[Count, Count] = Field(description="height and width in pixels")
     patch: tuple[Count, Count]
+    pruned: Pruned | None = Field(
+        None,
+        exclude_if=lambda pruned: pruned is None,
+        description="the channels of each block of a pruned model; others have no such entry",
+    )
+
+    @model_validator(mode="after")
+    def _of_every_block(self) -> "Geometry":
+        for key, widths in self.pruned or ():
+            if len(widths) != self.depth:
+                raise ValueError(
+                    f"pruned.{key} must have a number for each of {self.depth} blocks, got "
+                    f"{len(widths)}"
+                )
+        return self
 
     @classmethod
     def of(cls, model: VisionTransformer) -> "Geometry":
         """Read the geometry off a model."""
         block: Any = model.blocks[0]  # torch types what a module holds as Tensor | Module
+        channels = Channels.of(model)
         return cls(
             depth=len(model.blocks),
             width=model.embed_dim,
             heads=block.attn.num_heads,
-            hidden=block.mlp.fc2.in_features,
+            hidden=max(channels.hidden) if channels else block.mlp.fc2.in_features,
             input=tuple(model.patch_embed.img_size),
             patch=tuple(model.patch_embed.patch_size),
+            pruned=Pruned.model_validate(asdict(channels)) if channels else None,
         )
 
-    def channels(self, target: str) -> tuple[int, int]:
-        """Return (in, out) channels of a target."""
-        return {"fc1": (self.width, self.hidden), "fc2": (self.hidden, self.width)}.get(
-            target, (self.width, self.width)
-        )
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.input[0] // self.patch[0], self.input[1] // self.patch[1]
+
+    def channels(self, target: str, block: int) -> tuple[int, int]:
+        """Return (in, out) channels of a target, or of `qkv`, in a block."""
+        qk, v, hidden = self.width, self.width, self.hidden
+        if self.pruned is not None:
+            qk, v = self.heads * self.pruned.qk[block], self.heads * self.pruned.v[block]
+            hidden = self.pruned.hidden[block]
+        outputs = {"q": qk, "k": qk, "v": v, "qkv": 2 * qk + v, "fc1": hidden}
+        inputs = {"proj": v, "fc2": hidden}
+        return inputs.get(target, self.width), outputs.get(target, self.width)
 
 
 class BackboneInfo(Strict):

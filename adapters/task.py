@@ -1,7 +1,8 @@
 """Task models: what was tuned of a backbone for a task, and the head.
 
 Format 1 is a folder with `task.json` and `task.safetensors`; nothing in it is executable. It
-holds only what was tuned: AdaptFormer's branches, LoRA's pairs, or the head alone. The
+holds only what was tuned: AdaptFormer's branches, LoRA's pairs, or the head alone, and the
+weights of the method of its ladder, if that is learned. The
 backbone's weights are shared by all tasks on it, but for the layers that LoRA changes. Which
 bank it is served with is not known here.
 """
@@ -28,10 +29,12 @@ from adapters.schema import (
     Proportional,
     Strict,
 )
-from tocom import Adapter, Backbone, ReductionError, TaskError, bundled_folder
+from tocom import Adapter, Backbone, ReductionError, ReductionWeights, TaskError, bundled_folder
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
+#: What names of a learned method's weights begin with, in front of the block.
+REDUCTION = "reduction."
 #: timm's layers that LoRA may change.
 LAYERS = tuple(dict.fromkeys(path for path, _ in TARGETS.values()))
 
@@ -98,7 +101,7 @@ class TaskModel:
         ladder: what the rate means that it was tuned at.
         tensors: `head.weight` [C, D] and `head.bias` [C]; AdaptFormer's `adaptformer.down`
             [L, K, D] and `.up` [L, D, K]; LoRA's `lora.blocks.{i}.attn.qkv.A` [K, in] and `.B`
-            [out, K]. On the CPU, fp32 or fp16.
+            [out, K]; those of a learned method, `reduction.{i}...`. On the CPU, fp32 or fp16.
     """
 
     def __init__(self, info: TaskInfo, tensors: Mapping[str, Tensor]) -> None:
@@ -173,6 +176,7 @@ class TaskModel:
             calibration=info.calibration,
             evaluation=info.evaluation,
             adapter=self._adapter(tuned),
+            learned=self._learned(tuned),
             multi_label=info.multi_label,
             task_digest=info.digest,
         )
@@ -203,6 +207,19 @@ class TaskModel:
             return None
         return adapter(tuned["adaptformer.down"], tuned["adaptformer.up"], self.info.scale)
 
+    def _learned(self, tuned: Mapping[str, Tensor]) -> ReductionWeights | None:
+        method = self.ladder.method
+        if not method.learns:
+            return None
+        return ReductionWeights(
+            method,
+            {
+                name.removeprefix(REDUCTION): tensor
+                for name, tensor in tuned.items()
+                if name.startswith(REDUCTION)
+            },
+        )
+
     def _changed_layers(self) -> list[str]:
         depth = self.info.backbone.geometry.depth
         return [f"blocks.{i}.{layer}" for i in range(depth) for layer in self.info.layers]
@@ -231,11 +248,13 @@ def tensor_shapes(info: TaskInfo) -> dict[str, tuple[int, ...]]:
         shapes["adaptformer.down"] = (geometry.depth, rank, geometry.width)
         shapes["adaptformer.up"] = (geometry.depth, geometry.width, rank)
     for layer in info.layers:
-        inputs, outputs = geometry.channels(layer.rpartition(".")[2])
-        outputs *= 3 if layer == "attn.qkv" else 1
         for i in range(geometry.depth):
+            inputs, outputs = geometry.channels(layer.rpartition(".")[2], i)
             shapes[f"lora.blocks.{i}.{layer}.A"] = (rank, inputs)
             shapes[f"lora.blocks.{i}.{layer}.B"] = (outputs, rank)
+    ladder = ladder_of(info.ladder, geometry.depth)
+    learned = ladder.shapes(geometry.depth, geometry.width, geometry.grid)
+    shapes |= {f"{REDUCTION}{name}": shape for name, shape in learned.items()}
     return shapes
 
 

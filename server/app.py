@@ -15,6 +15,7 @@ from adapters import Store
 from server.banks import routes as bank_routes
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
+from server.inference.cache import AnswerCache
 from server.models.loading import load_models
 from server.models.registry import Registry
 from server.observe import tracing
@@ -27,9 +28,10 @@ from server.oip.statistics import Statistics
 from server.page import routes as page_routes
 from server.progress import Progress, Tell, tell_nobody
 from server.settings import Settings
-from server.v1 import batch, infer, models, segment
+from server.v1 import batch, huggingface, infer, models, openai, segment
 from server.web import status
 from server.web.access import Access, require_api_key, require_known_key
+from server.web.fetching import Fetcher
 from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.origins import allow_origins
 from server.web.problems import add_handlers
@@ -81,11 +83,16 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
         max_wait=settings.max_wait_ms / 1000,
         slo=settings.slo_ms / 1000,
         decode_threads=settings.decode_threads,
+        share=settings.priority_share,
+        keep_places=any(key.priority == "high" for key in settings.api_keys),
         observer=counted,
     )
     provider = tracing.provider(settings)
     budget = Budget(settings.max_inflight_bytes)
-    serving = Serving(settings, registry, engine, counted, budget, started=engine.clock())
+    cache = AnswerCache(settings, counted.looked_up) if settings.cache_bytes else None
+    serving = Serving(
+        settings, registry, engine, counted, budget, started=engine.clock(), cache=cache
+    )
     # FastAPI's own documentation page would load its scripts from the network.
     app = FastAPIOffline(
         title="ToCom Serve",
@@ -102,11 +109,19 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     app.state.access = Access(settings)
     app.state.banks = Banks(registry, Store(settings.store), counted.swapped)
     app.state.statistics = Statistics()
+    app.state.fetcher = Fetcher(settings, budget)
     # A description that asks for keys where none are needed would be wrong.
     keys, known = [], []
     if settings.api_keys:
         keys, known = [Depends(require_api_key)], [Depends(require_known_key)]
-    for router in (infer.router, segment.router, batch.router, oip_infer.router):
+    for router in (
+        infer.router,
+        segment.router,
+        batch.router,
+        openai.router,
+        huggingface.router,
+        oip_infer.router,
+    ):
         app.include_router(router, dependencies=keys)
     app.include_router(oip_metadata.repository, dependencies=known)
     for router in (
@@ -121,7 +136,10 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
     limits = {
         batch.PATH: math.inf,  # a stream of images has no end; each of them has
         bank_routes.PATH: settings.max_bank_bytes,
-        **dict.fromkeys((*infer.PATHS, segment.PATH, oip_infer.PATH), settings.max_body_bytes),
+        **dict.fromkeys(
+            (*infer.PATHS, segment.PATH, openai.PATH, huggingface.PATH, oip_infer.PATH),
+            settings.max_body_bytes,
+        ),
     }
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
     app.add_middleware(tracing.Attributes)
@@ -135,7 +153,7 @@ def _lifespan(
     serving: Serving, tell: Tell
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         serving.engine.start()
         graphs = serving.models.get(None).graphs
         graphs.start(serving.engine.call)
@@ -143,6 +161,7 @@ def _lifespan(
             await asyncio.to_thread(warm_up, serving, tell)
             yield
         finally:
+            await app.state.fetcher.close()
             await asyncio.to_thread(serving.engine.stop)
             await asyncio.to_thread(graphs.stop)
 

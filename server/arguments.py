@@ -12,7 +12,7 @@ from tocom.command_line import Parser, Version
 from tocom.completion import Completion
 
 #: What may be said of a model besides its name and backbone.
-MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder")
+MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder", "cascade")
 
 DESCRIPTION = """\
 Serve vision transformers at any token-merging rate: the bundled model, if nothing else is said.

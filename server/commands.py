@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import server.timm_without_dynamo  # noqa: F401  # isort: split
+import server.models.timm_without_dynamo  # noqa: F401  # isort: split
 from adapters import BankInfo
 from server import offline
 from server.inference.run import ROUTES

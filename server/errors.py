@@ -118,6 +118,13 @@ class ImageError(ServerError):
     title = "Unusable image"
 
 
+class FetchError(ServerError):
+    """An image that a request names by its address and that cannot be had there."""
+
+    status = 422
+    title = "Unfetched image"
+
+
 class UnusableBankError(ServerError):
     """A bank that is faulty or does not fit the model."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from server.errors import ImageError
+from server.inference.query import AUTO, CASCADE
 from server.inference.run import model_of, top_k
 from server.models.loading import load_models
 from server.models.pictures import prepare
@@ -71,9 +72,9 @@ class Classifier:
         first = settings.model_copy(update={"models": settings.models[:1]})
         registry = Registry(load_models(first))
         self.model = model_of("classification", None, registry)
-        if rate == "auto":
+        if rate in (AUTO, CASCADE):
             raise RateError(
-                "rate auto needs a server, whose load it goes by; here it is a whole number from "
+                f"rate {rate} needs a server; here it is a whole number from "
                 f"0 to {self.model.max_rate}"
             )
         self.work = self.model.at(self.model.parse_rate(rate), compensate=True)

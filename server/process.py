@@ -54,7 +54,7 @@ def serve(
 
 
 def _load(settings: Settings, tell: Tell) -> FastAPI:
-    import server.timm_without_dynamo  # noqa: F401  # isort: split
+    import server.models.timm_without_dynamo  # noqa: F401  # isort: split
     from server.app import create_app
 
     return create_app(settings, tell)

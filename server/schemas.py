@@ -52,22 +52,38 @@ class ImageAnswer(BaseModel):
     model: str
     ladder: str = Field(description="what rates mean: the model's ladder that it ran on")
     method: str = Field(description="how tokens were reduced")
-    asked_rate: str = Field(description="what the request asked for: a rate, `auto` or `budget`")
+    asked_rate: str = Field(
+        description="what the request asked for: a rate, `auto`, `cascade` or `budget`"
+    )
     asked_budget: float | None = Field(description="the budget; null if none was asked for")
-    rate: int = Field(description="rate that the model ran at: the rung of the ladder")
+    asked_agreement: float | None = Field(
+        description="of a cascade, the agreement that it is for; null: none, or a budget"
+    )
+    rate: int = Field(
+        description="rate that the model ran at: the rung of the ladder; of a cascade's the last"
+    )
+    rates: list[int] = Field(
+        description="all rates that the image ran at, one after the other: of a cascade one or "
+        "several"
+    )
     reason: str = Field(
         description="`asked`, or why auto chose it: `quality` is the lowest allowed; a higher one "
-        "was needed for the `deadline`, the `backlog` or the `load`, or shortly before (`cooling`)"
+        "was needed for the `deadline`, the `backlog` or the `load`, or shortly before "
+        "(`cooling`). Why a cascade ended there: the answer is `sure`, or none before was "
+        "(`unsure`), or there was no time for another run (`deadline`)"
     )
     source_rate: int = Field(
         description="rate that the model was tuned at; 0 if that was on another ladder"
     )
     compensate: bool = Field(description="whether a delta was applied")
     tokens: Tokens
-    macs: int = Field(description="multiply-adds of one image")
+    macs: int = Field(description="multiply-adds of the image, in all its runs")
     macs_ratio: float = Field(description="multiply-adds compared to rate 0")
     timings_ms: Timings
-    batch_size: int = Field(description="images that ran together")
+    batch_size: int = Field(description="images that ran together; 0 if it is `cached`")
+    cached: bool = Field(
+        default=False, description="whether the answer was kept from before, and nothing ran"
+    )
     bank_digest: str | None = Field(
         description="content of the model's bank for the ladder; null without one"
     )
@@ -170,6 +186,14 @@ class Rung(BaseModel):
     kl: float | None = Field(default=None, description="KL divergence from rate 0, in nats")
 
 
+class CascadeSummary(BaseModel):
+    """A way in which images decide their own compute, as it was calibrated."""
+
+    rates: list[int] = Field(description="of its runs, one after the other")
+    agreement: float = Field(description="share of images answered as at rate 0")
+    share: float = Field(description="mean multiply-adds compared to rate 0")
+
+
 class LadderSummary(BaseModel):
     """A ladder that a model is served on: what its rates mean."""
 
@@ -183,6 +207,11 @@ class LadderSummary(BaseModel):
     )
     bank: BankSummary | None = Field(description="what makes up for its rates; null: nothing does")
     rungs: list[Rung]
+    cascade: list[CascadeSummary] = Field(
+        default=[],
+        description="what `rate=cascade` may choose from, the cheapest first; empty: it is not to "
+        "be had on this ladder",
+    )
 
 
 class ModelSummary(BaseModel):

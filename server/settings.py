@@ -5,16 +5,13 @@ the defaults, which serve the bundled model.
 """
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -27,6 +24,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from server.access_settings import ApiKey, FetchHost, Key, Origin
 from tocom import ConfigError
 from tocom.wording import did_you_mean, value_fault
 
@@ -65,6 +63,11 @@ class ModelSettings(BaseModel):
         "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
         "bank's; without a bank the one that the model was tuned on, mostly `tome`",
     )
+    cascade: str | None = Field(
+        default=None,
+        description="a cascade.json, its folder or bundled:NAME, for rate=cascade; default: that "
+        "in the folder of the task or else of the backbone, if there is one",
+    )
 
 
 BUNDLED_MODEL = ModelSettings(
@@ -74,51 +77,8 @@ BUNDLED_MODEL = ModelSettings(
 )
 
 
-def _check_key(key: SecretStr) -> SecretStr:
-    # It travels in a header, and one that can be guessed protects nothing.
-    if not re.fullmatch(r"[!-~]{16,}", key.get_secret_value()):
-        raise ValueError("a key must be 16 or more printable ASCII characters without spaces")
-    return key
-
-
-Key = Annotated[SecretStr, AfterValidator(_check_key)]
-
-
-def _check_origin(origin: str) -> str:
-    # Browsers send it just so; with a path or a last slash it would never match.
-    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
-        raise ValueError("an origin is scheme://host or scheme://host:port, without a path, or *")
-    return origin
-
-
-Origin = Annotated[str, AfterValidator(_check_origin)]
-
 #: Settings of which no message may show a part.
 SECRET = ("admin_key", "api_keys")
-
-
-class ApiKey(BaseModel):
-    """A key for inference and what it allows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="whose it is, for messages"
-    )
-    key: Key = Field(description="the secret: 16 or more printable characters")
-    rate_limit: float | None = Field(
-        default=None, gt=0, description="images a second on average; default: no limit"
-    )
-    burst: int | None = Field(
-        default=None, ge=1, description="images at once; default: those of one second"
-    )
-
-    @field_validator("burst")
-    @classmethod
-    def _of_a_limit(cls, burst: int | None, info: ValidationInfo) -> int | None:
-        if burst is not None and info.data.get("rate_limit") is None:
-            raise ValueError("a burst needs a rate_limit")
-        return burst
 
 
 class Settings(BaseSettings):
@@ -254,6 +214,32 @@ class Settings(BaseSettings):
     api_keys: tuple[ApiKey, ...] = Field(
         default=(),
         description="keys for inference, which then needs one of them; none: it is open to all",
+    )
+    priority_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the time that the images of each lower priority keep while those of "
+        "higher ones wait",
+    )
+    cache_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="bytes of answers that are kept: the same picture asked again for the same is "
+        "answered without running; 0: none",
+    )
+    cache_shared: bool = Field(
+        default=False,
+        description="whether a key may get answers that are kept of another: it would learn by the "
+        "time it takes that somebody has sent the picture",
+    )
+    fetch_hosts: tuple[FetchHost, ...] = Field(
+        default=(),
+        description="hosts that images may be fetched from if a request names their address, as "
+        "`images.example.org` or `*.example.org`; none: nothing is fetched",
+    )
+    fetch_timeout_ms: int = Field(
+        default=5000, ge=1, description="milliseconds that fetching an image may take"
     )
     cors_origins: tuple[Origin, ...] = Field(
         default=(),

@@ -63,7 +63,7 @@ def offered(shell: str, line: str) -> set[str]:
         ("tocom-serve --warmup ", {"all", "first", "none"}),
         ("tocom-serve --port 9000 --no-o", {"--no-otel"}),
         ("tocom-serve --top-k 3 classify --js", {"--json"}),
-        ("tocom-train ev", {"evaluate"}),
+        ("tocom-train ev", {"evaluate", "evaluate-segment"}),
         ("tocom-train vtab vt", {"vtab1k"}),
         ("tocom-train finetune deit-tiny-task --method l", {"linear", "lora"}),
         ("tocom-train presets show meth", {"methods"}),

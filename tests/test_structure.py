@@ -26,7 +26,8 @@ DOORS: dict[str, set[str]] = {
 
 #: The same inside the server, floor by floor: a room may import those on lower floors.
 FLOORS: tuple[set[str], ...] = (
-    {"address", "errors", "progress", "settings", "schemas", "timm_without_dynamo"},
+    {"access_settings"},
+    {"address", "errors", "progress", "settings", "schemas"},
     {"arguments", "engine"},
     {"models"},
     {"inference", "observe"},

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tocom.dense import forward_dense
     from tocom.ladder import TOME, Ladder, Plan, plan
     from tocom.merging import Match, match, merge, unmerge
+    from tocom.reduction.weights import ReductionWeights
     from tocom.supported import check_supported
     from tocom.variant import Variant
     from tocom.vit import Trace, forward, forward_features, trace
@@ -45,6 +46,7 @@ else:
             "dense": ["forward_dense"],
             "ladder": ["TOME", "Ladder", "Plan", "plan"],
             "merging": ["Match", "match", "merge", "unmerge"],
+            "reduction.weights": ["ReductionWeights"],
             "supported": ["check_supported"],
             "variant": ["Variant"],
             "vit": ["Trace", "forward", "forward_features", "trace"],
@@ -70,6 +72,7 @@ __all__ = [
     "Rate",
     "RateError",
     "ReductionError",
+    "ReductionWeights",
     "ShapeError",
     "StoreError",
     "TOME",

@@ -12,6 +12,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 from tocom.delta import AnyDelta, linear
+from tocom.pruned import split
 from tocom.reduction import Seen
 
 
@@ -37,10 +38,7 @@ def look(
         queries: queries only of the first so many tokens; None: of all.
     """
     batch, tokens, _ = x.shape
-    heads = attention.num_heads
-    qkv = linear(attention.qkv, f"{name}.qkv", x, delta)
-    qkv = qkv.reshape(batch, tokens, 3, heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
+    q, k, v = split(attention, linear(attention.qkv, f"{name}.qkv", x, delta))
     q, k = attention.q_norm(q[:, :, :queries]), attention.k_norm(k)
 
     bias = None if size is None else size.log().to(q.dtype).reshape(batch, 1, 1, tokens)
@@ -76,12 +74,32 @@ def answer(
         q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     if attention.fused_attn:
         dropout = attention.attn_drop.p if attention.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        channels = v.shape[-1]
+        if (more := q.shape[-1] - channels) > 0:
+            # Of a pruned model. Torch has fast kernels for one width alone, and zeros add nothing.
+            v = F.pad(v, (0, more))
+        elif more < 0:
+            q, k = F.pad(q, (0, -more)), F.pad(k, (0, -more))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=seen.scale
+        )[..., :channels]
     else:
         scores = (q * attention.scale) @ k.transpose(-2, -1)
         scores = scores if bias is None else scores + bias
         y = attention.attn_drop(scores.softmax(dim=-1)) @ v
 
+    return project(attention, name, y, delta)
+
+
+def project(attention: Attention, name: str, y: Tensor, delta: AnyDelta | None) -> Tensor:
+    """Return the output [B, M, D] of a timm attention layer of what its heads read.
+
+    Args:
+        attention: the layer.
+        name: its name in the model.
+        y: [B, H, M, d] the values that each head read.
+        delta: the change of its weights.
+    """
     y = attention.norm(y.transpose(1, 2).flatten(2))
     y = linear(attention.proj, f"{name}.proj", y, delta)
     projected: Tensor = attention.proj_drop(y)

@@ -22,12 +22,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tocom.adapter import Adapter
-from tocom.errors import BackboneError, ReductionError
+from tocom.errors import BackboneError, ReductionError, UnsupportedModelError
 from tocom.ladder import TOME, Ladder
-from tocom.reduction import method_of
+from tocom.pruned import Channels, narrow
+from tocom.reduction import ReductionWeights, method_of
 from tocom.supported import check_supported
 
 BUNDLED = "bundled:"
+#: What a model folder calls the weights of the method of its ladder, if that is learned.
+REDUCTION = "reduction.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Backbone:
         calibration: the multiplier that was searched for it, as its folder says; None: nothing.
         evaluation: what was measured of it, likewise.
         adapter: branches that it was tuned with, without which it is another model.
+        learned: weights of its ladder's method, if that learns.
         multi_label: whether a picture has several classes, each scored by itself.
         task_digest: digest of the task folder that it was made from; empty if from none.
     """
@@ -60,6 +64,7 @@ class Backbone:
     calibration: Any = None
     evaluation: Any = None
     adapter: Adapter | None = None
+    learned: ReductionWeights | None = None
     task_digest: str = ""
     ladder: Ladder = TOME
     proportional: bool = True
@@ -102,7 +107,7 @@ class Backbone:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights as fp32, whatever precision they were stored in."""
-        return weights_digest(self.model, self.adapter)
+        return weights_digest(self.model, self.adapter, self.learned)
 
 
 def load_backbone(
@@ -137,6 +142,8 @@ def load_backbone(
         model, origin = _load_timm(name), {}
     check_supported(model, name)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if "ladder" in origin:
+        origin["learned"] = _learned(origin["ladder"], model, folder)
     return Backbone(
         model=model,
         name=name,
@@ -164,11 +171,16 @@ def bundled_folders() -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 
-def weights_digest(model: VisionTransformer, adapter: Adapter | None = None) -> str:
+def weights_digest(
+    model: VisionTransformer,
+    adapter: Adapter | None = None,
+    learned: ReductionWeights | None = None,
+) -> str:
     """Return SHA-256 over names, shapes and fp32 values of the weights."""
     weights: dict[str, Tensor] = dict(model.state_dict())
     for i, (down, up) in enumerate(adapter.branches if adapter else ()):
         weights |= {f"blocks.{i}.adapter.down": down, f"blocks.{i}.adapter.up": up}
+    weights |= {f"reduction.{name}": x for name, x in (learned.tensors if learned else {}).items()}
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -178,7 +190,12 @@ def weights_digest(model: VisionTransformer, adapter: Adapter | None = None) -> 
 
 def _load_folder(folder: Path, name: str) -> VisionTransformer:
     try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        pruned = _pruned(folder)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=pruned is None)
+        if pruned is not None:
+            check_supported(model, name)
+            narrow(model, Channels.read(pruned, model))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
         if (folder / "task.json").exists():
             raise BackboneError(
@@ -187,6 +204,10 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
         raise BackboneError(
             f"{name}: a model folder holds timm's config.json and model.safetensors; {error}"
         ) from error
+    except UnsupportedModelError:
+        raise
+    except BackboneError as error:
+        raise BackboneError(f"{name}: {error}") from error
     except Exception as error:  # timm raises whatever a wrong config.json leads it to
         raise BackboneError(
             f"{name}: cannot be loaded ({type(error).__name__}: {error})"
@@ -197,6 +218,12 @@ def _load_folder(folder: Path, name: str) -> VisionTransformer:
             f"{name}: config.json declares {declared} classes, its model_args {model.num_classes}"
         )
     return model
+
+
+def _pruned(folder: Path) -> Any:
+    """Return what the folder of a pruned model says of its channels, which timm does not know."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("pruned") if path.exists() else None
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -234,6 +261,34 @@ def _ladder(said: Any, folder: Path) -> Ladder:
         raise BackboneError(
             f"{folder}: the ladder in config.json cannot be read ({type(error).__name__}: {error})"
         ) from error
+
+
+def _learned(ladder: Ladder, model: VisionTransformer, folder: Path) -> ReductionWeights | None:
+    """Return the weights of a ladder's method, as precise as the model; None: it learns nothing."""
+    file = folder / REDUCTION
+    if not ladder.method.learns:
+        return None
+    try:
+        wanted = ladder.shapes(len(model.blocks), model.embed_dim, model.patch_embed.grid_size)
+        tensors = load_file(file)
+    except FileNotFoundError as error:
+        raise BackboneError(
+            f"{folder} lacks {REDUCTION}, the weights of the method {ladder.method.name!r} of its "
+            "ladder"
+        ) from error
+    except (ReductionError, SafetensorError) as error:
+        raise BackboneError(f"{file} cannot be read: {error}") from error
+    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := [k for k in {**wanted, **there} if wanted.get(k) != there.get(k)]:
+        raise BackboneError(
+            f"{file} does not hold the weights of the ladder {ladder.name!r}: {len(wrong)} tensors "
+            f"are missing, too many or of another shape, such as {', '.join(wrong[:4])}"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise BackboneError(f"{file}: {name} must be finite numbers with fractions")
+    weight = model.patch_embed.proj.weight
+    return ReductionWeights(ladder.method, {name: x.to(weight) for name, x in tensors.items()})
 
 
 def _load_file(path: Path, architecture: str | None) -> VisionTransformer:

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tocom.ladder import TOME, Ladder, Plan
-from tocom.reduction import Method, Place
+from tocom.pruned import widths
+from tocom.reduction import Heads, Method, Place
 from tocom.schedule import Rate
 
 
@@ -66,22 +67,30 @@ def cost(
     tokens = plan.tokens_in
     counts = zip(plan.reduced, plan.tokens, plan.acts, strict=True)
     for block, (reduced, leaving, acts) in zip(model.blocks, counts, strict=True):
-        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced))
+        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced, prefix))
         tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head
     return Cost(macs=total, embedding=embedding, blocks=tuple(blocks), head=head, plan=plan)
 
 
-def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int) -> int:
-    """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP."""
-    attention, width = block.attn, block.attn.proj.in_features
+def _block_macs(block: Block, method: Method | None, tokens: int, leaving: int, prefix: int) -> int:
+    """Return the multiply-adds of a block that `tokens` enter, `leaving` of them up to its MLP.
+
+    Both with the prefix tokens, of which there are `prefix`.
+    """
+    attention, width = block.attn, block.attn.proj.out_features
+    queries, _, values = widths(attention.qkv)
     place = None if method is None else method.place
     seen = leaving if place is Place.INPUT else tokens
     answered = leaving if place is Place.ATTENTION else seen
     macs: int = seen * linear_macs(attention.qkv) + answered * linear_macs(attention.proj)
-    macs += 2 * seen * answered * width + leaving * linear_macs(block.mlp)
-    return macs + (method.macs(tokens, leaving, width, attention.num_heads) if method else 0)
+    macs += (queries + values) * seen * answered + leaving * linear_macs(block.mlp)
+    if method is not None:
+        heads = Heads(attention.num_heads, queries // attention.num_heads)
+        macs += method.macs(tokens, leaving, width, heads)
+        macs += method.learned_macs(tokens - prefix, leaving - prefix, width)
+    return macs
 
 
 def linear_macs(module: nn.Module) -> int:

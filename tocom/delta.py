@@ -17,8 +17,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tocom.errors import DeltaError
+from tocom.pruned import widths
 
-#: Target name -> (timm's linear layer within a block, which third of its rows, if it is shared).
+#: Target name -> (timm's linear layer within a block, which part of its rows, if it is shared).
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attn.qkv", 0),
     "k": ("attn.qkv", 1),
@@ -102,11 +103,7 @@ def linear(layer: nn.Linear, name: str, x: Tensor, delta: AnyDelta | None) -> Te
     y: Tensor = layer(x)
     if not isinstance(delta, Delta):
         return y
-    pairs = [
-        (delta.pairs[part], rows)
-        for part, rows in parts(name, layer.out_features)
-        if part in delta.pairs
-    ]
+    pairs = [(delta.pairs[part], rows) for part, rows in parts(name, layer) if part in delta.pairs]
     if not pairs:
         return y
     # One product down and one up for all parts of the layer, which costs less than writing to
@@ -136,7 +133,7 @@ def fold(model: VisionTransformer, delta: Delta) -> FoldedWeights:
     check_delta(model, delta)
     weights: dict[str, Tensor] = {}
     for name, layer in target_layers(model).items():
-        for part, rows in parts(name, layer.out_features):
+        for part, rows in parts(name, layer):
             if (pair := delta.pairs.get(part)) is not None:
                 weight = weights.setdefault(name, layer.weight.detach().clone())
                 # Pairs are fp32: so is the sum, and a weight in half precision rounds it once.
@@ -149,7 +146,7 @@ def folded_bytes(model: VisionTransformer, delta: Delta) -> int:
     return sum(
         layer.weight.nbytes
         for name, layer in target_layers(model).items()
-        if any(part in delta.pairs for part, _ in parts(name, layer.out_features))
+        if any(part in delta.pairs for part, _ in parts(name, layer))
     )
 
 
@@ -158,7 +155,7 @@ def check_delta(model: VisionTransformer, delta: Delta) -> None:
     allowed = {
         part: (layer.in_features, len(range(*rows.indices(layer.out_features))))
         for name, layer in target_layers(model).items()
-        for part, rows in parts(name, layer.out_features)
+        for part, rows in parts(name, layer)
     }
     for part, pair in delta.pairs.items():
         if part not in allowed:
@@ -190,15 +187,17 @@ def has_plain_mlp(block: Block) -> bool:
     return type(block.mlp) is Mlp
 
 
-def parts(name: str, rows: int) -> Iterator[tuple[str, slice]]:
+def parts(name: str, layer: nn.Linear) -> Iterator[tuple[str, slice]]:
     """Yield the targets within a layer and the rows of its output that are theirs.
 
-    `blocks.0.attn.qkv` holds q, k and v, a third each; any other layer is its own target.
+    `blocks.0.attn.qkv` holds q, k and v, a third each unless the model is pruned; any other layer
+    is its own target.
     """
     room, _, leaf = name.rpartition(".")
     if leaf != "qkv":
         yield name, slice(None)
         return
-    third = rows // 3
-    for i, target in enumerate("qkv"):
-        yield f"{room}.{target}", slice(i * third, (i + 1) * third)
+    first = 0
+    for target, width in zip("qkv", widths(layer), strict=True):
+        yield f"{room}.{target}", slice(first, first + width)
+        first += width

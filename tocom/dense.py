@@ -24,7 +24,7 @@ from tocom.delta import AnyDelta
 from tocom.errors import ShapeError
 from tocom.ladder import TOME, Ladder
 from tocom.merging import spread
-from tocom.reduction import Fate
+from tocom.reduction import Fate, ReductionWeights
 from tocom.schedule import Rate
 from tocom.variant import Variant
 from tocom.vit import State, run_blocks
@@ -42,6 +42,7 @@ def forward_dense(
     proportional: bool = True,
     adapter: Adapter | None = None,
     ladder: Ladder = TOME,
+    learned: ReductionWeights | None = None,
     window: Size | None = None,
     stride: Size | None = None,
 ) -> Tensor:
@@ -50,15 +51,16 @@ def forward_dense(
     Args:
         model: a supported timm ViT; not modified.
         images: [B, 3, H, W], normalised as the model wants, of whole patches.
-        rate, delta, proportional, adapter, ladder: as in `Variant`.
+        rate, delta, proportional, adapter, ladder, learned: as in `Variant`.
         window, stride: height and width in pixels; see `slide`. None: the picture at once.
 
     Raises:
         RateError: if the rate is malformed, or the ladder has no such rung.
-        ReductionError: if the ladder is for another number of blocks.
+        ReductionError: if the ladder is for another number of blocks, or its method needs weights
+            and has none.
         ShapeError: if pictures, windows or strides are not of whole patches.
     """
-    variant = Variant(rate, delta, adapter, proportional, ladder)
+    variant = Variant(rate, delta, adapter, proportional, ladder, learned)
     if window is None:
         return features(model, images, variant)
     patch: Size = model.patch_embed.patch_size

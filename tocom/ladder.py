@@ -7,14 +7,18 @@ Does not look at images or weights: token counts depend on the rate alone, so th
 and batch shapes can be made ahead.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from tocom.errors import RateError, ReductionError
-from tocom.reduction import Cut, Method, Place, ToMe, Unit
+from tocom.reduction import Cut, Method, Place, ReductionWeights, ToMe, Unit
+from tocom.reduction.weights import weights_of
 from tocom.schedule import Rate, schedule
 
 
@@ -59,10 +63,17 @@ class Plan:
         """Whether some block removes fewer tokens than a rate that says what to remove asks for."""
         return self.asked != self.removed
 
-    def cuts(self, trace: bool = False) -> tuple[Cut | None, ...]:
-        """Return what each block is to do; None: nothing."""
+    def cuts(
+        self, trace: bool = False, learned: Callable[[int], Mapping[str, Tensor]] | None = None
+    ) -> tuple[Cut | None, ...]:
+        """Return what each block is to do; None: nothing.
+
+        Args:
+            trace: whether to follow tokens.
+            learned: returns what the method has learned for a block; None: it learns nothing.
+        """
         return tuple(
-            Cut(i, self.prefix, leaving, self.grid, trace) if acts else None
+            Cut(i, self.prefix, leaving, self.grid, trace, learned and learned(i)) if acts else None
             for i, (leaving, acts) in enumerate(zip(self.reduced, self.acts, strict=True))
         )
 
@@ -184,6 +195,60 @@ class Ladder:
             acts.append(leaving < left or (amount > 0 and self.method.by_picture))
             left = left if restored else leaving
         return Plan(tokens, prefix, amounts, tuple(removed), tuple(acts), grid, restored)
+
+    def start(self, depth: int, width: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the weights that its method begins to learn with, as `ReductionWeights` has them.
+
+        They are for all rungs: those of every block that acts on any, and for as many tokens as
+        the rung leaves that leaves the most. Of a method that learns nothing there are none.
+
+        Args:
+            depth: number of blocks.
+            width: channels of a token.
+            grid: rows and columns of patches.
+
+        Raises:
+            ReductionError: if it is for another number of blocks.
+        """
+        if not self.method.learns:
+            return {}
+        most: dict[int, int] = {}
+        for rung in range(1, len(self.rungs or ())):
+            plan = self.plan(rung, depth, grid[0] * grid[1], 0, grid)
+            for i, (left, acts) in enumerate(zip(plan.tokens, plan.acts, strict=True)):
+                if acts:
+                    most[i] = max(left, most.get(i, 0))
+        return {
+            f"{i}.{name}": tensor
+            for i, left in sorted(most.items())
+            for name, tensor in self.method.start(width, left).items()
+        }
+
+    def shapes(self, depth: int, width: int, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of each of its method's weights; see `start`."""
+        with torch.device("meta"):  # nothing is drawn
+            return {name: tuple(x.shape) for name, x in self.start(depth, width, grid).items()}
+
+    def check_learned(self, model: VisionTransformer, learned: ReductionWeights | None) -> None:
+        """Raise ReductionError, saying why, if its method learns and cannot run with weights.
+
+        Args:
+            model: that is to run on it.
+            learned: the weights that come with the model.
+        """
+        if not self.method.learns:
+            return
+        grid = model.patch_embed.grid_size
+        for name, shape in self.shapes(len(model.blocks), model.embed_dim, grid).items():
+            block, _, part = name.partition(".")
+            there = tuple(weights_of(learned, self.method, int(block))[part].shape)
+            # Of a table the first rows do.
+            if there[1:] != shape[1:] or there[0] < shape[0]:
+                raise ReductionError(
+                    f"the ladder {self.name!r} needs {part} of block {block} as {list(shape)}, "
+                    f"and {list(there)} were learned: a learned method runs on the ladder that it "
+                    "was tuned on"
+                )
 
     def check(self, model: VisionTransformer) -> None:
         """Raise ReductionError, saying why, if a model cannot run it."""

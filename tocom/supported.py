@@ -5,6 +5,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from tocom.errors import UnsupportedModelError
+from tocom.pruned import PrunedAttention
 
 
 def check_supported(model: object, name: str = "the model") -> None:
@@ -29,7 +30,7 @@ def check_supported(model: object, name: str = "the model") -> None:
     for block in model.blocks:
         if type(block) is not Block:
             refuse(f"the block {type(block).__name__}")
-        if type(block.attn) is not Attention:
+        if type(block.attn) not in (Attention, PrunedAttention):
             refuse(f"the attention {type(block.attn).__name__}")
         if getattr(block.attn, "gate", None) is not None:
             refuse("gated attention")

@@ -4,12 +4,15 @@ A model has one set of weights and many variants: at each rate, with each delta,
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from timm.models.vision_transformer import VisionTransformer
 
 from tocom.adapter import Adapter
 from tocom.delta import AnyDelta
 from tocom.ladder import TOME, Ladder, Plan
+from tocom.reduction import Cut, ReductionWeights
+from tocom.reduction.weights import weights_of
 from tocom.schedule import Rate
 
 
@@ -26,6 +29,8 @@ class Variant:
         proportional: merged tokens count in attention by their size. Off for MAE models that
             run untuned and for models that were trained with merging but without it.
         ladder: what the rate means.
+        learned: weights of the ladder's method, if it is one that learns. On a ladder of another
+            method they are of no effect.
     """
 
     rate: Rate = 0
@@ -33,6 +38,7 @@ class Variant:
     adapter: Adapter | None = None
     proportional: bool = True
     ladder: Ladder = TOME
+    learned: ReductionWeights | None = None
 
     def plan(
         self, model: VisionTransformer, tokens: int, grid: tuple[int, int] | None = None
@@ -54,3 +60,13 @@ class Variant:
             # A model that takes pictures of any size does not say how these were cut.
             grid = (rows, columns) if rows * columns == tokens - prefix else None
         return self.ladder.plan(self.rate, len(model.blocks), tokens, prefix, grid)
+
+    def cuts(self, plan: Plan, trace: bool = False) -> tuple[Cut | None, ...]:
+        """Return what each block is to do by a plan of this variant; None: nothing.
+
+        Raises:
+            ReductionError: if the method needs weights for a block that acts, and has none.
+        """
+        method = self.ladder.method
+        learned = partial(weights_of, self.learned, method) if method.learns else None
+        return plan.cuts(trace, learned)

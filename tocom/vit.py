@@ -27,7 +27,7 @@ from tocom.attention import answer, look
 from tocom.delta import AnyDelta, has_plain_mlp, linear
 from tocom.ladder import TOME, Ladder, Plan
 from tocom.merging import spread
-from tocom.reduction import Cut, Fate, Place, Seen, Tokens
+from tocom.reduction import Cut, Fate, Place, ReductionWeights, Seen, Tokens
 from tocom.schedule import Rate
 from tocom.variant import Variant
 
@@ -41,19 +41,21 @@ def forward(
     proportional: bool = True,
     adapter: Adapter | None = None,
     ladder: Ladder = TOME,
+    learned: ReductionWeights | None = None,
 ) -> Tensor:
     """Return the logits [B, classes] of `images` at `rate`.
 
     Args:
         model: a supported timm ViT; not modified.
         images: [B, 3, H, W], normalised as the model wants.
-        rate, delta, proportional, adapter, ladder: as in `Variant`.
+        rate, delta, proportional, adapter, ladder, learned: as in `Variant`.
 
     Raises:
         RateError: if the rate is malformed, or the ladder has no such rung.
-        ReductionError: if the ladder is for another number of blocks.
+        ReductionError: if the ladder is for another number of blocks, or its method needs weights
+            and has none.
     """
-    variant = Variant(rate, delta, adapter, proportional, ladder)
+    variant = Variant(rate, delta, adapter, proportional, ladder, learned)
     last = _last(run_blocks(model, embed(model, images), variant))
     return head(model, model.norm(last.x), last.size)
 
@@ -67,13 +69,14 @@ def forward_features(
     proportional: bool = True,
     adapter: Adapter | None = None,
     ladder: Ladder = TOME,
+    learned: ReductionWeights | None = None,
 ) -> Tensor:
     """Return the final tokens [B, M, D] of `images` at `rate`, after timm's last norm.
 
     Arguments and errors as in `forward`. M is `plan.tokens[-1]`, prefix tokens first. Of methods
     that decide by picture some tokens may be padding; the sizes in `trace` say which.
     """
-    variant = Variant(rate, delta, adapter, proportional, ladder)
+    variant = Variant(rate, delta, adapter, proportional, ladder, learned)
     final: Tensor = model.norm(_last(run_blocks(model, embed(model, images), variant)).x)
     return final
 
@@ -110,9 +113,10 @@ def trace(
     proportional: bool = True,
     adapter: Adapter | None = None,
     ladder: Ladder = TOME,
+    learned: ReductionWeights | None = None,
 ) -> Trace:
     """Run `forward` and note what happens to the tokens; arguments and errors as there."""
-    variant = Variant(rate, delta, adapter, proportional, ladder)
+    variant = Variant(rate, delta, adapter, proportional, ladder, learned)
     x = embed(model, images)
     last = _last(run_blocks(model, x, variant, trace=True))
     features, logits, _ = read(model, last.x, last.size)
@@ -254,7 +258,7 @@ def run_blocks(
     margin = x.new_full((batch,), 2.0, dtype=torch.float32) if trace else None
     again = model.grad_checkpointing and torch.is_grad_enabled()
     run = partial(checkpoint, _run_block, use_reentrant=False) if again else _run_block
-    for i, (block, cut) in enumerate(zip(model.blocks, plan.cuts(trace), strict=True)):
+    for i, (block, cut) in enumerate(zip(model.blocks, variant.cuts(plan, trace), strict=True)):
         queries = plan.prefix if prefix_only and i == len(model.blocks) - 1 else None
         tokens, seen, fate = run(block, i, tokens, seen, variant, cut, trace, queries)
         if variant.ladder.method.place is not Place.INPUT:

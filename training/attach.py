@@ -1,9 +1,9 @@
 """Keeping what was measured with what it was measured on.
 
 An evaluation or a calibration goes into the `config.json` of the model's folder, an evaluation
-also into the `bank.json` of the bank's: notes, which change no digest. Each is one file,
-exchanged in one step: a reader sees the old one or the new one. What is published in a store
-or cached from the hub is not touched.
+also into the `bank.json` of the bank's: notes, which change no digest. A cascade becomes a file
+beside the model's. Each is one file, exchanged in one step: a reader sees the old one or the new
+one. What is published in a store or cached from the hub is not touched.
 """
 
 import json
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from adapters import Bank, TaskModel
+from adapters.cascade import FILE, Cascade, read_cascade, write_cascade
 from adapters.durable import replace_file
 from tocom import ConfigError, load_backbone
 
 _EVALUATION = {"model", "bank", "pictures", "rows"}
 _CALIBRATION = {"weights_digest", "bank", "source", "multiplier", "measure", "pictures"}
+_CASCADE = {"points", "ladder_digest"}
 
 
 def attach(result: Path, folder: Path) -> Path:
     """Write a result of `evaluate` or `calibrate` into the folder that it belongs to.
 
     Args:
-        result: an `evaluation.json` or a `calibration.json`.
+        result: an `evaluation.json`, a `calibration.json` or a `cascade.json`.
         folder: a model folder, a task folder or, for an evaluation, a bank folder.
 
     Returns:
@@ -33,6 +35,8 @@ def attach(result: Path, folder: Path) -> Path:
         BackboneError, BankError, TaskError: if the folder is faulty.
     """
     said = _read(result)
+    if said.keys() >= _CASCADE:
+        return _cascade_to_model(read_cascade(result), result, folder)
     if (folder / "bank.json").exists():
         return _to_bank(said, result, folder)
     if (folder / "config.json").exists():
@@ -51,10 +55,26 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(said, dict) or not any(
-        keys <= said.keys() for keys in (_EVALUATION, _CALIBRATION)
+        keys <= said.keys() for keys in (_EVALUATION, _CALIBRATION, _CASCADE)
     ):
-        raise ConfigError(f"{path} is neither an evaluation.json nor a calibration.json")
+        raise ConfigError(
+            f"{path} is neither an evaluation.json nor a calibration.json nor a cascade.json"
+        )
     return said
+
+
+def _cascade_to_model(cascade: Cascade, result: Path, folder: Path) -> Path:
+    task = (folder / "task.json").exists()
+    if not task and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"a cascade belongs into a model folder (config.json) or a task folder (task.json), "
+            f"and {folder} is neither"
+        )
+    digest = TaskModel.load(folder).info.digest if task else load_backbone(str(folder)).digest
+    own = cascade.task_digest if task else cascade.weights_digest
+    if digest != own or (cascade.task_digest and not task):
+        raise ConfigError(f"{result} is of another model than the one in {folder}")
+    return write_cascade(cascade, folder / FILE)
 
 
 def _to_model(said: dict[str, Any], result: Path, folder: Path) -> Path:

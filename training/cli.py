@@ -22,12 +22,14 @@ COMMANDS = {
     "distill": "make a bank of plug-ins for a backbone; needs no labels",
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
+    "prune": "take channels out of a model, which becomes smaller and faster",
     "segment": "train a segmenter, a decoder on a backbone, on scenes with labels for every pixel",
     "evaluate": "measure a model at every rate, with and without a bank",
     "evaluate-segment": "measure a segmenter at every rate, with and without a bank",
     "compare": "measure methods, ladders and banks side by side",
     "analyse": "compare which tokens methods keep or join, and what it changes",
     "calibrate": "search the multiplier of a bank's deltas for a model",
+    "calibrate-cascade": "choose how sure a cheap answer must be to stand; needs no labels",
     "vtab": "tune on many tasks at many rates, and make the table of all",
 }
 
@@ -92,9 +94,11 @@ def _parser() -> Parser:
             command.add_argument(
                 "--check", action="store_true", help="only tell what is wrong with the data"
             )
-    text = "keep an evaluation or a calibration with its model, or an evaluation with its bank"
+    text = "keep a measurement or a calibration with its model, or an evaluation with its bank"
     command = commands.add_parser("attach", help=text, description=text)
-    command.add_argument("result", type=Path, help="an evaluation.json or calibration.json")
+    command.add_argument(
+        "result", type=Path, help="evaluation.json, calibration.json or cascade.json"
+    )
     command.add_argument("folder", type=Path, help="a model folder or a bank folder")
     command.set_defaults(run=_attach)
     text = "list the presets, or show one and all keys of its command"

@@ -216,6 +216,25 @@ class LoraConfig(Recipe):
     )
 
 
+class DynamicViTConfig(Recipe):
+    """What the method dynamicvit learns from beside the labels; defaults are the paper's."""
+
+    teacher: str | None = Field(
+        None,
+        description="as backbone.name: a model that is tuned for the same task, at rate 0; "
+        "default: none, and no losses of one",
+    )
+    ratio: float = Field(
+        2.0, gt=0, description="weight of the squared error of the share of tokens that is kept"
+    )
+    distillation: float = Field(
+        0.5, ge=0, description="weight of the KL divergence from the teacher's answers"
+    )
+    tokens: float = Field(
+        0.5, ge=0, description="weight of the squared error of kept tokens from the teacher's"
+    )
+
+
 class SearchConfig(Recipe):
     """A search of one value of the recipe, by accuracy on a part that is not trained on."""
 
@@ -249,6 +268,7 @@ class FinetuneConfig(Recipe):
     )
     adaptformer: AdaptFormerConfig = AdaptFormerConfig()
     lora: LoraConfig = LoraConfig()
+    dynamicvit: DynamicViTConfig = DynamicViTConfig()
     search: SearchConfig | None = Field(
         None, description="try several values of one key first and keep the best"
     )

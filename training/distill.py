@@ -93,7 +93,8 @@ class Distillation:
                 f"{backbone.name} has no head, so there are no logits to learn from; "
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
-        self.ladder = chosen_ladder(config.ladder, backbone.model)
+        self.ladder, self.learned = chosen_ladder(config.ladder, backbone.model), backbone.learned
+        self.ladder.check_learned(backbone.model, self.learned)
         if self.ladder.top is not None and config.highest > self.ladder.top:
             raise ConfigError(
                 f"max_rate ({config.max_rate}) + beyond ({config.beyond}) must be a rung of the "
@@ -156,7 +157,7 @@ class Distillation:
                 yield loss if self.plain is None else loss / self.plain[source, target]
 
     def _variant(self, rate: int, delta: Delta | None = None) -> Variant:
-        return Variant(rate, delta, proportional=self.config.proportional, ladder=self.ladder)
+        return Variant(rate, delta, None, self.config.proportional, self.ladder, self.learned)
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         return lesson(

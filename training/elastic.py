@@ -14,6 +14,7 @@ arXiv:1903.05134, section 3.3 (the whole network teaches).
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class ElasticTuning:
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
         self.ladder = chosen_ladder(config.ladder, backbone.model)
+        if self.ladder.method.learns:
+            raise ConfigError(
+                f"the method {self.ladder.method.name!r} is learned from labels: fine-tune on it"
+            )
         if self.ladder.top is not None and config.max_rate > self.ladder.top:
             raise ConfigError(
                 f"max_rate ({config.max_rate}) must be a rung of the ladder "
@@ -195,7 +200,8 @@ def elastic(config: ElasticConfig, folder: Path) -> Path:
     )
     if accelerator.is_main_process:
         backbone.model.load_state_dict(job.student.state_dict())
-        save_model(backbone, _said(config, backbone, tuned_from, data.distinct, folder), finished)
+        stock = replace(backbone, learned=None)  # of another ladder, and of no use on this one
+        save_model(stock, _said(config, backbone, tuned_from, data.distinct, folder), finished)
     accelerator.wait_for_everyone()
     return finished
 

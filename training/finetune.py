@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
@@ -25,10 +26,15 @@ from adapters.durable import new_folder, replace_file
 from adapters.ladder import part_of
 from adapters.task import data_config
 from tocom import Backbone, DataError, Variant, load_backbone
+from tocom.backbones import REDUCTION
+from tocom.pruned import Channels
+from tocom.reduction import DynamicViT
 from tocom.vit import embed, outputs
 from training import loop
 from training.config import FinetuneConfig
 from training.ladders.chosen import chosen_ladder
+from training.learned.dynamicvit import check_teacher
+from training.learned.weights import check_learns
 from training.multi_label.measures import mean_average_precision
 from training.pictures.augment import train_transform
 from training.pictures.batches import Pictures, evaluation_batches
@@ -112,6 +118,7 @@ def check_inputs(config: FinetuneConfig) -> list[str]:
     Variant(config.source, ladder=ladder).plan(
         backbone.model, backbone.model.patch_embed.num_patches + backbone.model.num_prefix_tokens
     )  # refuses a source that the ladder does not have
+    check_learns(ladder, config.source, backbone.model)
     names = class_names(open_pictures(config.pictures))
     if config.classes is not None:
         if len(names) > config.classes:
@@ -125,6 +132,8 @@ def check_inputs(config: FinetuneConfig) -> list[str]:
             if len(class_names(open_pictures(part))) > len(names):
                 raise DataError(f"{part.path}, {part.list}: more classes than the {len(names)}")
     _check_test(config, names)
+    if isinstance(ladder.method, DynamicViT):
+        check_teacher(config.dynamicvit, len(names), backbone, config.many)
     return names
 
 
@@ -245,9 +254,19 @@ def _notes(
 
 
 def save_model(backbone: Backbone, said: dict[str, Any], folder: Path) -> None:
-    """Write a model folder in timm's own form, in fp16, with what is `said` in its config."""
+    """Write a model folder in timm's own form, in fp16, with what is `said` in its config.
+
+    What a method has learned lies beside the model.
+    """
+    if (channels := Channels.of(backbone.model)) is not None:
+        said |= {"pruned": channels.said}
     with new_folder(folder, TrainingError) as beside:
         save_for_hf(backbone.model.half(), str(beside), model_config=said, safe_serialization=True)
+        if backbone.learned is not None:
+            tensors = {
+                name: x.detach().cpu().half() for name, x in backbone.learned.tensors.items()
+            }
+            save_file(tensors, beside / REDUCTION)
 
 
 def _save_model(
@@ -269,7 +288,7 @@ def _save_model(
         "backbone_digest": tuned_from,
         "training": notes,
     }
-    save_model(backbone, said, folder)
+    save_model(job.tuned(backbone), said, folder)
 
 
 def _save_task(
@@ -317,7 +336,9 @@ def _quality(
         DataError: if a picture has a class that the model lacks.
     """
     state = PartialState()
-    variant = Variant(rate, None, backbone.adapter, backbone.proportional, backbone.ladder)
+    variant = Variant(
+        rate, None, backbone.adapter, backbone.proportional, backbone.ladder, backbone.learned
+    )
     seen: list[tuple[Tensor, Tensor]] = []  # scores and truth, where there are several classes
     batches = evaluation_batches(
         backbone, [part], keys, workers=workers,

@@ -157,7 +157,10 @@ class Measurement:
 
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
-        variant = Variant(rate, delta, self.backbone.adapter, self.proportional, self.ladder)
+        variant = Variant(
+            rate, delta, self.backbone.adapter, self.proportional, self.ladder,
+            self.backbone.learned,
+        )  # fmt: skip
         answer = outputs(self.backbone.model, tokens, variant).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer

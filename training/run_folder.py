@@ -26,6 +26,7 @@ from adapters.durable import new_folder, replace_file
 from tocom import ConfigError, TocomError
 from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
+from training.prune.config import PruneConfig
 from training.recipe import Recipe
 from training.screen.curves import Curves, figure
 from training.screen.progress import Progress, say
@@ -136,8 +137,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def facts(config: DistillConfig | ElasticConfig, distinct: int, folder: Path) -> dict[str, Any]:
-    """Return what is worth knowing of a run that used no labels, beside what came out.
+def facts(
+    config: DistillConfig | ElasticConfig | PruneConfig, distinct: int, folder: Path
+) -> dict[str, Any]:
+    """Return what is worth knowing of a run of so many steps, beside what came out.
 
     Args:
         config: its recipe.
@@ -145,7 +148,9 @@ def facts(config: DistillConfig | ElasticConfig, distinct: int, folder: Path) ->
         folder: of the run.
     """
     return {
-        "recipe": config.model_dump(mode="json", exclude={"pictures", "backbone", "ladder"}),
+        "recipe": config.model_dump(
+            mode="json", exclude={"pictures", "test", "backbone", "task", "ladder"}
+        ),
         "pictures": [{"name": Path(p.path).name, "times": p.times} for p in config.pictures],
         "distinct_pictures": distinct,
         "samples_seen": config.loop.steps * config.loop.batch_size,

@@ -18,11 +18,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import AdaptFormer
-from adapters.task import heads_of
+from adapters.task import REDUCTION, heads_of
 from tocom import TOME, Backbone, ConfigError, Ladder, Variant
+from tocom.reduction import DynamicViT
 from tocom.vit import embed, outputs
 from training.config import FinetuneConfig, LoraConfig
 from training.ladders.chosen import chosen_ladder
+from training.learned.dynamicvit import Lesson, Pruned, pruned
+from training.learned.weights import LearnedWeights, drawn_rung, shares_left
 from training.pictures.augment import mixing
 from training.seeds import derive
 
@@ -40,12 +43,13 @@ class Tuned(nn.Module):
         adapter: AdaptFormer | None = None,
         ladder: Ladder = TOME,
         proportional: bool = True,
+        learned: LearnedWeights | None = None,
     ) -> None:
-        """Take the parameters of `model` that require gradients, and those of `adapter`."""
+        """Take the parameters of `model` that require gradients, of `adapter` and of `learned`."""
         super().__init__()
         self._model = (model,)  # in a tuple it is no submodule
         self.rate, self.ladder, self.proportional = rate, ladder, proportional
-        self.adapter = adapter
+        self.adapter, self.learned = adapter, learned
         self.weights = nn.ParameterDict(
             {
                 _key(name): parameter
@@ -63,12 +67,31 @@ class Tuned(nn.Module):
         """Return the names of positions and prefix tokens, which timm keeps from decaying."""
         return {f"weights.{_key(name)}" for name in self._model[0].no_weight_decay()}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes] of images [B, 3, H, W]."""
-        (model,) = self._model
+    def variant(self, rate: int | None = None) -> Variant:
+        """Return how the model runs; at a rate of its own, unless another is given."""
         adapter = self.adapter() if self.adapter is not None else None
-        variant = Variant(self.rate, None, adapter, self.proportional, self.ladder)
-        return outputs(model, embed(model, images), variant).logits
+        learned = self.learned() if self.learned is not None else None
+        rate = self.rate if rate is None else rate
+        return Variant(rate, None, adapter, self.proportional, self.ladder, learned)
+
+    def forward(self, images: Tensor, rate: int | None = None) -> Tensor:
+        """Return logits [B, classes] of images [B, 3, H, W]; the rate as in `variant`."""
+        (model,) = self._model
+        logits = outputs(model, embed(model, images), self.variant(rate)).logits
+        if self.learned is not None:
+            # All of them take part, or several processes would wait for the gradients of those
+            # that a rung has no use for.
+            logits = logits + 0 * sum(each.sum() for each in self.learned.parameters())
+        return logits
+
+
+class Pruning(Tuned):
+    """The same as DynamicViT runs it while it learns."""
+
+    def forward(self, images: Tensor) -> Pruned:  # type: ignore[override]
+        """Return the answer to images [B, 3, H, W]."""
+        (model,) = self._model
+        return pruned(model, embed(model, images), self.variant())
 
 
 class Finetuning:
@@ -104,9 +127,15 @@ class Finetuning:
         for block, rate in zip(model.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         model.set_grad_checkpointing(config.loop.recompute_blocks)
-        self.model = model
-        self.module: nn.Module = Tuned(
-            model, config.source, adapter, self.ladder, config.proportional
+        self.model, self.config = model, config
+        learned, self.lesson, kind = None, None, Tuned
+        if self.ladder.method.learns:
+            learned = LearnedWeights(self.ladder, backbone).to(next(model.parameters()))
+        if isinstance(self.ladder.method, DynamicViT):
+            shares = shares_left(self.ladder, config.source, model)
+            self.lesson, kind = Lesson(config.dynamicvit, shares, classes), Pruning
+        self.module: nn.Module = kind(
+            model, config.source, adapter, self.ladder, config.proportional, learned
         )
         if config.loop.compile:
             self.module.compile()  # one rate and one size of batches: one graph
@@ -115,22 +144,35 @@ class Finetuning:
         self.many = config.many
 
     def losses(self, images: Tensor, labels: Tensor, micro: int) -> Iterator[Tensor]:
-        """Yield the cross-entropy at the source rate; of several classes the asymmetric loss."""
+        """Yield the loss of the labels at the source rate; of a learned method, also at others.
+
+        It is the cross-entropy; where a picture has several classes, the asymmetric loss.
+        """
         smoothing = self.label_smoothing
-        if self.many:
-            logits = self.module(images)
-            # A part of a set may lack the last classes.
-            labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
-            yield AsymmetricLossMultiLabel(smoothing=smoothing)(logits, labels)
-            return
-        if self.mixing:  # smooths the labels itself
+        if self.mixing and not self.many:  # smooths the labels itself
             images, labels = self.mixing(images, labels)
             smoothing = 0.0
-        yield F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
+        more: Tensor | float = 0.0
+        if self.lesson is not None:
+            answer = self.module(images)
+            logits, more = answer.logits, self.lesson(answer, images)
+        else:
+            logits = self.module(images, self._rung(micro))
+        if self.many:
+            # A part of a set may lack the last classes.
+            labels = F.pad(labels, (0, logits.shape[1] - labels.shape[1]))
+            yield AsymmetricLossMultiLabel(smoothing=smoothing)(logits, labels) + more
+        else:
+            yield F.cross_entropy(logits, labels, label_smoothing=smoothing) + more
 
     def notes(self, micros: range) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+        """Return the rates at which a learned method runs."""
+        if not self.ladder.method.learns:
+            return {}
+        return {"rates": [self._rung(micro) for micro in micros]}
+
+    def _rung(self, micro: int) -> int:
+        return drawn_rung(self.ladder, self.config.source, self.config.loop.seed, micro)
 
     def watch(self) -> dict[str, float]:
         """Nothing: the test pictures are read once, at the end."""
@@ -138,11 +180,13 @@ class Finetuning:
 
     @torch.no_grad()
     def tuned(self, backbone: Backbone) -> Backbone:
-        """Return the backbone that was given, as it is now, with its branches."""
-        adapter = self.module.adapter if isinstance(self.module, Tuned) else None
+        """Return the backbone that was given, as it is now, with what was learned beside it."""
+        assert isinstance(self.module, Tuned)
+        variant = self.module.variant()
         return replace(
             backbone,
-            adapter=adapter() if adapter is not None else None,
+            adapter=variant.adapter,
+            learned=variant.learned,
             ladder=self.ladder,
             proportional=self.proportional,
             multi_label=self.many,
@@ -154,9 +198,11 @@ class Finetuning:
         for head in self.heads:
             layer: Any = self.model.get_submodule(head)
             found |= {f"{head}.weight": layer.weight, f"{head}.bias": layer.bias}
-        if isinstance(self.module, Tuned) and self.module.adapter is not None:
-            adapter = self.module.adapter
+        assert isinstance(self.module, Tuned)
+        if (adapter := self.module.adapter) is not None:
             found |= {"adaptformer.down": adapter.down, "adaptformer.up": adapter.up}
+        if (learned := self.module.variant().learned) is not None:
+            found |= {f"{REDUCTION}{name}": tensor for name, tensor in learned.tensors.items()}
         for name, parameter in self.model.named_parameters():
             for ending, factor in _FACTORS.items():
                 if name.endswith(ending):

@@ -47,8 +47,9 @@ _PNG_MODES = frozenset(("1", "I;16", "L", "LA", "P", "RGB", "RGBA"))
 class RateOptions(TypedDict, total=False):
     """Which model to ask, at which rate and by when; all as the server's parameters."""
 
-    rate: int | Literal["auto"]
+    rate: int | Literal["auto", "cascade"]
     budget: float | None
+    agreement: float | None
     ladder: str | None
     min_rate: int | None
     max_rate: int | None

@@ -19,21 +19,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from server.engine.job import Answer, Job
+from server.engine.job import Answer, Job, decoding_order
+from server.engine.observer import Observer
+from server.engine.places import Places
 from server.engine.pool import UrgentPool
-from server.engine.scheduler import Batch, Runnable, Scheduler, Work, urgency
+from server.engine.scheduler import Batch, Runnable, Scheduler, Work
 from server.engine.threads import set_torch_threads
-from server.errors import (
-    DeadlineError,
-    QueueFullError,
-    ShortDeadlineError,
-    UnavailableError,
-)
+from server.engine.turns import NORMAL
+from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -56,32 +54,6 @@ class Load:
     queued: Mapping[Work, int]
 
 
-class Observer(Protocol):
-    """Is told what happens, from the engine's threads: it must be quick and never raise."""
-
-    def decoded(self, work: Work, seconds: float) -> None:
-        """Take note of an image that was prepared."""
-        ...
-
-    def ran(
-        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
-    ) -> None:
-        """Take note of a batch, and of the seconds that each of its images had waited."""
-        ...
-
-    def failed(self, work: Work, stage: str) -> None:
-        """Take note of an image whose `decode` or `inference` raised."""
-        ...
-
-    def missed(self, work: Work, stage: str) -> None:
-        """Take note of an image that is late: before `decode`, in `queue`, after `inference`."""
-        ...
-
-    def cancelled(self, work: Work) -> None:
-        """Take note of an image that was given up."""
-        ...
-
-
 class Engine:
     """See the module. Use: `start`, then `submit` from any thread, at the end `stop`."""
 
@@ -92,6 +64,8 @@ class Engine:
         max_wait: float = 0.0,
         slo: float = math.inf,
         decode_threads: int = 2,
+        share: float = 0.0,
+        keep_places: bool = False,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -104,6 +78,8 @@ class Engine:
                 work-conserving: under load batches fill while their predecessor runs.
             slo: seconds in which answers are wanted, which batches leave room for.
             decode_threads: threads that prepare images.
+            share: of the time that each lower priority keeps while higher ones wait.
+            keep_places: whether some places are kept for high priority.
             observer: is told what happens.
             clock: tells seconds; deadlines are in its time.
         """
@@ -111,15 +87,15 @@ class Engine:
         self.max_wait = max_wait
         self.clock = clock
         self._pool: UrgentPool[Job] = UrgentPool(
-            decode_threads, "decode", self._prepare, urgency, partial(set_torch_threads, 1)
+            decode_threads, "decode", self._prepare, decoding_order, partial(set_torch_threads, 1)
         )
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
-        self._scheduler = Scheduler(max_batch, slo)
-        self._observer = observer
+        self._scheduler = Scheduler(max_batch, slo, share)
+        self.observer = observer
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._numbers = count()
-        self._taken = 0
+        self._places = Places(max_queue, keep_places)
         self._pace = 0.0
         self._beat = clock()
         self._closed = False
@@ -152,9 +128,9 @@ class Engine:
     def load(self) -> Load:
         """Return what there is to do at this moment."""
         with self._wake:
-            return Load(self._taken, self._scheduler.queued())
+            return Load(self._places.taken, self._scheduler.queued())
 
-    def check_room(self, images: int = 1) -> None:
+    def check_room(self, images: int = 1, priority: int = NORMAL) -> None:
         """Raise what `submit` would raise now, so that a body need not be read in vain.
 
         Raises:
@@ -163,12 +139,7 @@ class Engine:
         """
         if self._closed:
             raise UnavailableError("the server is shutting down")
-        if self._taken + images > self.max_queue:
-            raise QueueFullError(
-                f"{self._taken} of {self.max_queue} places in the queue are taken; "
-                f"{images} would be needed",
-                retry_after=self._taken * self._pace,
-            )
+        self._places.check(images, priority, self._pace)
 
     def submit(
         self,
@@ -176,6 +147,7 @@ class Engine:
         prepare: Callable[[], Tensor],
         deadline: float,
         due: float | None = None,
+        priority: int = NORMAL,
     ) -> Future[Answer]:
         """Take one image.
 
@@ -184,6 +156,7 @@ class Engine:
             prepare: makes the image [3, H, W]; runs in the pool. What it raises, the future raises.
             deadline: when the answer is of no more use, in the time of `clock`.
             due: when it should be there; default: at the deadline. Decides what is urgent.
+            priority: of the image; the higher one goes first, whatever is due.
 
         Returns:
             The answer to come. Cancelling it gives the place free at once; a forward that
@@ -195,7 +168,7 @@ class Engine:
             ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
         """
-        (job,) = self.submit_all(work, [prepare], deadline, due)
+        (job,) = self.submit_all(work, [prepare], deadline, due, priority)
         return job
 
     def submit_all(
@@ -204,6 +177,7 @@ class Engine:
         prepares: list[Callable[[], Tensor]],
         deadline: float,
         due: float | None = None,
+        priority: int = NORMAL,
     ) -> list[Future[Answer]]:
         """Take several images, all or none; each is answered, or fails, by itself.
 
@@ -211,10 +185,10 @@ class Engine:
         that its upload is not kept by it.
         """
         with self._wake:
-            self.check_room(len(prepares))
+            self.check_room(len(prepares), priority)
             now = self.clock()
             due = deadline if due is None else due
-            unprepared = self._taken + len(prepares) - 1 - len(self._scheduler)
+            unprepared = self._places.taken + len(prepares) - 1 - len(self._scheduler)
             if now >= deadline:
                 raise DeadlineError("the deadline passed before the images were there")
             late = deadline > due
@@ -225,7 +199,7 @@ class Engine:
                     f"{what} about {alone:.3g} s on this server even when nothing else waits, "
                     f"and {deadline - now:.3g} s are left; allow more time or a higher rate"
                 )
-            wait = self._scheduler.wait(work, due, unprepared, late)
+            wait = self._scheduler.wait(work, due, unprepared, late, priority)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
@@ -234,13 +208,47 @@ class Engine:
                 )
             jobs: list[Future[Answer]] = []
             while prepares:
-                self._taken += 1
+                self._places.take(priority)
                 self._scheduler.arrived(work, now)
-                job = Job(work, prepares.pop(0), deadline, due, next(self._numbers), now)
+                number = next(self._numbers)
+                job = Job(work, prepares.pop(0), deadline, due, number, now, priority)
                 job.add_done_callback(self._leave)
                 self._pool.add(job)
                 jobs.append(job)
         return jobs
+
+    def submit_again(
+        self, work: Work, image: Tensor, deadline: float, due: float | None, priority: int
+    ) -> Future[Answer]:
+        """Take an image that has run already, for other work; being let in, it needs no free place.
+
+        Args:
+            work: what to do with it this time.
+            image: [3, H, W], prepared.
+            deadline, due, priority: as of `submit`, and the same as before.
+
+        Raises:
+            DeadlineError: if there is not enough time left for it.
+            UnavailableError: if the engine has stopped.
+        """
+        with self._wake:
+            if self._drained and threading.current_thread() is not self._worker:
+                raise UnavailableError("the engine is not running")
+            now = self.clock()
+            due = deadline if due is None else due
+            wait = self._scheduler.wait(work, due, 0, deadline > due, priority)
+            if now + wait > deadline:
+                raise DeadlineError(
+                    f"another run takes {wait:.3g} s, and {deadline - now:.3g} s are left"
+                )
+            self._places.take(priority)
+            self._scheduler.arrived(work, now)
+            job = Job(work, None, deadline, due, next(self._numbers), now, priority)
+            job.image, job.decode = image, 0.0
+            job.add_done_callback(self._leave)
+            self._scheduler.add(job)
+            self._wake.notify()
+        return job
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the worker, between two batches, as a forward would run there."""
@@ -260,12 +268,12 @@ class Engine:
         try:
             job.image = prepare()
         except Exception as error:
-            if job.fail(error) and self._observer:
-                self._observer.failed(job.work, "decode")
+            if job.fail(error) and self.observer:
+                self.observer.failed(job.work, "decode")
             return
         job.decode = self.clock() - started
-        if self._observer:
-            self._observer.decoded(job.work, job.decode)
+        if self.observer:
+            self.observer.decoded(job.work, job.decode)
         with self._wake:
             # Whoever cancels from here on takes the job out of its queue again.
             if not job.done():
@@ -275,15 +283,15 @@ class Engine:
     def _leave(self, job: Future[Answer]) -> None:
         assert isinstance(job, Job)
         with self._wake:
-            self._taken -= 1
+            self._places.leave(job.priority)
             self._scheduler.discard(job)
         self._pool.discard(job)
         job.prepare = None
-        if job.cancelled() and self._observer:
+        if job.cancelled() and self.observer:
             if self.clock() < job.deadline:
-                self._observer.cancelled(job.work)
+                self.observer.cancelled(job.work)
             else:  # whoever waits for an answer gives it up when its time is over
-                self._observer.missed(job.work, "queue")
+                self.observer.missed(job.work, "queue")
 
     def _loop(self) -> None:
         set_torch_threads(1)  # work takes more where it has use for them
@@ -349,8 +357,8 @@ class Engine:
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].set_exception(error)
-                if self._observer:
-                    self._observer.failed(work, "inference")
+                if self.observer:
+                    self.observer.failed(work, "inference")
                 return
             logger.warning("a batch of %d failed (%r): retrying one by one", len(jobs), error)
             for job in jobs:
@@ -373,17 +381,17 @@ class Engine:
                     batch_size=len(jobs),
                 )
             )
-        if self._observer:
-            self._observer.ran(work, reason, len(jobs), spent, queued)
+        if self.observer:
+            self.observer.ran(work, reason, len(jobs), spent, queued)
             for job in jobs:
                 if started + spent > job.deadline:
-                    self._observer.missed(work, "inference")
+                    self.observer.missed(work, "inference")
 
     def _expire(self, job: Job, stage: str) -> bool:
         """Fail a job that has not begun and is past its deadline; whether it was."""
         if self.clock() < job.deadline:
             return False
         error = DeadlineError("the deadline passed before inference began")
-        if job.fail(error) and self._observer:
-            self._observer.missed(job.work, stage)
+        if job.fail(error) and self.observer:
+            self.observer.missed(job.work, stage)
         return True

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from server.engine.scheduler import Runnable, Work
 
+#: By its priority, when an image is decoded as if it were due: this much of its time from its
+#: arrival. No priority waits for ever, as it might if another went first always.
+HASTE = (0.25, 1, 4)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -22,6 +26,8 @@ class Answer:
         queue: seconds that it waited, for the pool and for its batch.
         inference: seconds that its batch ran.
         batch_size: images in that batch.
+        before: the answers of the runs before this one, of an image that ran again.
+        cached: whether it was kept from before, and nothing ran.
     """
 
     output: Any
@@ -31,6 +37,8 @@ class Answer:
     queue: float
     inference: float
     batch_size: int
+    before: tuple["Answer", ...] = ()
+    cached: bool = False
 
 
 class Job(Future[Answer]):
@@ -47,20 +55,22 @@ class Job(Future[Answer]):
     def __init__(
         self,
         work: Work,
-        prepare: Callable[[], Tensor],
+        prepare: Callable[[], Tensor] | None,
         deadline: float,
         due: float,
         number: int,
         arrived: float,
+        priority: int,
     ) -> None:
         super().__init__()
         self.work = work
         # None once it runs, or is given up: it may hold a whole upload.
-        self.prepare: Callable[[], Tensor] | None = prepare
+        self.prepare = prepare
         self.deadline = deadline
         self.due = due
         self.number = number
         self.arrived = arrived
+        self.priority = priority
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,3 +83,8 @@ class Job(Future[Answer]):
             return False
         self.set_exception(error)
         return True
+
+
+def decoding_order(job: Job) -> tuple[float, int]:
+    """Return what images are decoded by, the most urgent first."""
+    return job.arrived + HASTE[job.priority] * (job.due - job.arrived), job.number

@@ -3,22 +3,25 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 from torch import Tensor
 
 from server.engine.engine import Engine
 from server.engine.job import Answer
-from server.engine.scheduler import Work
+from server.engine.turns import NORMAL
 from server.errors import DeadlineError, ParameterError, ShortDeadlineError
-from server.inference.query import AUTO, RateQuery
+from server.inference.cascade import CascadeWork, Climbing, cascade_work, submit_all
+from server.inference.query import AUTO, BUDGET, CASCADE, RateQuery
 from server.models.registry import Registry
 from server.models.served import AutoWork, RateWork, ServedModel
 from server.schemas import Kind
 from server.settings import Settings
 from tocom import TOME, TocomError
 
+#: What may be done with an image.
+AnyWork: TypeAlias = RateWork | AutoWork | CascadeWork
 #: Where models of a kind are asked.
 ROUTES: Mapping[Kind, str] = {"classification": "/v1/classify", "segmentation": "/v1/segment"}
 
@@ -60,29 +63,34 @@ class Deadline:
 
 def work_for(
     model: ServedModel, query: RateQuery, settings: Settings, trace: bool = False
-) -> RateWork | AutoWork:
+) -> AnyWork:
     """Return the work that a request asks for.
 
     Raises:
         UnknownLadderError: if the model has no such ladder.
         RateError: if the model does not run at the rate.
-        ParameterError: if `auto` is not to be had, or not in the range that is asked for, or no
+        ParameterError: if `auto` or `cascade` is not to be had, or not as it is asked for, or no
             rate is within the budget, or both are there.
     """
     model = model.on(query.ladder)
     bounds = {"min_rate": query.min_rate, "max_rate": query.max_rate}
-    if query.budget is not None and "rate" in query.model_fields_set:
+    if query.asked == BUDGET and "rate" in query.model_fields_set:
         raise ParameterError(
             f"rate and budget both say how much an image may cost: only one may be there, got "
             f"rate={query.rate[:40]!r} and budget={query.budget:g}"
         )
+    asked = "this asks for a budget"
+    if query.asked != BUDGET:
+        asked = f"the rate is {query.rate[:40]!r}"
     if query.asked != AUTO:
         for name, value in bounds.items():
             if value is not None:
-                got = f"the rate is {query.rate[:40]!r}"
-                if query.budget is not None:
-                    got = "this asks for a budget"
-                raise ParameterError(f"{name} is for rate=auto, and {got}")
+                raise ParameterError(f"{name} is for rate=auto, and {asked}")
+    if query.asked == CASCADE:
+        return cascade_work(model, query, trace)
+    if query.agreement is not None:
+        raise ParameterError(f"agreement is for rate=cascade, and {asked}")
+    if query.asked != AUTO:
         budget = query.budget
         rate = model.parse_rate(query.rate) if budget is None else model.within(budget)
         return model.at(rate, query.compensate, trace)
@@ -108,7 +116,7 @@ def work_for(
     return AutoWork(model, low, high, query.compensate and model.bank is not None, trace)
 
 
-def noted(work: RateWork | AutoWork) -> dict[str, str | int]:
+def noted(work: AnyWork) -> dict[str, str | int]:
     """Return what is noted of work before it runs."""
     rate = AUTO if work.rate is None else work.rate
     return {"model": work.model.name, "ladder": work.model.ladder.name, "rate": rate}
@@ -153,9 +161,10 @@ def top_k(asked: int | None, model: ServedModel, settings: Settings) -> int:
 async def answer_all(
     request: Request,
     engine: Engine,
-    work: Work,
+    work: AnyWork,
     preparations: list[Callable[[], Tensor]],
     deadline: Deadline,
+    priority: int = NORMAL,
 ) -> list[Answer | TocomError]:
     """Run the images of a request; each is answered, or fails, by itself.
 
@@ -165,6 +174,7 @@ async def answer_all(
         work: what to do with each.
         preparations: makes each image; taken out of the list, so that uploads are freed early.
         deadline: of all.
+        priority: of all.
 
     Raises:
         QueueFullError, UnavailableError: if not all of them were taken; none is run then.
@@ -172,7 +182,7 @@ async def answer_all(
         ClientDisconnect: if nobody waits for them any more.
     """
     try:
-        futures = engine.submit_all(work, preparations, deadline.at, deadline.due)
+        futures = submit_all(engine, work, preparations, deadline.at, deadline.due, priority)
     except ShortDeadlineError as error:
         error.args = (f"{error} (the deadline was {deadline.wanted_ms} ms)",)
         raise
@@ -193,6 +203,8 @@ async def answer_all(
 def _outcome(future: Future[Answer]) -> Answer | TocomError:
     """Return what became of an image whose time has come."""
     if not future.done():
+        if isinstance(future, Climbing) and (answer := future.so_far()) is not None:
+            return answer
         return DeadlineError("the deadline passed before the answer was there")
     error = future.exception()
     if error is None:

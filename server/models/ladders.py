@@ -43,6 +43,7 @@ def open_ladders(
         try:
             new = Opened(own) if name is None else _open(name, bank)
             new.ladder.check(backbone.model)
+            new.ladder.check_learned(backbone.model, backbone.learned)
         except ReductionError as error:
             raise ConfigError(f"model {settings.name!r}: {error}") from error
         for other in opened:

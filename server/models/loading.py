@@ -16,6 +16,7 @@ from adapters.segmentation import SegmentationModel, is_segmentation, open_segme
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
+from server.models.cascades import check_cascade, open_cascade
 from server.models.graphs import Graphs
 from server.models.ladders import are_same, open_ladders
 from server.models.segmenting import ServedSegmenter, scene_transform
@@ -125,6 +126,7 @@ def load_model(
         make = partial(ServedSegmenter, segmenter=segmenter)
         size = segmenter.info.window
         transform, evaluation = scene_transform(segmenter), None
+    cascade = open_cascade(settings)
     first, *others = (
         make(
             name=settings.name,
@@ -139,10 +141,13 @@ def load_model(
             evaluation=evaluation,
             ladder=each.ladder,
             evidence=each.evidence,
+            cascade=cascade,
         )
         for each in opened
     )
-    return replace(first, others=tuple(others)).with_bank(bank)
+    model = replace(first, others=tuple(others)).with_bank(bank)
+    check_cascade(model, settings)
+    return model
 
 
 def _controller(

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
+from adapters.cascade import Cascade
 from adapters.segmentation import SegmentationInfo
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
 from server.models.ladders import are_same
-from server.models.weights import Deltas
+from server.models.weights import Deltas, calibration_of
 from server.schemas import Evaluation, Kind
 from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
 from tocom.vit import trace
@@ -49,6 +50,7 @@ class ServedModel:
         task: the task that was put on the backbone, if any.
         ladder: what its rates mean.
         evidence: what was measured of the ladder, as its file tells it.
+        cascade: how its images decide their own compute, if that was calibrated.
         others: the same model on its other ladders; the handle of the default one has them.
 
     Raises:
@@ -69,6 +71,7 @@ class ServedModel:
     task: TaskInfo | SegmentationInfo | None = None
     ladder: Ladder = TOME
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    cascade: Cascade | None = None
     others: tuple["ServedModel", ...] = ()
     _made: dict[int, AnyDelta] = field(init=False, default_factory=dict, repr=False)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)
@@ -138,7 +141,7 @@ class ServedModel:
     @cached_property
     def calibration(self) -> Calibration | None:
         """Multipliers searched for it and this bank, in place of the bank's own."""
-        return _calibration(self.name, self.backbone, self.bank, self.source)
+        return calibration_of(self.name, self.backbone, self.bank, self.source)
 
     def parse_rate(self, text: str) -> int:
         """Read an exact rate that a request asks for.
@@ -319,13 +322,17 @@ class RateWork:
         """Run images [B, 3, H, W], from any device, to an `Output` each."""
         delta = self.model.delta(self.rate) if self.compensate else None
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
-        variant = Variant(self.rate, delta, adapter, self.model.proportional, self.model.ladder)
+        variant = Variant(
+            self.rate, delta, adapter, self.model.proportional, self.model.ladder,
+            self.model.backbone.learned,
+        )  # fmt: skip
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:
             with self.model.graphs.team:
                 traced = trace(
                     model, images.to(self.model.device), self.rate, delta,
                     proportional=variant.proportional, adapter=adapter, ladder=variant.ladder,
+                    learned=variant.learned,
                 )  # fmt: skip
             features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
         else:
@@ -381,20 +388,3 @@ class AutoWork:
     def at(self, rate: int) -> RateWork:
         """Return the same work at one of these rates."""
         return self.model.at(rate, self.compensate, self.trace)
-
-
-def _calibration(
-    name: str, backbone: Backbone, bank: Bank | None, source: int
-) -> Calibration | None:
-    """Return the model's calibration if it is one for how the model is served."""
-    found = Calibration.of(backbone)
-    if found is None or bank is None:
-        return None
-    if found.fits(bank.info.digest, source):
-        return found
-    logger.warning(
-        "model %r: its calibration is ignored, the bank's own multiplier used: it is for the bank "
-        "%s at source %d, served is the bank %s at source %d",
-        name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
-    )  # fmt: skip
-    return None

@@ -1,13 +1,16 @@
 """What models of one server share: backbones, and deltas for a rate."""
 
+import logging
 import math
 import threading
 from weakref import WeakValueDictionary
 
-from adapters import Bank, compose
+from adapters import Bank, Calibration, compose
 from server.models.graphs import Graphs
 from tocom import AnyDelta, Backbone, FoldedWeights, fold, load_backbone
 from tocom.delta import folded_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Deltas:
@@ -92,3 +95,20 @@ class Backbones:
     def deltas(self, backbone: Backbone) -> Deltas:
         """Return the deltas of weights that no other model has; there are none yet."""
         return Deltas(backbone, self._max_folded_bytes)
+
+
+def calibration_of(
+    name: str, backbone: Backbone, bank: Bank | None, source: int
+) -> Calibration | None:
+    """Return the model's calibration if it is one for how the model is served."""
+    found = Calibration.of(backbone)
+    if found is None or bank is None:
+        return None
+    if found.fits(bank.info.digest, source):
+        return found
+    logger.warning(
+        "model %r: its calibration is ignored, the bank's own multiplier used: it is for the bank "
+        "%s at source %d, served is the bank %s at source %d",
+        name, found.bank_digest[:12], found.source, bank.info.digest[:12], source,
+    )  # fmt: skip
+    return None

@@ -86,6 +86,12 @@ class Metrics:
             buckets=RATES,
         )
         self._decisions = counter("rate_decisions", "Batches with rate=auto.", ["reason"])
+        self._cascades = counter(
+            "cascade_images",
+            "Images answered by a cascade, by the rate of their last run and why it was that.",
+            [*LABELS, "reason"],
+        )
+        self._runs = counter("cascade_runs", "Runs of images of cascades.", LABELS)
         self._queued = seconds("queue_duration_seconds", "What an image waited for its batch.")
         self._stages = seconds(
             "stage_duration_seconds", "Decoding of an image, inference of a batch.", ["stage"]
@@ -100,6 +106,7 @@ class Metrics:
         self._missed = counter("deadline_missed", "Images whose deadline passed.", ["stage"])
         self._failed = counter("failed", "Images that could not be answered.", ["stage"])
         self._cancelled = counter("cancelled", "Images that their client gave up.")
+        self._lookups = counter("cache_lookups", "Images looked up in the cache.", ["result"])
         self._swaps = counter("swaps", "Changes of a model's bank.", ["result"])
         self._begin_at_zero()
 
@@ -112,6 +119,8 @@ class Metrics:
             self._stages.labels(stage)
         for reason in ("quality", "deadline", "backlog", "load", "cooling"):
             self._decisions.labels(reason)
+        for result in ("hit", "miss"):
+            self._lookups.labels(result)
         for result in ("ok", "failed"):
             self._swaps.labels(result)
         for model in self._models.all():
@@ -141,6 +150,14 @@ class Metrics:
             self._decisions.labels(reason).inc()
             for _ in range(images):
                 self._auto.labels(*model).observe(work.rate)
+
+    def passed(self, works: Sequence[Runnable], reason: str) -> None:
+        """Count an image that a cascade has answered, and its runs."""
+        for work in works:
+            assert isinstance(work, RateWork)
+            run = work.model.name, work.model.ladder.name, work.rate
+            self._runs.labels(*run).inc()
+        self._cascades.labels(*run, reason).inc()
 
     def failed(self, work: Work, stage: str) -> None:
         """Count an image whose decoding or inference raised."""
@@ -175,7 +192,7 @@ class Metrics:
         highest = {(each.name, each.ladder.name): each.max_rate for each in handles}
         if model is None or ladder is None or (model, ladder) not in highest:
             model, ladder, rate = "", "", ""
-        elif str(rate) not in {"auto", *map(str, range(highest[model, ladder] + 1))}:
+        elif str(rate) not in {"auto", "cascade", *map(str, range(highest[model, ladder] + 1))}:
             rate = ""
         self._requests.labels(model, ladder, rate, code).inc()
         if seconds is not None:
@@ -184,6 +201,11 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Count a request that was refused; `reason` is one of a few."""
         self._rejected.labels(reason).inc()
+
+    def looked_up(self, hits: int, misses: int) -> None:
+        """Count images whose answers were looked up in the cache."""
+        self._lookups.labels("hit").inc(hits)
+        self._lookups.labels("miss").inc(misses)
 
     def swapped(self, result: str) -> None:
         """Count a change of a model's bank: `ok` or `failed`."""

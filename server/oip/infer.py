@@ -5,7 +5,7 @@ configuration. Has one version of each model, and no sequences, shared memory or
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -22,8 +22,8 @@ from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
 from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
 from server.oip.wire import inflate, read_request, write_response
 from server.settings import Settings
-from server.web.access import charge
-from server.web.body import in_time, read
+from server.web.access import charge, priority_of
+from server.web.body import JSON, described_body, in_time, read
 from server.web.origins import JSON_LENGTH
 from server.web.problems import described
 from server.web.serving import Serving, ServingDep
@@ -35,27 +35,11 @@ PATH = r"/v2/models/[^/]+(/versions/[^/]+)?/infer"
 router = APIRouter(tags=[PROTOCOL_INFERENCE])
 
 
-def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """Return a schema without references; OpenAPI would look for their targets elsewhere."""
-    if isinstance(schema, list):
-        return [_inlined(each, definitions) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if reference := schema.get("$ref"):
-        schema = {**definitions[reference.rpartition("/")[2]], **schema}
-    return {
-        key: _inlined(value, definitions)
-        for key, value in schema.items()
-        if key not in ("$defs", "$ref")
-    }
-
-
 def _request_body() -> dict[str, Any]:
-    schema = InferRequest.model_json_schema()
     return {
         "required": True,
         "content": {
-            "application/json": {"schema": _inlined(schema, schema["$defs"])},
+            JSON: {"schema": described_body(InferRequest)},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
@@ -106,7 +90,7 @@ async def _run(
     asked = tensors.wanted(question, model)
     charge(request, len(images) - 1)
     deadline = Deadline(engine, query.deadline_ms, settings, arrived)
-    outcomes = await answer_all(request, engine, work, images, deadline)
+    outcomes = await answer_all(request, engine, work, images, deadline, priority_of(request))
     return question, asked, [_whole(index, outcome) for index, outcome in enumerate(outcomes)]
 
 

@@ -6,54 +6,21 @@ were not there.
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    field_validator,
-    model_validator,
-)
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
-from server.inference.query import RateQuery
+from server.inference.query import Entry, JsonRateQuery
 
 #: Of every model; what changes about one is its bank, which answers name by its digest.
 VERSION = "1"
-
-#: Entries of an object in a request. Each entry too many is an error that pydantic describes,
-#: and it describes all of them: millions would take its time and memory.
-MAX_ENTRIES = 32
 
 #: Inputs or outputs in a request, and dimensions of one: more than any model here has.
 MAX_TENSORS = 8
 MAX_DIMENSIONS = 8
 
 
-class Entry(BaseModel):
-    """An object in a request."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_endless(cls, entry: Any) -> Any:
-        if isinstance(entry, dict) and len(entry) > MAX_ENTRIES:
-            raise ValueError(f"an object may have {MAX_ENTRIES} entries")
-        return entry
-
-
-class InferQuery(Entry, RateQuery):
+class InferQuery(JsonRateQuery):
     """The parameters of a request for inference."""
 
-    rate: str = Field(
-        default="0",
-        description="as for /v1/classify, a number or a string",
-        json_schema_extra={"type": ["string", "integer"]},
-        examples=[8, "auto"],
-    )
-    # The address says which model.
-    model: SkipJsonSchema[None] = None
     timeout: int = Field(
         default=0,
         ge=0,
@@ -63,13 +30,6 @@ class InferQuery(Entry, RateQuery):
     binary_data_output: bool = Field(
         default=False, description="whether outputs that do not say so themselves are binary"
     )
-
-    @field_validator("rate", mode="before")
-    @classmethod
-    def _as_text(cls, rate: Any) -> Any:
-        if isinstance(rate, float):
-            return f"{rate:g}"  # some clients have no other numbers: 8.0 is 8
-        return str(rate) if type(rate) is int else rate
 
     @model_validator(mode="after")
     def _one_deadline(self) -> "InferQuery":

@@ -159,13 +159,17 @@ def _classified(values: Tensor, count: int, model: ServedModel) -> np.ndarray:
 def telling(answers: Sequence[Answer]) -> Answer:
     """Return the answer that stands for all: one that ran at the highest rate.
 
-    Images whose rate is left to the server may run in several batches, at several rates.
+    Images whose rate is left to the server may run in several batches, at several rates. Of a
+    cascade it is one that ran most often.
     """
-    return max(answers, key=lambda each: each.work.rate)
+    return max(answers, key=lambda each: (len(each.before), each.work.rate))
 
 
 def parameters(answers: Sequence[Answer]) -> dict[str, int | float | bool | str]:
-    """Return what ran, why and at which cost; `rates` in the images' order if they differ."""
+    """Return what ran, why and at which cost; `rates` in the images' order if they differ.
+
+    An image that ran at several has all of them there: 4+0.
+    """
     ran = Ran.of(telling(answers))
     told: dict[str, int | float | bool | str] = {
         "ladder": ran.model.ladder.name,
@@ -175,13 +179,13 @@ def parameters(answers: Sequence[Answer]) -> dict[str, int | float | bool | str]
         "source_rate": ran.model.source,
         "compensate": ran.compensate,
         "tokens": ran.cost.plan.tokens[-1],
-        "macs": ran.cost.macs,
+        "macs": ran.macs,
         "macs_ratio": ran.macs_ratio,
         "batch_size": ran.batch_size,
     }
     if ran.bank_digest is not None:
         told["bank_digest"] = ran.bank_digest
-    rates = [each.work.rate for each in answers]
-    if len(set(rates)) > 1:
-        told["rates"] = ",".join(map(str, rates))
+    runs = [Ran.of(each).rates for each in answers]
+    if len(set(runs)) > 1 or len(ran.rates) > 1:
+        told["rates"] = ",".join("+".join(map(str, rates)) for rates in runs)
     return told

@@ -13,10 +13,12 @@ from adapters.ladder import digest
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery, SegmentQuery
 from server.inference.ran import Ran, milliseconds
+from server.models.cascades import misfit
 from server.models.segmenting import Scene, ServedSegmenter
 from server.models.served import ServedModel
 from server.schemas import (
     BankSummary,
+    CascadeSummary,
     Classification,
     ClassShare,
     Embedding,
@@ -87,7 +89,8 @@ def segmentation(
     patch = ran.model.backbone.model.patch_embed.patch_size
     size = scores.shape[1] * patch[0], scores.shape[2] * patch[1]
     own, stock = (ran.model.cost_of(rate, size) for rate in (ran.rate, 0))
-    ran = replace(ran, cost=own, macs_ratio=round(own.macs / stock.macs, 4))
+    share = round(own.macs / stock.macs, 4)
+    ran = replace(ran, cost=own, macs=own.macs, macs_ratio=share)
     classes = scene.classes(scores).numpy()
     return ImageAnswer(**_common(ran, query, seconds, request_id)), classes
 
@@ -135,12 +138,14 @@ def _common(ran: Ran, query: RateQuery, seconds: float, request_id: str) -> dict
         "method": ran.model.ladder.method.name,
         "asked_rate": query.asked,
         "asked_budget": query.budget,
+        "asked_agreement": query.asked_agreement,
         "rate": ran.rate,
+        "rates": ran.rates,
         "reason": ran.reason,
         "source_rate": ran.model.source,
         "compensate": ran.compensate,
         "tokens": Tokens(input=plan.tokens_in, blocks=list(plan.tokens), final=plan.tokens[-1]),
-        "macs": ran.cost.macs,
+        "macs": ran.macs,
         "macs_ratio": ran.macs_ratio,
         "timings_ms": Timings(
             decode=ran.decode_ms,
@@ -149,6 +154,7 @@ def _common(ran: Ran, query: RateQuery, seconds: float, request_id: str) -> dict
             total=milliseconds(seconds),
         ),
         "batch_size": ran.batch_size,
+        "cached": ran.cached,
         "bank_digest": ran.bank_digest,
         "request_id": request_id,
     }
@@ -199,7 +205,17 @@ def _ladder(model: ServedModel) -> LadderSummary:
             )
             for rate, cost in enumerate(model.costs)
         ],
+        cascade=_cascade(model),
     )
+
+
+def _cascade(model: ServedModel) -> list[CascadeSummary]:
+    if model.cascade is None or misfit(model) is not None:
+        return []
+    return [
+        CascadeSummary(rates=list(each.rates), agreement=each.agreement, share=each.share)
+        for each in model.cascade.points
+    ]
 
 
 def _measured(evidence: Mapping[str, Any]) -> dict[int, dict[str, float]]:

@@ -1,23 +1,19 @@
 """Classes and features of images, over HTTP."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Annotated, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
-from torch import Tensor
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery, EmbedQuery, RateQuery
-from server.inference.ran import Ran
-from server.inference.run import Deadline, answer_all, model_of, noted, top_k, work_for
-from server.models.pictures import prepare
+from server.inference.run import Deadline, model_of, top_k
 from server.models.served import ServedModel
-from server.observe.notes import INFERENCE, note
+from server.observe.notes import INFERENCE
 from server.schemas import Classification, Classifications, Embedding, Embeddings, Problem
 from server.v1 import answers, uploads
-from server.web.access import charge
+from server.v1.running import asked_for, run
 from server.web.body import in_time
 from server.web.problems import described, problem_of
 from server.web.serving import Serving, ServingDep
@@ -103,66 +99,23 @@ async def _ask(
         ServerError: if the images cannot be read or taken, or if the only one fails.
         ClientDisconnect: if nobody waits for the answer any more.
     """
-    settings = serving.settings
-
-    def prepared(data: bytes | bytearray) -> Callable[[], Tensor]:
-        return partial(prepare, data, model, settings)
-
-    asked = await run(request, serving, model, query, prepared, trace)
+    settings, engine = serving.settings, serving.engine
+    deadline = Deadline(engine, query.deadline_ms, settings)
+    work = asked_for(request, serving, model, query, trace)
+    engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    reading = uploads.read_images(request, settings)
+    upload = await in_time(reading, deadline.left, deadline.wanted_ms)
+    outcomes = await run(request, serving, work, upload.images, deadline)
+    if upload.single and isinstance(outcomes[0], TocomError):
+        raise outcomes[0]
     told = [
-        describe(outcome, asked.deadline.spent)
+        describe(outcome, deadline.spent)
         if isinstance(outcome, Answer)
         else problem_of(request, outcome)
-        for outcome in asked.outcomes
+        for outcome in outcomes
     ]
-    if not asked.single:
+    if not upload.single:
         return told
     (only,) = told
     assert not isinstance(only, Problem)
     return only
-
-
-class Asked(NamedTuple):
-    """What became of the images of a request.
-
-    Attributes:
-        outcomes: of each, in their order.
-        single: whether there was one that was sent by itself; it was answered then.
-        deadline: of the request.
-    """
-
-    outcomes: Sequence[Answer | TocomError]
-    single: bool
-    deadline: Deadline
-
-
-async def run(
-    request: Request,
-    serving: Serving,
-    model: ServedModel,
-    query: RateQuery,
-    prepared: Callable[[bytes | bytearray], Callable[[], Tensor]],
-    trace: bool = False,
-) -> Asked:
-    """Read the images of a request and run them; arguments and errors as of `_ask`.
-
-    Args:
-        prepared: returns what makes an image of its bytes.
-    """
-    settings, engine = serving.settings, serving.engine
-    deadline = Deadline(engine, query.deadline_ms, settings)
-    work = work_for(model, query, settings, trace)
-    note(request, **noted(work))
-    engine.check_room()  # before the body is read: what cannot be taken need not be sent
-    reading = uploads.read_images(request, settings)
-    upload = await in_time(reading, deadline.left, deadline.wanted_ms)
-    charge(request, len(upload.images) - 1)
-    preparations = [prepared(image) for image in upload.images]
-    upload.images.clear()  # the bytes of an image are free once it is decoded
-    outcomes = await answer_all(request, engine, work, preparations, deadline)
-    first = outcomes[0]
-    if isinstance(first, Answer):
-        note(request, **Ran.of(first).notes)
-    elif upload.single:
-        raise first
-    return Asked(outcomes, upload.single, deadline)

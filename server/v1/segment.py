@@ -12,12 +12,15 @@ from PIL import Image
 from server.engine.job import Answer
 from server.errors import ParameterError
 from server.inference.query import SegmentQuery
-from server.inference.run import model_of
+from server.inference.ran import Ran
+from server.inference.run import Deadline, answer_all, model_of
 from server.models.segmenting import Scene, ServedSegmenter
-from server.observe.notes import INFERENCE
+from server.observe.notes import INFERENCE, note
 from server.schemas import ImageAnswer, Segmentation, Segmentations
 from server.v1 import answers, uploads
-from server.v1.infer import run
+from server.v1.running import asked_for
+from server.web.access import charge, priority_of
+from server.web.body import in_time
 from server.web.origins import ANSWER
 from server.web.problems import described, problem_of
 from server.web.serving import ServingDep
@@ -48,27 +51,35 @@ async def segment(
     """
     model = model_of("segmentation", query.model, serving.models)
     assert isinstance(model, ServedSegmenter)
-    scenes: list[Scene] = []
-
-    def prepared(data: bytes | bytearray) -> Scene:
-        scenes.append(Scene(data, model, serving.settings))
-        return scenes[-1]
-
-    asked = await run(request, serving, model, query, prepared)
-    png = query.format == "png"
-    if png and not asked.single:
+    settings, engine = serving.settings, serving.engine
+    deadline = Deadline(engine, query.deadline_ms, settings)
+    work = asked_for(request, serving, model, query)
+    engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    reading = uploads.read_images(request, settings)
+    upload = await in_time(reading, deadline.left, deadline.wanted_ms)
+    if query.format == "png" and not upload.single:
         raise ParameterError(
             "format=png is for one image that is sent by itself, as a form field or as the body; "
             "several are answered as JSON"
         )
-    if query.format is None and asked.single:
+    png = query.format == "png"
+    if query.format is None and upload.single:
         png = PNG in request.headers.get("Accept", "")
+    charge(request, len(upload.images) - 1)
+    scenes = [Scene(data, model, settings) for data in upload.images]
+    upload.images.clear()  # the bytes of an image are free once it is decoded
+    outcomes = await answer_all(request, engine, work, [*scenes], deadline, priority_of(request))
+    first = outcomes[0]
+    if isinstance(first, Answer):
+        note(request, **Ran.of(first).notes)
+    elif upload.single:
+        raise first
     told = []
-    for scene, outcome in zip(scenes, asked.outcomes, strict=True):
+    for scene, outcome in zip(scenes, outcomes, strict=True):
         if not isinstance(outcome, Answer):
             told.append(problem_of(request, outcome).model_dump_json().encode())
             continue
-        seconds, request_id = asked.deadline.spent, request.state.request_id
+        seconds, request_id = deadline.spent, request.state.request_id
         # In threads: there may be millions of pixels, and others shall not wait for them.
         ran, classes = await asyncio.to_thread(
             answers.segmentation, outcome, scene, query, seconds, request_id
@@ -78,7 +89,7 @@ async def segment(
             content = await asyncio.to_thread(_png, classes, model)
             return Response(content, media_type=PNG, headers=headers)
         told.append(await asyncio.to_thread(_json, ran, classes, model))
-    content = told[0] if asked.single else b'{"results":[' + b",".join(told) + b"]}"
+    content = told[0] if upload.single else b'{"results":[' + b",".join(told) + b"]}"
     return Response(content, media_type="application/json")
 
 

@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect
 
 from adapters.schema import first_fault
 from server.engine.job import Answer
-from server.engine.scheduler import Work
 from server.errors import (
     DeadlineError,
     ParameterError,
@@ -30,11 +29,13 @@ from server.errors import (
     UnsupportedTypeError,
     UploadTimeoutError,
 )
+from server.inference.cascade import submit_all
+from server.inference.run import AnyWork
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.v1 import uploads
 from server.web import multipart
-from server.web.access import charge_when_allowed
+from server.web.access import charge_when_allowed, priority_of
 from server.web.ahead import Ahead
 from server.web.body import FORM, content_type
 from server.web.multipart import File
@@ -93,7 +94,7 @@ class Stream:
     """
 
     def __init__(
-        self, request: Request, serving: Serving, model: ServedModel, work: Work, deadline: float
+        self, request: Request, serving: Serving, model: ServedModel, work: AnyWork, deadline: float
     ) -> None:
         """Describe a stream; nothing is read yet.
 
@@ -228,12 +229,15 @@ class Stream:
             await self._fewer.wait()
 
     async def _submit(self, data: bytes) -> Future[Answer]:
-        engine = self._serving.engine
+        engine, priority = self._serving.engine, priority_of(self._request)
         preparation = partial(prepare, data, self._model, self._serving.settings)
         while True:
             try:
                 engine.check_room(1 + engine.max_queue // 2)
-                return engine.submit(self._work, preparation, self._deadline)
+                (image,) = submit_all(
+                    engine, self._work, [preparation], self._deadline, priority=priority
+                )
+                return image
             except (QueueFullError, DeadlineError):
                 pass  # whether the deadline has passed, the timer tells
             except ShortDeadlineError:

@@ -28,6 +28,7 @@ from server.web import encoded, multipart
 from server.web.body import FORM, JSON, content_type, read
 
 T = TypeVar("T")
+Schema = TypeVar("Schema", bound=BaseModel)
 
 _HOW = (
     f"send the image as the form field {multipart.FIELD!r} (curl -F {multipart.FIELD}=@photo.jpg), "
@@ -44,7 +45,12 @@ COMMAS = 64
 LARGE = 2**16
 
 
-def _from_base64(text: Any) -> Any:
+def from_base64(text: Any) -> Any:
+    """Return what base64, or a data: URL of it, holds; what is no text is left as it is.
+
+    Raises:
+        ValueError: if it is something else.
+    """
     if not isinstance(text, str):
         return text
     start = 0
@@ -63,7 +69,7 @@ class EncodedImage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    b64: Annotated[bytes, BeforeValidator(_from_base64, json_schema_input_type=str)] = Field(
+    b64: Annotated[bytes, BeforeValidator(from_base64, json_schema_input_type=str)] = Field(
         description="a JPEG, PNG or WebP file in base64, or a data: URL of it"
     )
     # Results of a stream wait, with their names, for a client that does not read them.
@@ -97,7 +103,7 @@ FORM_SCHEMA = {
 }
 
 #: A request body with images in OpenAPI's words.
-OPENAPI = {
+OPENAPI: dict[str, Any] = {
     "required": True,
     "content": {
         FORM: {"schema": FORM_SCHEMA},
@@ -147,8 +153,7 @@ async def read_images(request: Request, settings: Settings) -> Upload:
     """
     if request.headers.get("Content-Length") == "0":
         raise BadRequestError(f"the request body is empty: {_HOW}")
-    # More than there are places in the queue could not be taken even if it is empty.
-    limit = min(settings.max_images, settings.max_queue)
+    limit = most_images(settings)
     kind = content_type(request)
     if kind == FORM:
         upload = await _read_form(request, settings.max_body_bytes, limit)
@@ -164,33 +169,57 @@ async def read_images(request: Request, settings: Settings) -> Upload:
     return upload
 
 
+def most_images(settings: Settings) -> int:
+    """Return how many images a request may have that is answered as a whole."""
+    # More than there are places in the queue could not be taken even if it is empty.
+    return min(settings.max_images, settings.max_queue)
+
+
 async def _read_form(request: Request, max_bytes: int, limit: int) -> Upload:
     images = []
     async for file in multipart.read_files(request, max_bytes):
         images.append(file.data)
         # Here, before the next one is read.
-        _check_count(len(images), limit)
+        check_count(len(images), limit)
     if not images:
         raise BadRequestError(f"the form has no field {multipart.FIELD!r}: {_HOW}")
     return Upload(images, single=len(images) == 1)
 
 
 def _parse(body: bytes | bytearray, limit: int) -> Upload:
+    images = parse(EncodedImages, body, limit).images
+    check_count(len(images), limit)
+    return Upload([image.b64 for image in images], single=False)
+
+
+def parse(kind: type[Schema], body: bytes | bytearray, limit: int) -> Schema:
+    """Return what the JSON of a body with images says.
+
+    Args:
+        kind: what it should be.
+        body: its bytes.
+        limit: images that it may hold.
+
+    Raises:
+        BadRequestError: if it is not JSON.
+        TooLargeError: if it lists far more than so many images.
+        ParameterError: if it is something else, or holds what is not base64.
+    """
     if body.count(b",") > COMMAS * limit:
         raise TooLargeError(
             f"the body lists far more than the {limit} images that are answered together"
         )
     try:
-        images = EncodedImages.model_validate_json(body).images
+        return kind.model_validate_json(body)
     except ValidationError as error:
         (fault, *_) = error.errors(include_url=False, include_input=False)
         if fault["type"] == "json_invalid":
             raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
         of = "'s" if fault["loc"] else ":"
-        form = '; it is {"images": ["BASE64", ...]}' if len(fault["loc"]) < 2 else ""
+        form = ""
+        if kind is EncodedImages and len(fault["loc"]) < 2:
+            form = '; it is {"images": ["BASE64", ...]}'
         raise ParameterError(f"the body{of} {first_fault(error)}{form}") from None
-    _check_count(len(images), limit)
-    return Upload([image.b64 for image in images], single=False)
 
 
 async def aside(parse: Callable[[], T], size: int) -> T:
@@ -198,7 +227,8 @@ async def aside(parse: Callable[[], T], size: int) -> T:
     return await asyncio.to_thread(parse) if size > LARGE else parse()
 
 
-def _check_count(images: int, limit: int) -> None:
+def check_count(images: int, limit: int) -> None:
+    """Raise TooLargeError if a request has more images than are answered together."""
     if images > limit:
         raise TooLargeError(
             f"the request has {images} or more images; at most {limit} are answered together, "

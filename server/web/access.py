@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import SecretStr
 
+from server.engine.turns import NORMAL, PRIORITIES
 from server.errors import ForbiddenError, QuotaError, UnauthorizedError
 from server.settings import Settings
 from server.web.serving import held
@@ -65,6 +66,7 @@ class Caller:
 
     name: str
     bucket: Bucket | None
+    priority: int
 
 
 class Access:
@@ -77,7 +79,8 @@ class Access:
             bucket = None
             if each.rate_limit is not None:
                 bucket = Bucket(each.rate_limit, each.burst or max(1, each.rate_limit), clock)
-            self._callers.append((each.key, Caller(each.name, bucket)))
+            caller = Caller(each.name, bucket, PRIORITIES.index(each.priority))
+            self._callers.append((each.key, caller))
 
     def check_admin(self, key: str | None) -> None:
         """Let the admin key pass, and nothing else.
@@ -160,16 +163,28 @@ async def require_known_key(request: Request, key: GivenKey) -> None:
     get_access(request).identify(key)
 
 
+def caller_of(request: Request) -> Caller | None:
+    """Return whose key a request came with; None if the server is open to all."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller
+
+
+def priority_of(request: Request) -> int:
+    """Return the priority of a request's images."""
+    caller = caller_of(request)
+    return NORMAL if caller is None else caller.priority
+
+
 def charge(request: Request, images: int) -> None:
     """Take what a request holds beyond its first image from its quota; never refuses."""
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller = caller_of(request)
     if caller and caller.bucket:
         caller.bucket.take(images)
 
 
 async def charge_when_allowed(request: Request) -> None:
     """Wait until a request's quota has another image, and take it."""
-    caller: Caller | None = getattr(request.state, "caller", None)
+    caller = caller_of(request)
     if caller and caller.bucket:
         while wait := caller.bucket.wait():
             await asyncio.sleep(wait)

@@ -1,7 +1,7 @@
 """The body of a request: what kind it is, its bytes, and how long it may take to arrive."""
 
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
 
 from anyio import fail_after
 from fastapi.exceptions import RequestValidationError
@@ -68,3 +68,24 @@ async def in_time(reading: Awaitable[T], seconds: float, allowed_ms: int) -> T:
         raise UploadTimeoutError(
             f"the request body did not arrive within {allowed_ms} ms"
         ) from None
+
+
+def described_body(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a body, for the OpenAPI entry of a route that reads it itself."""
+    schema = kind.model_json_schema()
+    return dict(_inlined(schema, schema.get("$defs", {})))
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Return a schema without references; OpenAPI would look for their targets elsewhere."""
+    if isinstance(schema, list):
+        return [_inlined(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if reference := schema.get("$ref"):
+        schema = {**definitions[reference.rpartition("/")[2]], **schema}
+    return {
+        key: _inlined(value, definitions)
+        for key, value in schema.items()
+        if key not in ("$defs", "$ref")
+    }

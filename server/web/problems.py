@@ -6,16 +6,18 @@
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from server.errors import ServerError, UnavailableError
 from server.observe.notes import note
@@ -27,6 +29,9 @@ from tocom.wording import did_you_mean
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+#: Makes what clients of another interface look for out of a problem.
+Shape: TypeAlias = Callable[[Problem], dict[str, Any]]
 
 #: Title of an error that names no other.
 INVALID = "Invalid parameter"
@@ -84,12 +89,30 @@ def problem(
         headers: further headers.
     """
     note(request, error=title or HTTPStatus(status).phrase)
+    told = _problem(request, status, detail, title)
+    shape: Shape | None = getattr(request.state, "error_shape", None)
     return JSONResponse(
-        _problem(request, status, detail, title).model_dump(),
+        shape(told) if shape else told.model_dump(),
         status_code=status,
-        media_type=MEDIA_TYPE,
+        media_type="application/json" if shape else MEDIA_TYPE,
         headers={**(headers or {}), REQUEST_ID: request.state.request_id},
     )
+
+
+def speaking(shape: Shape) -> type[APIRoute]:
+    """Return the class of routes whose errors, refused keys included, have a shape of their own."""
+
+    class Speaking(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_speaking(request: Request) -> Response:
+                request.state.error_shape = shape
+                return await handle(request)
+
+            return handle_speaking
+
+    return Speaking
 
 
 def problem_of(request: Request, error: BaseException) -> Problem:

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from server.engine.engine import Engine
 from server.errors import UnavailableError
+from server.inference.cache import AnswerCache
 from server.models.registry import Registry
 from server.observe.metrics import Metrics
 from server.settings import Settings
@@ -30,9 +31,10 @@ def held(name: str, kind: type[T]) -> Callable[[Request], T]:
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings, models, engine, metrics and bytes of uploads of one server.
+    """Settings, models, engine, metrics, bytes of uploads and kept answers of one server.
 
     Attributes:
+        cache: None: no answers are kept.
         started: when, in the engine's time.
         stopping: set once a signal has asked for the end: not ready, and still serving.
         warm: set once every model has run, and the deltas of its rates are made.
@@ -44,6 +46,7 @@ class Serving:
     metrics: Metrics
     budget: Budget
     started: float
+    cache: AnswerCache | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     warm: threading.Event = field(default_factory=threading.Event)
 

@@ -89,6 +89,10 @@ class State(Collector):
         yield GaugeMetricFamily(
             "tocom_inflight_images", "Images taken and not yet answered.", value=status.taken
         )
+        cache = self._serving.cache
+        yield GaugeMetricFamily(
+            "tocom_cache_bytes", "Bytes of answers that are kept.", value=cache.held if cache else 0
+        )
         depth = GaugeMetricFamily(
             "tocom_queue_depth", "Images that wait for their batch.", labels=["model"]
         )

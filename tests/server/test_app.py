@@ -25,6 +25,8 @@ def test_the_interface_is_described(client):
         "/v1/classify",
         "/v1/classify/batch",
         "/v1/embed",
+        "/v1/embeddings",
+        "/models/{name}",
         "/v1/models",
         "/v1/models/{name}",
         "/v1/models/{name}/bank",
@@ -40,6 +42,7 @@ def test_the_interface_is_described(client):
     assert set(asked) == {
         "rate",
         "budget",
+        "agreement",
         "ladder",
         "min_rate",
         "max_rate",

@@ -165,7 +165,7 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         (["--model", "=x"], "--model =x: expected NAME=BACKBONE"),
         (
             ["--model", "a=x,bnak=y"],
-            "with one of task, bank, architecture, source, ladder, got 'bnak=y'",
+            "with one of task, bank, architecture, source, ladder, cascade, got 'bnak=y'",
         ),
         (["--model", "a=x,bank="], "expected KEY=VALUE"),
         (
@@ -210,9 +210,9 @@ def test_every_setting_is_an_option_with_its_help(capsys):
     told = capsys.readouterr().out
     options = {name.replace("_", "-") for name in Settings.model_fields}
     options -= {"models", "admin-key", "api-keys"}
-    negated = {"no-auto", "no-otel", "no-reduce-jpegs"}
+    negated = {"no-auto", "no-cache-shared", "no-otel", "no-reduce-jpegs"}
     assert set(re.findall(r"--([a-z][\w-]*)", told)) == {
-        *options, *negated, "help", "version", "config", "model",
+        *options, *negated, "help", "version", "completion", "config", "model",
     }  # fmt: skip
     assert re.findall(r"^    (\w+) ", told, re.MULTILINE) == ["check", "classify"]
     words = " ".join(told.split())
@@ -305,8 +305,9 @@ def test_photographs_that_cannot_be_classified_do_not_stop_the_others(
     [
         (
             ["--rate", "auto"],
-            "rate auto needs a server, whose load it goes by; here it is a whole n",
+            "rate auto needs a server; here it is a whole number from 0 to 5",
         ),
+        (["--rate", "cascade"], "rate cascade needs a server"),
         (["--rate", "6"], "runs at the rates 0 to 5"),
         (["--top-k", "11"], "top_k must be in 1..10"),
         (["--top-k", "0"], "top_k must be in 1..10"),

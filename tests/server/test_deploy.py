@@ -12,6 +12,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
+from server.arguments import parser
+from server.arguments import settings as settings_of
 from server.settings import Settings, load_settings
 from server.web.status import State
 
@@ -22,6 +24,10 @@ DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text("utf-8"))
 MANIFEST = {
     each["kind"]: each
     for each in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8"))
+}
+KSERVE = {
+    each["kind"]: each
+    for each in yaml.safe_load_all((ROOT / "deploy" / "kserve.yaml").read_text("utf-8"))
 }
 DEPLOYMENT = MANIFEST["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]
@@ -45,6 +51,7 @@ def series(app):
     metrics.answered(model.name, model.ladder.name, 0, 200, 0.1)
     metrics.ran(model.at(0, True), "quality", 1, 0.1, [0])
     metrics.rejected("queue_full")
+    metrics.passed([model.at(0, True)], "sure")
     text = generate_latest(metrics.registry) + generate_latest(State(serving))
     return {
         sample.name: set(sample.labels)
@@ -171,6 +178,34 @@ def test_requests_are_taken_until_the_service_knows_better(configured):
 def test_the_user_is_that_of_the_image():
     user = POD["spec"]["securityContext"]["runAsUser"]
     assert f"USER {user}" in DOCKERFILE
+
+
+def test_the_runtime_of_kserve_serves_the_model_by_its_service_s_name(paths, monkeypatch):
+    runtime, service = KSERVE["ServingRuntime"], KSERVE["InferenceService"]
+    (container,) = runtime["spec"]["containers"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    name = service["metadata"]["name"]
+    given = [each.replace("{{.Name}}", name) for each in container["args"]]
+    settings = settings_of(parser().parse_args(given))
+    (model,) = settings.models
+    assert (model.name, model.backbone) == (name, "/mnt/models/model")
+    assert model.bank == "/mnt/models/bank"
+    (port,) = container["ports"]
+    assert settings.port == port["containerPort"]
+    assert settings.threads == int(container["resources"]["requests"]["cpu"])
+    for probe in (container["readinessProbe"], container["livenessProbe"]):
+        assert probe["httpGet"]["path"] in paths
+        assert probe["httpGet"]["port"] == settings.port
+    notes = runtime["spec"]["annotations"]
+    assert notes["prometheus.kserve.io/path"] in paths
+    assert notes["prometheus.kserve.io/port"] == str(settings.port)
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    formats = [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
+    assert model["modelFormat"]["name"] in formats
+    assert container["securityContext"]["runAsUser"] == POD["spec"]["securityContext"]["runAsUser"]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def test_every_answer_is_as_described(operations, digest):
     bodies = {
         CHANGE_BANK: {"bank": digest},
         "POST /v2/models/{name}/infer": {"inputs": [image]},
+        "POST /v1/embeddings": {"input": f"data:image/png;base64,{B64}", "rate": 2},
+        "POST /models/{name}": {"inputs": B64, "parameters": {"top_k": 2}},
     }
     statuses = {}
     for operation in operations:

@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from tests.tocom_models import KINDS, pictures, small_model
@@ -313,8 +314,9 @@ def test_the_layers_that_a_delta_can_change():
 
 
 def test_the_parts_of_a_layer_cover_its_rows_once():
-    assert list(parts("blocks.0.mlp.fc1", 8)) == [("blocks.0.mlp.fc1", slice(None))]
-    assert list(parts("blocks.7.attn.qkv", 9)) == [
+    name = "blocks.0.mlp.fc1"
+    assert list(parts(name, nn.Linear(4, 8))) == [(name, slice(None))]
+    assert list(parts("blocks.7.attn.qkv", nn.Linear(4, 9))) == [
         ("blocks.7.attn.q", slice(0, 3)),
         ("blocks.7.attn.k", slice(3, 6)),
         ("blocks.7.attn.v", slice(6, 9)),

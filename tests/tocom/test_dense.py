@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tocom.reduction.learning import drawn_weights
 from tests.tocom.reduction.test_properties import kinds, ladder_of
 from tests.tocom_models import KINDS, SMALL, pictures, small_model
 from tocom import Ladder, ShapeError, Variant, forward_dense, forward_features
@@ -58,10 +59,11 @@ def test_every_method_gives_a_grid(name):
         model = small_model(kind)
         images = pictures(model, batch=2)
         for rate in (1, 3):
-            found = forward_dense(model, images, rate, ladder=ladder)
+            learned = drawn_weights(ladder, model)
+            found = forward_dense(model, images, rate, ladder=ladder, learned=learned)
             assert found.shape == (2, model.embed_dim, *model.patch_embed.grid_size)
             assert found.isfinite().all()
-            alone = forward_dense(model, images[:1], rate, ladder=ladder)
+            alone = forward_dense(model, images[:1], rate, ladder=ladder, learned=learned)
             torch.testing.assert_close(alone, found[:1], rtol=1e-4, atol=1e-3)
 
 

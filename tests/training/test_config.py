@@ -4,6 +4,7 @@ import pytest
 
 from tocom import ConfigError
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import (
     DistillConfig,
     ElasticConfig,
@@ -14,6 +15,7 @@ from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.config import PicturesConfig
 from training.presets import presets, read_recipe
+from training.prune.config import PruneConfig
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
 
@@ -24,6 +26,7 @@ KINDS = {
         ["backbone.name=x", "pictures=[{path='a.tar'}]"],
     ),
     "elastic-small-data": (ElasticConfig, ["backbone.name=x", "pictures=a.tar"]),
+    "prune-deit-tiny-task": (PruneConfig, ["backbone.name=x", "pictures=a.tar"]),
     "deit-tiny-task": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "vtab1k-adaptformer": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
     "cifar100-full": (FinetuneConfig, ["pictures.path=a.tar", "test.path=b.tar"]),
@@ -36,6 +39,7 @@ KINDS = {
     "ade20k-segmenter": (SegmentConfig, []),
     "camvid": (SegmentConfig, []),
     "segment-rates": (EvaluateSegmentConfig, ["backbone.name=bundled:x", "task=y"]),
+    "cascade": (CascadeConfig, ["backbone.name=bundled:x", "pictures=a.tar"]),
     "multiplier": (
         CalibrateConfig,
         ["backbone.name=bundled:x", "bank=bundled:y", "pictures.path=a.tar"],

@@ -303,13 +303,13 @@ def test_what_is_tested_is_what_was_written(
     pictures: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    measure = module._accuracy
+    measure = module._quality
 
     def note(backbone: Any, *rest: Any) -> float:
         seen.append({name: weight.clone() for name, weight in backbone.model.state_dict().items()})
         return measure(backbone, *rest)
 
-    monkeypatch.setattr(module, "_accuracy", note)
+    monkeypatch.setattr(module, "_quality", note)
     loop = {"epochs": 1, "batch_size": 12, "learning_rate": 3e-3, "workers": 0}
     folder = finetune(recipe(pictures, model_folder, loop=loop), tmp_path / "run")
     ((tested),) = seen

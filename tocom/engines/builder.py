@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tocom.delta import FoldedWeights, parts, target_layers
 from tocom.engines.tome import Seen, merge
+from tocom.pruned import widths
 from tocom.reduction import ToMe
 from tocom.variant import Variant
 from tocom.vit import pools_patches
@@ -29,7 +30,7 @@ def weights_of(model: VisionTransformer, delta: FoldedWeights | None) -> dict[st
     weights = {}
     for name, layer in target_layers(model).items():
         weight = folded.get(name, layer.weight)
-        for part, rows in parts(name, layer.out_features):
+        for part, rows in parts(name, layer):
             weights[part] = weight[rows]
     return weights
 
@@ -113,25 +114,26 @@ class Builder:
     ) -> tuple[Any, Seen]:
         """Return the output, and what a merge looks at."""
         attention = block.attn
-        heads, width = attention.num_heads, attention.head_dim
+        heads = attention.num_heads
         x = self._norm(block.norm1, x)
         bias = attention.qkv.bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
+        biases = (None, None, None) if bias is None else bias.split(widths(attention.qkv))
         # Three products, as OpenVINO would copy the parts of one.
         q = self._linear(f"{name}.q", self._first(x, queries), biases[0])
         k = self._linear(f"{name}.k", x, biases[1])
         v = self._linear(f"{name}.v", x, biases[2])
-        q, k, v = (ops.reshape(t, [0, 0, heads, width], True) for t in (q, k, v))
+        q, k, v = (ops.reshape(t, [0, 0, heads, -1], True) for t in (q, k, v))
         q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         # The mean as a product takes half the time of OpenVINO's own.
+        width = widths(attention.qkv)[1] // heads
         mean = _constant(torch.eye(width).repeat(heads, 1) / heads)
-        keys = ops.matmul(ops.reshape(k, [0, 0, heads * width], True), mean, False, False)
+        keys = ops.matmul(ops.reshape(k, [0, 0, -1], True), mean, False, False)
         q, k, v = (ops.transpose(t, [0, 2, 1, 3]) for t in (q, k, v))
         log = None if size is None else ops.unsqueeze(ops.log(ops.squeeze(size, [2])), [1, 2])
         # As `look` and timm have it: the fused kernel does not read the layer's own scale.
-        scale = width**-0.5 if attention.fused_attn else attention.scale
+        scale = attention.head_dim**-0.5 if attention.fused_attn else attention.scale
         y = ops.scaled_dot_product_attention(q, k, v, log, np.float32(scale))
-        y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, heads * width], True)
+        y = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), [0, 0, -1], True)
         y = self._linear(f"{name}.proj", self._norm(attention.norm, y), attention.proj.bias)
         return y, Seen(keys, q, k, log, scale)
 

@@ -6,11 +6,13 @@ from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import (
     Chosen,
     Cut,
     Fate,
+    Heads,
     Method,
     Place,
     Seen,
@@ -19,6 +21,7 @@ from tocom.reduction.protocol import (
 )
 from tocom.reduction.registry import METHODS, method_of, options_of
 from tocom.reduction.tome import ToMe
+from tocom.reduction.weights import ReductionWeights
 
 __all__ = [
     "ATME",
@@ -28,15 +31,21 @@ __all__ = [
     "Cut",
     "DPCKNN",
     "DiffRate",
+    "DynamicViT",
     "EViT",
     "Fate",
+    "Heads",
     "KMedoids",
     "MCTF",
     "METHODS",
     "Method",
+    "PatchMerger",
     "Pattern",
     "Place",
+    "ReductionWeights",
     "Seen",
+    "SiT",
+    "Sinkhorn",
     "ToMe",
     "Tokens",
     "TopK",

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from tocom.reduction.options import check_number, check_one_of
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.tome import METRICS, WEIGHTS, ToMe
 
 
@@ -60,6 +60,6 @@ class AroundMLP(Method):
         left, match = self.merging.merged(tokens, seen, cut)
         return left, Fate(match.assignment, match.margin)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """As of ToMe."""
         return self.merging.macs(tokens, leaving, width, heads)

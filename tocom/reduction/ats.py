@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tocom.reduction.options import check_one_of
-from tocom.reduction.protocol import Chosen, Cut, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Chosen, Cut, Heads, Method, Place, Seen, Tokens, Unit
 
 VARIANTS = ("paper", "tokenreduction", "official")
 
@@ -56,9 +56,9 @@ class ATS(Method):
         rows = torch.cat([front, prefix + sampled.rows], dim=1)
         return Chosen(rows, F.pad(sampled.live, (prefix, 0), value=True), sampled.margin)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of one row of attention."""
-        return tokens * width
+        return tokens * heads.channels
 
 
 def significance(attention: Tensor, v: Tensor, variant: str = "paper") -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tocom.precision import unrounded
-from tocom.reduction.protocol import Chosen, Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Chosen, Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 
 
@@ -31,13 +31,13 @@ class TopK(Method):
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Rank and keep."""
         assert seen is not None
-        kept = _kept(seen.class_attention, cut.leaving, cut)
+        kept = most_of(seen.class_attention[:, cut.prefix :], cut.leaving, cut)
         left = Tokens(take(tokens.x, kept.rows))
         return left, kept.fate(tokens.x.shape[1]) if cut.trace else None
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of one row of attention."""
-        return tokens * width
+        return tokens * heads.channels
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EViT(Method):
         """Rank, keep and fuse."""
         assert seen is not None
         attention = seen.class_attention
-        kept = _kept(attention, cut.leaving - 1, cut)
+        kept = most_of(attention[:, cut.prefix :], cut.leaving - 1, cut)
         fused = fuse(tokens.x, attention, kept.rows)
         left = Tokens(torch.cat([take(tokens.x, kept.rows), fused], dim=1))
         if not cut.trace:
@@ -71,9 +71,9 @@ class EViT(Method):
         into = fate.into.masked_fill(fate.into < 0, cut.leaving - 1)
         return left, Fate(into, fate.margin, dense=fate.into)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of one row of attention, and of a sum over all tokens, where those kept weigh 0."""
-        return 2 * tokens * width
+        return tokens * (heads.channels + width)
 
 
 def fuse(x: Tensor, attention: Tensor, kept: Tensor) -> Tensor:
@@ -104,14 +104,20 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return x.reshape(batch * tokens, width).index_select(0, rows).view(batch, count, width)
 
 
-def _kept(attention: Tensor, leaving: int, cut: Cut) -> Chosen:
-    """Return the prefix tokens and the patch tokens of most attention [B, N], `leaving` in all."""
+def most_of(score: Tensor, leaving: int, cut: Cut) -> Chosen:
+    """Return the prefix tokens and the patch tokens of the highest score, `leaving` in all.
+
+    Args:
+        score: [B, P] of the patch tokens, such as their attention.
+        leaving: prefix tokens included.
+        cut: how many of them there are, and whether to measure how close the choice was.
+    """
     prefix = cut.prefix
-    attention, keep = attention[:, prefix:], leaving - prefix
-    kept = highest(attention, keep)
+    keep = leaving - prefix
+    kept = highest(score, keep)
     front = torch.arange(prefix, device=kept.device).expand(kept.shape[0], prefix)
     margin = None
     if cut.trace:  # between the last that stays and the first that goes
-        ranked = attention.topk(keep + 1, dim=1).values
+        ranked = score.topk(keep + 1, dim=1).values
         margin = ranked[:, -2] - ranked[:, -1]
     return Chosen(torch.cat([front, prefix + kept], dim=1), margin=margin)

@@ -8,15 +8,17 @@ Reference: Which Tokens to Use?, arXiv:2308.04657, section 3; DPC-KNN as in Toke
 Transformer, arXiv:2204.08680, section 3.2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tocom.precision import unrounded
-from tocom.reduction.options import check_one_of, check_whole
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.options import check_flag, check_one_of, check_whole
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 
 UPDATES = ("textbook", "reference")
@@ -55,21 +57,23 @@ class KMedoids(Method):
         distance = _between_patches(x, prefix)
         medoids, cluster = k_medoids(distance, weight, start, self.iterations, self.update)
         kept = x[:, prefix:].gather(1, medoids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        return _joined(x, kept, cluster, cut)
+        return joined(x, kept, cluster, cut)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the attention that is received and of the distances."""
-        return 2 * tokens**2 * width
+        return tokens**2 * (heads.channels + width)
 
 
 @dataclass(frozen=True)
 class DPCKNN(Method):
     """Replace clusters around peaks of density by their means; acts on the input of a block.
 
-    All tokens weigh the same in a mean, also those that are means already.
+    All tokens weigh the same in a mean, also those that are means already, unless weights are
+    learned.
 
     Attributes:
         neighbours: how many tokens, itself included, tell how dense it is around a token.
+        weighted: whether a token weighs in the mean as a linear layer, which is learned, says.
     """
 
     name: ClassVar = "dpcknn"
@@ -77,10 +81,23 @@ class DPCKNN(Method):
     unit: ClassVar = Unit.KEPT
 
     neighbours: int = 5
+    weighted: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ReductionError if the option has a value that it cannot have."""
+        """Raise ReductionError if an option has a value that it cannot have."""
         check_whole(self.name, "neighbours", self.neighbours, least=1)
+        check_flag(self.name, "weighted", self.weighted)
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        """Whether weights of tokens are learned."""
+        return self.weighted
+
+    def start(self, width: int, most: int) -> dict[str, Tensor]:
+        """A linear layer, the logarithm of a token's weight; at zero, all weigh the same."""
+        if not self.weighted:
+            return {}
+        return {"score.weight": torch.zeros(1, width), "score.bias": torch.zeros(1)}
 
     def reduce(self, tokens: Tokens, seen: Seen | None, cut: Cut) -> tuple[Tokens, Fate | None]:
         """Cluster the patch tokens and keep the means."""
@@ -89,9 +106,17 @@ class DPCKNN(Method):
         # Per channel, so that a density means the same at any width.
         distance = _between_patches(x, prefix) * x.shape[2] ** -0.5
         cluster = nearest(distance, density_peaks(distance, clusters, self.neighbours))
-        return _joined(x, cluster_means(x[:, prefix:], cluster, clusters), cluster, cut)
+        patches, weight = x[:, prefix:], None
+        if self.weighted:
+            assert cut.learned is not None
+            weight = token_weights(patches, cut.learned)
+        return joined(x, cluster_means(patches, cluster, clusters, weight), cluster, cut)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def learned_macs(self, patches: int, left: int, width: int) -> int:
+        """Of the linear layer."""
+        return patches * width if self.weighted else 0
+
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the distances."""
         return tokens**2 * width
 
@@ -204,8 +229,25 @@ def _between_patches(x: Tensor, prefix: int) -> Tensor:
     return distances(x)[:, prefix:, prefix:]
 
 
-def _joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens, Fate | None]:
-    """Return the prefix tokens of x with what is kept of its clusters, and where all went."""
+def token_weights(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return how much each token weighs in a mean: [B, N, 1], above 0, in fp32.
+
+    Args:
+        x: [B, N, C] tokens.
+        weights: of a linear layer, `score.weight` [1, C] and `score.bias` [1].
+    """
+    return F.linear(x, weights["score.weight"], weights["score.bias"]).float().exp()
+
+
+def joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens, Fate | None]:
+    """Return the prefix tokens of x with what is kept of its clusters, and where all went.
+
+    Args:
+        x: [B, N, C] tokens, prefix tokens first.
+        kept: [B, K, C] one token a cluster.
+        cluster: [B, P] of each patch token.
+        cut: how many prefix tokens there are, and whether to trace.
+    """
     prefix = cut.prefix
     tokens = Tokens(torch.cat([x[:, :prefix], kept], dim=1))
     if not cut.trace:

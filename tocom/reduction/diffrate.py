@@ -15,7 +15,7 @@ from torch import Tensor
 from tocom.merging import Match, merge
 from tocom.precision import unrounded
 from tocom.reduction.options import check_number
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class DiffRate(Method):
         borders = [edge for edge in (staying, staying + merging) if 0 < edge < count - cut.prefix]
         return Tokens(x, size), Fate(went, _margin(attention, borders, scores))
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the attention of the class token, and of what merges with what stays."""
         merging = tokens - leaving - self._dropped(tokens - leaving)
-        return tokens * width + merging * leaving * (width // heads)
+        return tokens * heads.channels + merging * leaving * (heads.width)
 
     def _dropped(self, removed: int) -> int:
         return int(self.pruned * removed + 0.5)

@@ -5,7 +5,7 @@ what its grid is: one that takes pictures of any size does not.
 
 Letters: B images, N tokens in, M tokens out, h rows and w columns of patches.
 Reference: the fixed patterns are those of Which Tokens to Use?, arXiv:2308.04657, section 3; the
-merges of neighbours those of CAIT's asymmetric token merging (ATME), untrained.
+merges of neighbours those of CAIT's asymmetric token merging (ATME), arXiv:2309.15755.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tocom.reduction.options import check_one_of
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.options import check_flag, check_one_of
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 Grid = tuple[int, int]
 
@@ -46,7 +46,7 @@ class OnGrid(Method):
             )
         return super().refuse(model)
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """None: tokens are dropped or become means."""
         return 0
 
@@ -90,23 +90,37 @@ class Pattern(OnGrid):
 
 @dataclass(frozen=True)
 class ATME(OnGrid):
-    """Merge neighbours in pairs, in rows and in columns by turns, into their means.
+    """Merge neighbours in pairs, in rows and in columns by turns, by default into their means.
 
     An amount of more than 0 means one such merge. What stands alone at an odd end stays as it is,
     and where there is one column or row left, the others merge instead.
 
     Attributes:
         first: what merges first: `"horizontal"`, neighbours in a row; `"vertical"`, in a column.
+        linear: whether a pair becomes what a linear layer, which is learned, makes of both.
     """
 
     name: ClassVar = "atme"
     unit: ClassVar = Unit.ONCE
 
     first: str = "horizontal"
+    linear: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ReductionError if there is no such direction."""
+        """Raise ReductionError if an option has a value that it cannot have."""
         check_one_of(self.name, "first", self.first, AXES)
+        check_flag(self.name, "linear", self.linear)
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        """Whether the merges are learned."""
+        return self.linear
+
+    def start(self, width: int, most: int) -> dict[str, Tensor]:
+        """A linear layer from two tokens to one; it begins as their mean."""
+        if not self.linear:
+            return {}
+        return {"weight": torch.eye(width).repeat(1, 2) / 2, "bias": torch.zeros(width)}
 
     def amounts(self, strength: float, depth: int, patches: int) -> tuple[int, ...]:
         """Two merges, the second half-way from the first to the end; the earlier, the stronger."""
@@ -123,13 +137,19 @@ class ATME(OnGrid):
         x, prefix = tokens.x, cut.prefix
         grid, axis = self._turn(x.shape[1] - prefix, cut.grid)
         patches = x[:, prefix:].reshape(x.shape[0], *grid, x.shape[2])
-        merged = merge_neighbours(patches, axis).flatten(1, 2)
+        layer = cut.learned or {}
+        merged = merge_neighbours(patches, axis, layer.get("weight"), layer.get("bias"))
+        merged = merged.flatten(1, 2)
         left = Tokens(torch.cat([x[:, :prefix], merged], dim=1))
         if not cut.trace:
             return left, None
         ids = torch.arange(x.shape[1], device=x.device)
         ids[prefix:] = prefix + merged_ids(grid, axis, x.device)
         return left, Fate(ids.expand(x.shape[:2]))
+
+    def learned_macs(self, patches: int, left: int, width: int) -> int:
+        """Of the linear layer."""
+        return left * 2 * width**2 if self.linear else 0
 
     def _turn(self, patches: int, grid: Grid) -> tuple[Grid, str]:
         """Return the grid that `patches` tokens make after some merges, and what merges next."""

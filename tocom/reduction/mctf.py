@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tocom.merging import Match, closest, merge, similarity
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 #: How much the logarithms of attention received and of size count beside that of the similarity:
 #: one over the paper's temperatures, 20 and 40 to 1.
@@ -52,10 +52,10 @@ class MCTF(Method):
         x, size = merge(tokens.x, tokens.size, merging, weight)
         return Tokens(x, size), Fate(merging.assignment, merging.margin) if cut.trace else None
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the similarity of the two sets, and of all attention once more."""
-        matching = (tokens + 1) // 2 * (tokens // 2) * (width // heads)
-        return matching + tokens * tokens * width
+        matching = (tokens + 1) // 2 * (tokens // 2) * (heads.width)
+        return matching + tokens * tokens * heads.channels
 
 
 def match_both_ways(scores: Tensor, r: int, prefix: int, margin: bool = False) -> Match:

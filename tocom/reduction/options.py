@@ -24,6 +24,29 @@ def check_number(method: str, option: str, value: object, most: float = sys.floa
         )
 
 
+def check_above_zero(method: str, option: str, value: object) -> None:
+    """Check that an option is a finite number above 0.
+
+    Raises:
+        ReductionError: if it is not.
+    """
+    check_number(method, option, value)
+    if value == 0:
+        raise ReductionError(f"the option {option!r} of the method {method!r} must be above 0")
+
+
+def check_flag(method: str, option: str, value: object) -> None:
+    """Check that an option is true or false.
+
+    Raises:
+        ReductionError: if it is not.
+    """
+    if not isinstance(value, bool):
+        raise ReductionError(
+            f"the option {option!r} of the method {method!r} must be true or false, got {value!r}"
+        )
+
+
 def check_one_of(method: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
     """Check that an option is one of the words that it may be.
 

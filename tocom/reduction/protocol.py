@@ -8,6 +8,7 @@ Letters: B images, N tokens in, M tokens out, H heads, d their width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, NamedTuple
@@ -97,6 +98,19 @@ class Cut(NamedTuple):
     leaving: int  # tokens that leave, prefix tokens included; at most, if pictures decide
     grid: tuple[int, int]  # rows and columns of patches that entered the first block
     trace: bool = False  # also say where the tokens go, and how close the decisions were
+    learned: Mapping[str, Tensor] | None = None  # what a method that learns knows for the block
+
+
+class Heads(NamedTuple):
+    """The heads of a block's attention."""
+
+    number: int
+    width: int  # channels of a query and of a key
+
+    @property
+    def channels(self) -> int:
+        """Of the queries of all heads."""
+        return self.number * self.width
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +173,7 @@ class Method(ABC):
         by_picture: whether pictures decide how many tokens leave, up to a bound.
         looks_back: whether it reads the attention of the block before, and so leaves the first
             block alone.
+        learns: whether it needs weights of its own, which `start` begins.
         steps: rungs of its paper's ladder, of evenly rising strength; None: it has none.
     """
 
@@ -169,6 +184,7 @@ class Method(ABC):
     needs_class: ClassVar[bool] = False
     by_picture: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
 
     def refuse(self, model: VisionTransformer) -> str | None:
@@ -224,13 +240,32 @@ class Method(ABC):
         """Return the tokens that this block's attention answers for, and so leave it."""
         raise NotImplementedError
 
+    def start(self, width: int, most: int) -> dict[str, Tensor]:
+        """Return the weights that a block begins to learn with, by name; random ones are drawn.
+
+        Args:
+            width: channels of a token.
+            most: the most patch tokens that leave the block on any rung.
+        """
+        return {}
+
+    def learned_macs(self, patches: int, left: int, width: int) -> int:
+        """Return the multiply-adds of what it has learned, per image, beside `macs`.
+
+        Args:
+            patches: patch tokens that enter.
+            left: patch tokens that leave.
+            width: D.
+        """
+        return 0
+
     @abstractmethod
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Return the multiply-adds of reducing itself, per image.
 
         Args:
             tokens: N, prefix tokens included.
             leaving: M, prefix tokens included.
             width: D.
-            heads: H.
+            heads: of the block's attention.
         """

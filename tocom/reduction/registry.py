@@ -11,6 +11,7 @@ from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
 from tocom.reduction.grid import ATME, Pattern
+from tocom.reduction.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from tocom.reduction.mctf import MCTF
 from tocom.reduction.protocol import Method
 from tocom.reduction.tome import ToMe
@@ -30,6 +31,10 @@ METHODS: dict[str, type[Method]] = {
         TopK,
         EViT,
         ATS,
+        DynamicViT,
+        SiT,
+        PatchMerger,
+        Sinkhorn,
     )
 }  # fmt: skip
 

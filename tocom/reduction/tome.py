@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tocom.merging import Match, match, merge
 from tocom.reduction.options import check_number, check_one_of
-from tocom.reduction.protocol import Cut, Fate, Method, Place, Seen, Tokens, Unit
+from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 
 METRICS = ("keys", "tokens")
 WEIGHTS = ("size", "class")
@@ -77,11 +77,11 @@ class ToMe(Method):
             weight = attention.unsqueeze(-1)
         return Tokens(*merge(tokens.x, tokens.size, merging, weight)), merging
 
-    def macs(self, tokens: int, leaving: int, width: int, heads: int) -> int:
+    def macs(self, tokens: int, leaving: int, width: int, heads: Heads) -> int:
         """Of the similarity of the two sets, and of the attention of the class token."""
-        compared = width if self.metric == "tokens" else width // heads
+        compared = width if self.metric == "tokens" else heads.width
         matching = (tokens + 1) // 2 * (tokens // 2) * compared
-        return matching + (tokens * width if self.needs_class else 0)
+        return matching + (tokens * heads.channels if self.needs_class else 0)
 
     def _attention(self, seen: Seen) -> Tensor | None:
         """Return the attention of the class token [B, N], which is never 0, if it is needed."""

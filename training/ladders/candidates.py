@@ -64,6 +64,8 @@ class Candidate:
         own: int = sum(each.numel() for each in self.backbone.model.parameters())
         if self.backbone.adapter is not None:
             own += sum(a.numel() + b.numel() for a, b in self.backbone.adapter.branches)
+        if self.backbone.learned is not None:
+            own += sum(each.numel() for each in self.backbone.learned.tensors.values())
         return own + (self.bank.parameters if self.bank else 0)
 
     @property
@@ -72,8 +74,9 @@ class Candidate:
         if self.ladder is None:
             return Variant(0, None, self.backbone.adapter)
         return Variant(
-            self.rung, self._delta(), self.backbone.adapter, self.proportional, self.ladder
-        )
+            self.rung, self._delta(), self.backbone.adapter, self.proportional, self.ladder,
+            self.backbone.learned,
+        )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits [B, classes] of images [B, 3, H, W]."""
@@ -154,6 +157,7 @@ def _ladder(
             bank.check_fits(backbone)
         ladder = measured_ladder(None, backbone, bank, (backbone.source,))
     ladder.check(backbone.model)
+    ladder.check_learned(backbone.model, backbone.learned)
     return ladder
 
 

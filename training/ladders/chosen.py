@@ -73,7 +73,7 @@ def measured_ladder(
 
     Raises:
         ConfigError: if the bank is for another, or the model was tuned on another.
-        ReductionError: if the model cannot run it.
+        ReductionError: if the model cannot run it, or lacks what its method learned.
     """
     if choice is not None:
         ladder = chosen_ladder(choice, backbone.model)
@@ -84,6 +84,7 @@ def measured_ladder(
             f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, not for "
             f"{ladder.name!r}"
         )
+    ladder.check_learned(backbone.model, backbone.learned)
     for source in sources:
         if (reason := tuned_on_another(backbone, source, ladder)) is not None:
             raise ConfigError(reason)

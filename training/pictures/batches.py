@@ -23,6 +23,7 @@ from training.pictures.augment import evaluation_transform, least_side, train_tr
 from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
+from training.prune.config import PruneConfig
 from training.screen.progress import following
 from training.seeds import derive
 
@@ -162,8 +163,10 @@ class Unlabelled(NamedTuple):
     unseen: list[Tensor]  # batches [B, 3, H, W] that are held out, as they are measured
 
 
-def unlabelled(backbone: Backbone, config: DistillConfig | ElasticConfig) -> Unlabelled:
-    """Open the pictures of a recipe and hold some out.
+def unlabelled(
+    backbone: Backbone, config: DistillConfig | ElasticConfig | PruneConfig
+) -> Unlabelled:
+    """Open the pictures of a recipe and hold some out; what is held out has no use for labels.
 
     Raises:
         ConfigError, DataError: if they cannot be had, or none would be left.

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import BackboneConfig, DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.prune.config import PruneConfig
 from training.screen.progress import say
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
@@ -80,6 +82,30 @@ def _finetune(config: FinetuneConfig, folder: Path) -> None:
     print(made)
 
 
+def _prune(config: PruneConfig, folder: Path) -> None:
+    from training.prune.prune import prune
+
+    model = prune(config, folder)
+    _tell_summary(folder)
+    said = json.loads((model / "config.json").read_text(encoding="utf-8"))["training"]
+    for when in ("before", "after"):
+        top1 = f", {100 * said[when]['top1']:.2f} % right" if "top1" in said[when] else ""
+        say(
+            f"{when:<6}  {said[when]['macs'] / 1e9:.4f} GMACs, "
+            f"{said[when]['parameters'] / 1e6:.2f} M parameters{top1}"
+        )
+    pruned = BackboneConfig(name=str(model))
+    task = model.with_name("task")
+    parts = {"task": task} if task.exists() else {}
+    given = f" task={_word(task)}" if parts else ""
+    _tell_next(
+        _serve(config.name, pruned, **parts),
+        f"tocom-train evaluate every-rate {_of(pruned)}{given} pictures=TEST_PICTURES",
+        f"tocom-train distill RECIPE {_of(pruned)} pictures=PICTURES",
+    )
+    print(model)
+
+
 def _segment(config: SegmentConfig, folder: Path) -> None:
     from training.segment.run import segment
 
@@ -139,6 +165,18 @@ def _calibrate(config: CalibrateConfig, folder: Path) -> None:
     print(path)
 
 
+def _calibrate_cascade(config: CascadeConfig, folder: Path) -> None:
+    from training.cascade.calibrate import calibrate_cascade
+
+    path = calibrate_cascade(config, folder)
+    _tell_table(path.with_suffix(".md"))
+    _tell_next(
+        f"tocom-train attach {_word(path)} {_word(config.task or config.backbone.name)}",
+        _serve(config.name, config.backbone, task=config.task, bank=config.bank, cascade=path),
+    )
+    print(path)
+
+
 def _vtab(config: VtabConfig, folder: Path) -> None:
     from training.vtab.runs import vtab
 
@@ -188,11 +226,13 @@ COMMANDS: dict[str, Callable[[Any, Path], None]] = {
     "distill": _distill,
     "elastic": _elastic,
     "finetune": _finetune,
+    "prune": _prune,
     "segment": _segment,
     "evaluate": _evaluate,
     "evaluate-segment": _evaluate_segment,
     "compare": _compare,
     "analyse": _analyse,
     "calibrate": _calibrate,
+    "calibrate-cascade": _calibrate_cascade,
     "vtab": _vtab,
 }

@@ -7,10 +7,12 @@ from typing import Any
 
 from adapters import open_bank
 from training.analysis.config import AnalyseConfig
+from training.cascade.config import CascadeConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
 from training.ladders.compare_config import CompareConfig
 from training.ladders.search_config import LadderSearchConfig
 from training.measuring_config import CalibrateConfig, EvaluateConfig
+from training.prune.config import PruneConfig
 from training.recipe import Recipe
 from training.segment.config import EvaluateSegmentConfig, SegmentConfig
 from training.vtab.config import VtabConfig
@@ -63,10 +65,16 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
             yield "steps", f"{config.loop.steps:,} of {config.loop.batch_size} pictures"
         case FinetuneConfig():
             yield from _finetune(config, counts[0])
+        case PruneConfig():
+            yield "pruned", _prune(config)
+            yield "steps", f"{config.loop.steps:,} of {config.loop.batch_size} pictures"
         case EvaluateConfig():
             yield "run", f"{min(counts[0], config.limit or counts[0]):,} pictures at every rate"
         case CalibrateConfig():
             yield "run", f"{len(config.multipliers)} multipliers and the bank's own"
+        case CascadeConfig():
+            count = min(sum(counts), config.limit or sum(counts))
+            yield "run", f"{count:,} pictures at each rate, chains of up to {config.runs} runs"
         case CompareConfig() | AnalyseConfig():
             yield "run", f"{len(config.entries)} methods and ladders beside the stock model"
             yield "rungs", _candidates(config)
@@ -108,6 +116,13 @@ def _finetune(config: FinetuneConfig, count: int) -> Iterator[tuple[str, str]]:
         yield "search", f"{config.search.key}: {', '.join(map(str, config.search.values))}"
     loop = config.loop.over(count)
     yield "steps", f"{loop.steps:,} of {loop.batch_size} pictures, {config.loop.epochs:g} epochs"
+
+
+def _prune(config: PruneConfig) -> str:
+    from training.prune.prune import Pruning, load
+
+    Pruning(load(config), config, [])  # refuses what does not fit together
+    return f"{100 * config.target:g} % of the multiply-adds, by step {config.last_choice + 1:,}"
 
 
 def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[str, str]]:

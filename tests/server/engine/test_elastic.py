@@ -13,6 +13,7 @@ import pytest
 
 from server.engine.rates import HOLD
 from server.engine.scheduler import Scheduler
+from server.engine.turns import NORMAL
 from tests.server.works import Exact, Open, controller
 
 SLO = 0.3
@@ -35,6 +36,7 @@ class Image:
     arrived: float
     due: float
     number: int
+    priority: int = NORMAL
     rate: int = -1
     reason: str = ""
     done: float = 0.0

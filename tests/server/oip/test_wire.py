@@ -271,7 +271,7 @@ def test_a_timeout_in_microseconds_is_a_deadline(parameters, milliseconds):
     [
         ({"rate": True}, "parameters.rate: Input should be a valid string, got True"),
         ({"rate": None}, "parameters.rate: Input should be a valid string, got None"),
-        ({"model": "tiny"}, "parameters.model: Input should be null, got 'tiny'"),
+        ({"model": "tiny"}, "parameters.model: Extra inputs are not permitted, got 'tiny'"),
         ({"timeout": 5, "deadline_ms": 5}, "only one may be there"),
         ({"timeout": -1}, "parameters.timeout: Input should be greater than or equal to 0"),
         ({"sequence_id": 1}, "parameters.sequence_id: Extra inputs are not permitted, got 1"),

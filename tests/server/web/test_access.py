@@ -5,9 +5,17 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.testclient import TestClient
 
+from server.engine.turns import HIGH, NORMAL
 from server.errors import QuotaError
 from server.settings import ApiKey, Settings, load_settings
-from server.web.access import Access, charge, charge_when_allowed, require_admin, require_api_key
+from server.web.access import (
+    Access,
+    charge,
+    charge_when_allowed,
+    priority_of,
+    require_admin,
+    require_api_key,
+)
 from server.web.middleware import RequestId
 from server.web.problems import add_handlers
 from tests.server.conftest import problem
@@ -157,6 +165,18 @@ def test_the_default_burst_is_one_second_and_at_least_an_image(clock):
             access.admit(ALICE)
         with pytest.raises(QuotaError, match="the next one in"):
             access.admit(ALICE)
+
+
+def test_a_key_has_a_priority():
+    keys = (ApiKey(name="alice", key=ALICE, priority="high"), ApiKey(name="bob", key=BOB))
+    access = Access(Settings(api_keys=keys))
+    request = Request({"type": "http", "state": {}})
+    assert priority_of(request) == NORMAL
+    for key, priority in ((ALICE, HIGH), (BOB, NORMAL)):
+        request.state.caller = access.admit(key)
+        assert priority_of(request) == priority
+    with pytest.raises(ConfigError, match=r"setting api_keys\.0\.priority must be"):
+        load_settings(api_keys=[{"name": "a", "key": ALICE, "priority": "urgent"}])
 
 
 def test_keys_are_not_shown(caplog):

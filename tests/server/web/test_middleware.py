@@ -107,15 +107,23 @@ async def begin(app, path: str, sent: bytes, kind: str) -> tuple[asyncio.Task, a
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/classify", "/v1/embed", "/v2/models/tiny/infer", "/v2/models/tiny/versions/1/infer"],
+    [
+        "/v1/classify",
+        "/v1/embed",
+        "/v1/embeddings",
+        "/models/tiny",
+        "/v2/models/tiny/infer",
+        "/v2/models/tiny/versions/1/infer",
+    ],
 )
 def test_slow_uploads_hold_no_more_bytes_than_there_is_room_for(settings, path):
     size = 2**20
     app = create_app(settings.model_copy(update={"max_inflight_bytes": 4 * size}))
     budget = app.state.serving.budget
+    kind = "application/json" if path == "/v1/embeddings" else "image/png"
 
     async def run() -> tuple[list[int], int]:
-        begun = [await begin(app, path, bytes(size), "image/png") for _ in range(6)]
+        begun = [await begin(app, path, bytes(size), kind) for _ in range(6)]
         most = budget.held
         for _, to_read, _ in begun:
             to_read.put_nowait({"type": "http.disconnect"})
@@ -150,6 +158,8 @@ ROUTES = [
     ("POST", "/v1/classify"),
     ("POST", "/v1/embed"),
     ("POST", PATH),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/models/tiny"),
     ("POST", "/v2/models/tiny/infer"),
     ("POST", "/v2/repository/index"),
     ("POST", "/v2/repository/models/tiny/load"),

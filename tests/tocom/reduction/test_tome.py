@@ -12,7 +12,7 @@ from tests.tocom.reduction.slow_methods import (
 )
 from tests.tocom_models import KINDS, pictures, small_model
 from tocom import ReductionError, cost, forward
-from tocom.reduction import Cut, Tokens, ToMe, method_of
+from tocom.reduction import Cut, Heads, Tokens, ToMe, method_of
 from tocom.reduction.tome import METRICS, WEIGHTS
 
 
@@ -86,7 +86,9 @@ def test_its_cost_is_that_of_a_counted_run(method, kind):
 
 
 def test_importance_costs_one_row_of_attention():
-    assert ToMe(0.05).macs(197, 181, 192, 3) - ToMe(size=0.05).macs(197, 181, 192, 3) == 197 * 192
+    heads = Heads(3, 64)
+    more = ToMe(0.05).macs(197, 181, 192, heads) - ToMe(size=0.05).macs(197, 181, 192, heads)
+    assert more == 197 * 192
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

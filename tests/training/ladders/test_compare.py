@@ -9,6 +9,7 @@ import torch
 
 from adapters import Bank, compose
 from adapters.ladder import LadderInfo, write_ladder
+from tests.tocom.reduction.learning import drawn_weights
 from tests.training.banks import random_bank
 from tocom import ConfigError, Ladder, ReductionError, cost, forward, load_backbone
 from tocom.reduction import METHODS, ToMe, method_of
@@ -148,13 +149,15 @@ def test_every_method_has_a_usual_ladder(name: str, model_folder: Path) -> None:
     assert ladder.top
     shares = [cost(model, rung, ladder=ladder).macs for rung in range(ladder.top + 1)]
     assert shares == sorted(shares, reverse=True)
-    forward(model, torch.zeros(1, 3, 32, 32), ladder.top, ladder=ladder)
+    learned = drawn_weights(ladder, model)
+    forward(model, torch.zeros(1, 3, 32, 32), ladder.top, ladder=ladder, learned=learned)
 
 
 @pytest.mark.parametrize(
     ("entries", "error", "message"),
     [
         ([{"method": "magic"}], ReductionError, "there is no method 'magic'"),
+        ([{"method": "sit"}], ReductionError, "'sit' runs with weights that are learned"),
         ([{"ladder": "none.json"}], ReductionError, "cannot read the ladder"),
         ([{}], ValueError, "give either a method or a ladder"),
         ([{"method": "tome", "bank": "b"}], ValueError, "give either a method or a ladder"),

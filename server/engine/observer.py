@@ -1,0 +1,36 @@
+"""What an engine tells of itself while it runs."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from server.engine.scheduler import Runnable, Work
+
+
+class Observer(Protocol):
+    """Is told what happens, from the engine's threads: it must be quick and never raise."""
+
+    def decoded(self, work: Work, seconds: float) -> None:
+        """Take note of an image that was prepared."""
+        ...
+
+    def ran(
+        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+    ) -> None:
+        """Take note of a batch, and of the seconds that each of its images had waited."""
+        ...
+
+    def failed(self, work: Work, stage: str) -> None:
+        """Take note of an image whose `decode` or `inference` raised."""
+        ...
+
+    def missed(self, work: Work, stage: str) -> None:
+        """Take note of an image that is late: before `decode`, in `queue`, after `inference`."""
+        ...
+
+    def cancelled(self, work: Work) -> None:
+        """Take note of an image that was given up."""
+        ...
+
+    def passed(self, works: Sequence[Runnable], reason: str) -> None:
+        """Take note of an image that is answered after one run or several, one after the other."""
+        ...

@@ -1,0 +1,1 @@
+"""Cascades: from unlabelled pictures to how sure a cheap answer must be."""

@@ -1,0 +1,1 @@
+"""Training what methods of reduction learn: their weights, and DynamicViT's own way."""

@@ -1,0 +1,1 @@
+"""Pruning channels: which ones go, while all weights learn to do without them."""
