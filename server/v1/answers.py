@@ -89,7 +89,8 @@ def segmentation(
     patch = ran.model.backbone.model.patch_embed.patch_size
     size = scores.shape[1] * patch[0], scores.shape[2] * patch[1]
     own, stock = (ran.model.cost_of(rate, size) for rate in (ran.rate, 0))
-    ran = replace(ran, cost=own, macs_ratio=round(own.macs / stock.macs, 4))
+    share = round(own.macs / stock.macs, 4)
+    ran = replace(ran, cost=own, macs=own.macs, macs_ratio=share)
     classes = scene.classes(scores).numpy()
     return ImageAnswer(**_common(ran, query, seconds, request_id)), classes
 

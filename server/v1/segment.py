@@ -57,22 +57,23 @@ async def segment(
     engine.check_room()  # before the body is read: what cannot be taken need not be sent
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)
-    scenes = [Scene(image, model, settings) for image in upload.images]
-    upload.images.clear()  # the bytes of an image are free once it is decoded
-    charge(request, len(scenes) - 1)
-    outcomes = await answer_all(request, engine, work, [*scenes], deadline, priority_of(request))
-    if isinstance(first := outcomes[0], Answer):
-        note(request, **Ran.of(first).notes)
-    elif upload.single:
-        raise first
-    png = query.format == "png"
-    if png and not upload.single:
+    if query.format == "png" and not upload.single:
         raise ParameterError(
             "format=png is for one image that is sent by itself, as a form field or as the body; "
             "several are answered as JSON"
         )
+    png = query.format == "png"
     if query.format is None and upload.single:
         png = PNG in request.headers.get("Accept", "")
+    charge(request, len(upload.images) - 1)
+    scenes = [Scene(data, model, settings) for data in upload.images]
+    upload.images.clear()  # the bytes of an image are free once it is decoded
+    outcomes = await answer_all(request, engine, work, [*scenes], deadline, priority_of(request))
+    first = outcomes[0]
+    if isinstance(first, Answer):
+        note(request, **Ran.of(first).notes)
+    elif upload.single:
+        raise first
     told = []
     for scene, outcome in zip(scenes, outcomes, strict=True):
         if not isinstance(outcome, Answer):
