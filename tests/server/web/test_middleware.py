@@ -158,6 +158,7 @@ ROUTES = [
     ("POST", "/v1/classify"),
     ("POST", "/v1/embed"),
     ("POST", PATH),
+    ("POST", "/v1/segment"),
     ("POST", "/v1/embeddings"),
     ("POST", "/models/tiny"),
     ("POST", "/v2/models/tiny/infer"),
