@@ -29,7 +29,15 @@ from adapters.schema import (
     Proportional,
     Strict,
 )
-from tocom import Adapter, Backbone, ReductionError, ReductionWeights, TaskError, bundled_folder
+from tocom import (
+    Adapter,
+    Backbone,
+    Ladder,
+    ReductionError,
+    ReductionWeights,
+    TaskError,
+    bundled_folder,
+)
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
@@ -183,19 +191,7 @@ class TaskModel:
 
     def check_fits(self, backbone: Backbone) -> None:
         """Raise TaskError unless the backbone is the one that it was tuned on."""
-        own = self.info.backbone
-        if own.geometry != Geometry.of(backbone.model) or own.digest != backbone.digest:
-            raise TaskError(
-                f"task {self.info.name!r} was tuned on {own.architecture} with the weights "
-                f"{own.digest[:12]}; {backbone.name} is {backbone.architecture} with the weights "
-                f"{backbone.digest[:12]}"
-            )
-        try:
-            self.ladder.check(backbone.model)
-        except ReductionError as error:
-            raise TaskError(
-                f"task {self.info.name!r} does not fit {backbone.name}: {error}"
-            ) from error
+        check_tuned_on(self.info.name, self.info.backbone, self.ladder, backbone)
 
     @property
     def parameters(self) -> int:
@@ -311,3 +307,23 @@ _FORMAT = Format(
     fault=TaskError,
     max_info_bytes=2**24,  # the class names of ImageNet-21k alone have close to a megabyte
 )
+
+
+def check_tuned_on(name: str, own: BackboneInfo, ladder: Ladder, backbone: Backbone) -> None:
+    """Raise TaskError unless a backbone is the one that a task was tuned on, and has its ladder.
+
+    Args:
+        name: of the task.
+        own: the backbone that it was tuned on.
+        ladder: the one that it was tuned on.
+        backbone: that it is to be put on.
+    """
+    if own.geometry != Geometry.of(backbone.model) or own.digest != backbone.digest:
+        raise TaskError(
+            f"task {name!r} was tuned on {own.architecture} with the weights {own.digest[:12]}; "
+            f"{backbone.name} is {backbone.architecture} with the weights {backbone.digest[:12]}"
+        )
+    try:
+        ladder.check(backbone.model)
+    except ReductionError as error:
+        raise TaskError(f"task {name!r} does not fit {backbone.name}: {error}") from error

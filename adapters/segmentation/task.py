@@ -27,16 +27,15 @@ from adapters.schema import (
     NAME,
     BackboneInfo,
     Count,
-    Geometry,
     Notes,
     Proportional,
     Strict,
 )
 from adapters.segmentation.decoder import Decoder, DecoderInfo
+from adapters.task import check_tuned_on
 from tocom import (
     Backbone,
     BackboneError,
-    ReductionError,
     ShapeError,
     TaskError,
     Variant,
@@ -183,19 +182,7 @@ class SegmentationModel:
 
     def check_fits(self, backbone: Backbone) -> None:
         """Raise TaskError unless the backbone is the one that it was tuned on."""
-        own = self.info.backbone
-        if own.geometry != Geometry.of(backbone.model) or own.digest != backbone.digest:
-            raise TaskError(
-                f"task {self.info.name!r} was tuned on {own.architecture} with the weights "
-                f"{own.digest[:12]}; {backbone.name} is {backbone.architecture} with the weights "
-                f"{backbone.digest[:12]}"
-            )
-        try:
-            self.ladder.check(backbone.model)
-        except ReductionError as error:
-            raise TaskError(
-                f"task {self.info.name!r} does not fit {backbone.name}: {error}"
-            ) from error
+        check_tuned_on(self.info.name, self.info.backbone, self.ladder, backbone)
 
     @property
     def parameters(self) -> int:
