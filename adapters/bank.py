@@ -251,6 +251,11 @@ class Bank:
         """Number of values in the bank."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def plugins(self) -> int:
+        """Number of values in its plug-ins."""
+        return sum(self.tensors[name].numel() for name in plugin_shapes(self.info))
+
 
 def _attention(proportional: bool) -> str:
     return "proportional attention" if proportional else "attention that is not proportional"

@@ -59,12 +59,13 @@ class AugmentConfig(Recipe):
 class MetricConfig(Recipe):
     """A metric that learns which tokens are alike, as part of a bank."""
 
-    channels: int = Field(64, gt=0, description="of the metric; 64 in the paper")
+    channels: int = Field(32, gt=0, description="of the metric; 64 in the paper")
     temperature: float = Field(
-        0.1,
+        0.05,
         gt=0,
         allow_inf_nan=False,
-        description="how soft merging is while the metric learns, in cosine similarity",
+        description="how soft merging is while the metric learns, in cosine similarity; 0.1 in "
+        "the paper",
     )
     share: float = Field(
         0.5,
@@ -152,6 +153,11 @@ class DistillConfig(Recipe):
             raise ValueError(
                 "relative losses are measured on held-out pictures, of which there are none: "
                 "give unseen, such as unseen=96"
+            )
+        if self.metric and not self.unseen:
+            raise ValueError(
+                "a metric begins from held-out pictures, of which there are none: give unseen, "
+                "such as unseen=96"
             )
         return self
 

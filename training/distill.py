@@ -98,6 +98,7 @@ class Distillation:
                 f"{backbone.name} has no head, so there are no logits to learn from; "
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
+        self.config = config
         self.ladder = metric_ladder(chosen_ladder(config.ladder, backbone.model), config.metric)
         self.learned = backbone.learned
         if config.metric is None:
@@ -118,15 +119,13 @@ class Distillation:
             scale=config.scale,
         )
         torch.manual_seed(derive(config.loop.seed, "init", 0))
-        metric = config.metric and Metric(self.ladder, config.metric, backbone.model)
-        self.plugins = Plugins(info, config.basis, metric)
+        self.plugins = Plugins(info, config.basis, self._metric(backbone.model, unseen))
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
         # The teacher may be the same model: it has no gradients, for which alone blocks run again.
         self.student.set_grad_checkpointing(config.loop.recompute_blocks)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
-        self.config = config
         self.traced = config.tokens > 0
         # Where no token leaves a block, dense answers are meant, which read all of them.
         self.whole = self.traced and self.ladder.method.place is Place.MLP
@@ -174,6 +173,13 @@ class Distillation:
         metric = self.plugins.metric
         learned = self.learned if metric is None else metric()
         return Variant(rate, delta, None, self.config.proportional, self.ladder, learned)
+
+    def _metric(self, model: VisionTransformer, unseen: list[Tensor]) -> Metric | None:
+        """Return the metric that is learned as it begins, on the device of the model."""
+        if self.config.metric is None:
+            return None
+        images = unseen[0][:PLAIN_PICTURES].to(next(model.parameters()).device)
+        return Metric(self.ladder, self.config.metric, model, images)
 
     def _of_metric(self, micro: int) -> bool:
         """Return whether the metric learns from a micro-batch, not the plug-ins."""
