@@ -75,8 +75,8 @@ class Candidate:
         own: int = sum(each.numel() for each in self.backbone.model.parameters())
         if self.backbone.adapter is not None:
             own += sum(a.numel() + b.numel() for a, b in self.backbone.adapter.branches)
-        if self.learned is not None:
-            own += sum(each.numel() for each in self.learned.tensors.values())
+        if (learned := self.learned or self.backbone.learned) is not None:
+            own += sum(each.numel() for each in learned.tensors.values())
         return own + (self.bank.plugins if self.bank else 0)
 
     @property

@@ -6,15 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from adapters import Bank, compose
 from adapters.bank import learned_with
 from adapters.ladder import REDUCTION
 from tests.training.test_distill import metrics, recipe
-from tocom import BankError, ConfigError, ReductionError, forward, load_backbone
+from tocom import BankError, ConfigError, ReductionError, Variant, cost, forward, load_backbone
 from tocom.reduction import DTEM
+from tocom.vit import embed, run_blocks
 from training.config import DistillConfig
 from training.distill import Distillation, distill
+from training.evaluate import evaluate
+from training.ladders.compare import compare_methods
+from training.ladders.compare_config import CompareConfig
+from training.learned.metric import leading_directions
+from training.learned.weights import check_learns
+from training.measuring_config import EvaluateConfig
+from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
 from training.run_folder import RunFolder
 
 
@@ -141,6 +151,104 @@ def test_a_share_of_one_leaves_the_plugins_at_nothing(
     config = learning(pictures, model_folder, metric={"share": 1.0}, loop={"steps": 2})
     bank = Bank.load(distill(config, tmp_path / "run"))
     assert not any(x.any() for name, x in bank.tensors.items() if name.endswith(".B"))
+
+
+@pytest.fixture(scope="module")
+def learned(pictures: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bank with a metric, away from nothing."""
+    config = learning(pictures, model_folder, targets=("q",), rank=1)
+    job = job_of(config)
+    info = job.plugins.info.model_copy(update={"name": "learned"})
+    torch.manual_seed(3)
+    tensors = {name: 0.2 * torch.randn(x.shape) for name, x in job.plugins.tensors().items()}
+    return Bank(info, tensors).save(tmp_path_factory.mktemp("learned") / "bank")
+
+
+def kl_of(model_folder: Path, pictures: Path, learned: Path, rate: int, plain: bool) -> float:
+    """The mean KL divergence to the stock model, of single forwards."""
+    backbone, bank = load_backbone(str(model_folder)), Bank.load(learned)
+    ((images, _),) = evaluation_batches(backbone, [PicturesConfig(path=str(pictures))])
+    delta = None if plain else compose(bank, 0, rate)
+    answer = forward(
+        backbone.model, images, rate, delta, ladder=bank.ladder,
+        learned=learned_with(backbone, bank),
+    )  # fmt: skip
+    stock = forward(backbone.model, images).log_softmax(-1)
+    return (stock.exp() * (stock - answer.log_softmax(-1))).sum(-1).mean().item()
+
+
+def test_a_bank_is_evaluated_by_its_metric(
+    pictures: Path, model_folder: Path, learned: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig.model_validate(
+        {
+            "backbone": {"name": str(model_folder)}, "bank": str(learned),
+            "pictures": {"path": str(pictures)}, "batch_size": 7, "workers": 0,
+            "sources": [0, 2], "targets": [0, 3, 4],
+        }
+    )  # fmt: skip
+    result = json.loads(evaluate(config, tmp_path / "run").read_text())
+    assert result["ladder"]["method"] == "dtem"
+    rows = {(row["source"], row["target"]): row for row in result["rows"]}
+    for plain, way in ((True, "plain"), (False, "bank")):
+        expected = kl_of(model_folder, pictures, learned, 4, plain)
+        assert rows[0, 4][way]["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_a_bank_is_compared_by_its_metric(
+    pictures: Path, model_folder: Path, learned: Path, tmp_path: Path
+) -> None:
+    config = CompareConfig.model_validate(
+        {
+            "backbone": {"name": str(model_folder)}, "entries": [{"bank": str(learned)}],
+            "pictures": {"path": str(pictures)}, "batch_size": 7, "workers": 0, "shares": [0.85],
+        }
+    )  # fmt: skip
+    rows = json.loads(compare_methods(config, tmp_path / "run").read_text())["rows"]
+    plain, repaired = (
+        next(row for row in rows if row["rung"] and row["bank"] == way) for way in (False, True)
+    )
+    bank = Bank.load(learned)
+    assert repaired["parameters"] - plain["parameters"] == bank.plugins
+    stock = next(row for row in rows if row["name"] == "stock")
+    assert plain["parameters"] - stock["parameters"] == bank.parameters - bank.plugins
+    for row in (plain, repaired):
+        expected = kl_of(model_folder, pictures, learned, row["rung"], row is plain)
+        assert row["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    backbone = load_backbone(str(model_folder))
+    macs = cost(backbone.model, plain["rung"], ladder=bank.ladder).macs
+    assert plain["gmacs"] == macs / 1e9
+
+
+def test_tuning_on_its_ladder_is_refused(model_folder: Path, learned: Path) -> None:
+    model = load_backbone(str(model_folder)).model
+    with pytest.raises(ConfigError, match="'dtem' learns without labels, as part of a bank"):
+        check_learns(Bank.load(learned).ladder, 2, model)
+
+
+def test_what_a_metric_cannot_begin_from_is_refused(pictures: Path, model_folder: Path) -> None:
+    with pytest.raises(ValidationError, match="a metric begins from held-out pictures"):
+        learning(pictures, model_folder, unseen=0)
+    with pytest.raises(ConfigError, match="at most the width of the model, 24, got 25"):
+        job_of(learning(pictures, model_folder, metric={"channels": 25}))
+
+
+def test_it_begins_with_the_leading_directions_of_the_tokens(model_folder: Path) -> None:
+    model = load_backbone(str(model_folder)).model
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    first, _ = run_blocks(model, embed(model, images), Variant())
+    before = embed(model, images), first.x
+    for block, x, found in zip(
+        model.blocks, before, leading_directions(model, images, 5), strict=True
+    ):
+        tokens = x + block.attn(block.norm1(x))
+        tokens = tokens[:, 1:].flatten(0, 1)
+        _, _, rows = torch.linalg.svd(tokens / tokens.norm(dim=1, keepdim=True))
+        torch.testing.assert_close((found @ rows[:5].T).abs(), torch.eye(5), atol=1e-3, rtol=0)
+    # All of them: cosines are those of the tokens themselves.
+    whole = leading_directions(model, images, 24)[1]
+    torch.testing.assert_close(whole @ whole.T, torch.eye(24), atol=1e-4, rtol=0)
+    assert not any(block.norm2._forward_pre_hooks for block in model.blocks)
 
 
 def test_a_metric_is_for_tome_alone(pictures: Path, model_folder: Path) -> None:
