@@ -238,7 +238,7 @@ class Bank:
             scale = found.scale(target)
         return self.info.scale if scale is None else scale
 
-    def learned(self, device: torch.device) -> ReductionWeights | None:
+    def learned(self, device: torch.device | str) -> ReductionWeights | None:
         """Return what its ladder's method has learned, in fp32; None if that is not its matter."""
         if not self.ladder.method.in_bank:
             return None
