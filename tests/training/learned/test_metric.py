@@ -15,8 +15,9 @@ from tests.training.test_distill import metrics, recipe
 from tocom import BankError, ConfigError, ReductionError, Variant, cost, forward, load_backbone
 from tocom.reduction import DTEM
 from tocom.vit import embed, run_blocks
-from training.config import DistillConfig
+from training.config import DistillConfig, ElasticConfig
 from training.distill import Distillation, distill
+from training.elastic import ElasticTuning
 from training.evaluate import evaluate
 from training.ladders.compare import compare_methods
 from training.ladders.compare_config import CompareConfig
@@ -25,6 +26,7 @@ from training.learned.weights import check_learns
 from training.measuring_config import EvaluateConfig
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
+from training.program.dry_run import dry_run
 from training.run_folder import RunFolder
 
 
@@ -257,3 +259,24 @@ def test_a_metric_is_for_tome_alone(pictures: Path, model_folder: Path) -> None:
     dtem = {"method": "dtem", "shares": [0.8]}
     with pytest.raises(ReductionError, match="distil a bank that learns them"):
         job_of(recipe(pictures, model_folder, max_rate=1, ladder=dtem))
+
+
+def test_a_dry_run_begins_a_metric_from_nothing(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    said = dry_run(learning(pictures, model_folder), tmp_path / "run")
+    assert "4 held out" in said
+    with pytest.raises(ConfigError, match="at most the width of the model, 24, got 25"):
+        dry_run(learning(pictures, model_folder, metric={"channels": 25}), tmp_path / "run")
+
+
+def test_elastic_tuning_leaves_it_to_a_bank(pictures: Path, model_folder: Path) -> None:
+    config = ElasticConfig.model_validate(
+        {
+            "backbone": {"name": str(model_folder)}, "pictures": [{"path": str(pictures)}],
+            "ladder": {"method": "dtem", "shares": [0.8]}, "max_rate": 1, "students": 1,
+            "loop": {"steps": 1, "batch_size": 2, "learning_rate": 1e-3},
+        }
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="'dtem' is learned in a bank: distil one"):
+        ElasticTuning(load_backbone(str(model_folder)), config, [])
