@@ -6,14 +6,19 @@ a search or a measurement found is kept beside them, as notes.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from torch import Tensor
 
-from adapters.schema import NAME, Notes, Strict, read_part
-from tocom import TOME, Backbone, Ladder, ReductionError
+from adapters.schema import NAME, Geometry, Notes, Strict, read_part
+from tocom import TOME, Backbone, Ladder, ReductionError, ReductionWeights
 from tocom.reduction import method_of, options_of
+
+#: What names of a learned method's weights begin with in files, in front of the block.
+REDUCTION = "reduction."
 
 
 class MethodInfo(Strict):
@@ -106,6 +111,24 @@ def ladder_of(part: LadderPart | None, depth: int) -> Ladder:
             f"{depth}"
         )
     return ladder
+
+
+def learned_shapes(ladder: Ladder, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Return the name in files and the shape of each weight of a ladder's method, if it learns."""
+    shapes = ladder.shapes(geometry.depth, geometry.width, geometry.grid)
+    return {f"{REDUCTION}{name}": shape for name, shape in shapes.items()}
+
+
+def learned_in(tensors: Mapping[str, Tensor], ladder: Ladder) -> ReductionWeights:
+    """Return the weights of a ladder's method among the tensors of a file."""
+    return ReductionWeights(
+        ladder.method,
+        {
+            name.removeprefix(REDUCTION): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(REDUCTION)
+        },
+    )
 
 
 def tuned_on_another(backbone: Backbone, source: int, ladder: Ladder) -> str | None:

@@ -213,7 +213,7 @@ class Ladder:
         if not self.method.learns:
             return {}
         most: dict[int, int] = {}
-        for rung in range(1, len(self.rungs or ())):
+        for rung in range(1, 2 if self.rungs is None else len(self.rungs)):
             plan = self.plan(rung, depth, grid[0] * grid[1], 0, grid)
             for i, (left, acts) in enumerate(zip(plan.tokens, plan.acts, strict=True)):
                 if acts:

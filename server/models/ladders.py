@@ -7,7 +7,7 @@ from typing import Any
 from adapters import Bank
 from adapters.ladder import digest, read_ladder
 from server.settings import ModelSettings
-from tocom import TOME, Backbone, ConfigError, Ladder, ReductionError
+from tocom import TOME, Backbone, ConfigError, Ladder, ReductionError, ReductionWeights
 
 #: What stands for a ladder that is in no file of its own.
 PAPERS, OF_BANK = "tome", "bank"
@@ -43,7 +43,6 @@ def open_ladders(
         try:
             new = Opened(own) if name is None else _open(name, bank)
             new.ladder.check(backbone.model)
-            new.ladder.check_learned(backbone.model, backbone.learned)
         except ReductionError as error:
             raise ConfigError(f"model {settings.name!r}: {error}") from error
         for other in opened:
@@ -69,6 +68,16 @@ def _open(name: str, bank: Bank | None) -> Opened:
     if bank is None:
         raise ReductionError(f"the ladder {OF_BANK!r} is that of its bank, and it has none")
     return Opened(bank.ladder)
+
+
+def check_learned(
+    model: str, ladder: Ladder, backbone: Backbone, learned: ReductionWeights | None
+) -> None:
+    """Raise ConfigError if a model is to be served on a ladder for which it has no weights."""
+    try:
+        ladder.check_learned(backbone.model, learned)
+    except ReductionError as error:
+        raise ConfigError(f"model {model!r}: {error}") from error
 
 
 def are_same(one: Ladder, other: Ladder) -> bool:

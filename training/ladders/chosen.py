@@ -6,6 +6,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from adapters import Bank
+from adapters.bank import learned_with
 from adapters.ladder import LadderPart, digest, tuned_on_another
 from tocom import TOME, Backbone, ConfigError, Ladder, cost
 from tocom.reduction import Method, method_of
@@ -84,7 +85,7 @@ def measured_ladder(
             f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, not for "
             f"{ladder.name!r}"
         )
-    ladder.check_learned(backbone.model, backbone.learned)
+    ladder.check_learned(backbone.model, learned_with(backbone, bank))
     for source in sources:
         if (reason := tuned_on_another(backbone, source, ladder)) is not None:
             raise ConfigError(reason)
