@@ -30,10 +30,15 @@ def address(tiny, tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture
 def scene(page) -> Page:
-    """The page with the segmenter, at rate 3."""
-    page.locator("#model").select_option("streets")
-    answered(page, 3)
+    """The page with the segmenter, at rate 2."""
+    use_segmenter(page)
     return page
+
+
+def use_segmenter(page: Page) -> None:
+    page.locator("#model").select_option("streets")
+    expect(lane(page).locator(".call")).to_contain_text("/v1/segment?rate=2&")
+    expect(lane(page)).to_have_attribute("aria-busy", "false")
 
 
 def segment(address: str, rate: int, sample: str = "cup") -> tuple[dict, np.ndarray]:
@@ -83,10 +88,9 @@ def test_the_classes_are_over_the_photo_as_the_server_says(page, address):
     answered(page, 2)
     assert "lane.js" in sent
     assert "segmentation.js" not in sent  # only who needs it loads it
-    page.locator("#model").select_option("streets")
-    answered(page, 3)
+    use_segmenter(page)
     assert {"segmentation.js", "segmentation.css"} <= set(sent)
-    told, classes = segment(address, 3)
+    told, classes = segment(address, 2)
     assert shown(page) == legend(told)
     gmacs = float(lane(page).locator(".macs").inner_text().removesuffix(" GMACs"))
     assert gmacs == pytest.approx(told["macs"] / 1e9, rel=0.01)
@@ -110,7 +114,7 @@ def test_the_classes_are_over_the_photo_as_the_server_says(page, address):
 
 @in_browser
 def test_one_class_is_shown_alone_and_each_is_said_by_keyboard(scene, address):
-    told, classes = segment(address, 3)
+    told, classes = segment(address, 2)
     canvas, caption = lane(scene).locator("canvas"), lane(scene).locator(".caption")
     opacity(scene, 100)
     first = lane(scene).locator(".class").first
