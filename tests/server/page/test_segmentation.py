@@ -91,6 +91,7 @@ def test_the_classes_are_over_the_photo_as_the_server_says(page, address):
     use_segmenter(page)
     assert {"segmentation.js", "segmentation.css"} <= set(sent)
     told, classes = segment(address, 2)
+    assert len(told["classes"]) == 3
     assert shown(page) == legend(told)
     gmacs = float(lane(page).locator(".macs").inner_text().removesuffix(" GMACs"))
     assert gmacs == pytest.approx(told["macs"] / 1e9, rel=0.01)
@@ -156,9 +157,9 @@ def test_two_rates_are_compared_pixel_by_pixel(scene, address):
     shares = [{each["label"]: each["share"] for each in told["classes"]} for told in (one, two)]
     for item in lane(scene).locator(".predictions li").all():
         label = item.locator(".label").inner_text()
-        points_ = 100 * (shares[0][label] - shares[1].get(label, 0))
-        if label in shares[1] and abs(points_) >= 0.05:
-            note = f"{'+' if points_ > 0 else '−'}{abs(points_):.1f}"
+        change = 100 * (shares[0][label] - shares[1].get(label, 0))
+        if label in shares[1] and abs(change) >= 0.05:
+            note = f"{'+' if change > 0 else '−'}{abs(change):.1f}"
             expect(item.locator(".note")).to_have_text(note)
     opacity(scene, 100)
     scene.get_by_label("Only where they differ").check()

@@ -132,12 +132,6 @@ def test_one_pixel_has_one_class(client):
     assert told["classes"][0]["share"] == 1
 
 
-def test_the_other_protocol_says_where_it_is_asked(client):
-    answer = client.get("/v2/models/streets")
-    assert answer.status_code == 404
-    assert "'streets' is for segmentation" in problem(answer)
-
-
 def test_without_a_model_for_it_there_is_nothing_to_ask(settings):
     alone: Settings = settings.model_copy(update={"models": settings.models[:1]})
     with TestClient(create_app(alone)) as client:

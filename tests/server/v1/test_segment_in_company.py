@@ -56,6 +56,9 @@ def test_two_hundred_of_all_sizes_and_rates_are_answered_as_alone(client):
         return classify(client, model, PICTURES[photo], rate)
 
     alone = {case: ask(case) for case in cases}
+    for photo in range(len(PICTURES)):
+        low, high = (pixels(alone["streets", photo, rate]) for rate in (0, MAX_RATE))
+        assert 0.5 < (low == high).mean() < 0.9  # answers tell rates apart
     draw = random.Random(0)
     asked = draw.choices([case for case in cases if case[0] == "streets"], k=200)
     asked += draw.choices([case for case in cases if case[0] != "streets"], k=60)
