@@ -50,7 +50,9 @@ export class View {
   show(bitmap, model) {
     [this.#bitmap, this.#model, this.classes, this.#other] = [bitmap, model, null, null];
     this.#point = look.only = null;
-    this.canvas.style.setProperty("--ratio", bitmap ? bitmap.width / bitmap.height : 1);
+    const ratio = bitmap ? bitmap.width / bitmap.height : 1;
+    this.canvas.style.aspectRatio = ratio;
+    this.canvas.style.setProperty("--ratio", ratio);
     this.redraw();
     this.#notice();
   }

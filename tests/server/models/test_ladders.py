@@ -16,7 +16,7 @@ from tests.server.conftest import MAX_RATE
 from tests.server.ladders import CLUSTERS, RINGS, UNEVEN, on_ladders
 from tests.tocom_models import small_model
 from tocom import TOME, ConfigError, Ladder, cost, forward, load_backbone
-from tocom.reduction import Pattern
+from tocom.reduction import AroundMLP, Pattern
 
 
 @pytest.fixture
@@ -204,3 +204,19 @@ def test_a_backbone_that_cannot_have_the_method(tmp_path, monkeypatch):
     monkeypatch.setattr(Pattern, "refuse", lambda self, model: "the model is too odd for 'pattern'")
     with pytest.raises(ConfigError, match="model 'm': the model is too odd for 'pattern'"):
         load_model(on_ladders(settings, tmp_path, "rings"))
+
+
+def test_around_mlp_is_named_and_is_its_papers_ladder(tiny, images):
+    settings = tiny.model_copy(update={"ladders": ("around-mlp", "tome"), "bank": None})
+    model = load_model(settings)
+    assert [each.ladder.name for each in model.ladders] == ["around-mlp", "tome"]
+    assert model.max_rate == AroundMLP.steps == 16
+    # All patches are there again at the end, for less.
+    assert model.costs[16].plan.tokens[-1] == model.costs[0].plan.tokens[-1]
+    assert model.costs[16].macs < model.costs[0].macs
+    stock = load_backbone(settings.backbone).model
+    expected = forward(stock, images, 16, ladder=model.ladder)
+    outputs = model.at(16, compensate=True)(images)
+    torch.testing.assert_close(
+        torch.stack([each.logits for each in outputs]), expected, rtol=1e-4, atol=1e-4
+    )
