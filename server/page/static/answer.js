@@ -21,7 +21,7 @@ export function showCost(root, { rungs }, rate) {
 
 function showMacs(root, macs, share) {
   put(root, "macs", `${(macs / 1e9).toPrecision(3)} GMACs`);
-  put(root, "ratio", share < 1 ? `${percent(share, 0)} of the stock model` : "the stock model");
+  put(root, "ratio", share === 1 ? "the stock model" : `${percent(share, 0)} of the stock model`);
   root.querySelector(".spent").style.setProperty("--part", share);
 }
 

@@ -53,6 +53,7 @@ async function loadModels() {
 async function useModel(name) {
   const [fresh, detail] = [!model, await api.model(name)];
   const other = detail.kind === "segmentation" && await import("./segmentation.js");
+  const cascades = detail.ladders.some(({ cascade }) => cascade.length) && await import("./cascade.js");
   if (at("#model").value !== name) return; // another one was picked since
   [model, kind] = [detail, other || classification];
   document.body.dataset.kind = model.kind;
@@ -65,6 +66,7 @@ async function useModel(name) {
   at(".evidence").hidden = false;
   evidence.model = model;
   if (fresh) first.restore(linked);
+  if (cascades) cascades.offer(lanes, fresh && linked);
   if (photo) askAll();
   else await photos.start(linked.get("sample"));
 }

@@ -11,6 +11,7 @@ const FIRST_RATE = 8;
 export class Lane extends EventTarget {
   answer = null;
   ladder = null; // of the model's, the one that the rate is of
+  instead = null; // what is asked for in place of a rate
   #model = null;
   #kind = null; // of model: the module that knows what is asked and shown
   #views = new Map(); // by kind
@@ -144,13 +145,14 @@ export class Lane extends EventTarget {
 
   /** Ask for another rate, and show nothing of it. */
   measure(rate, signal) {
-    return ask(this.#kind.path, this.#photo, this.#question(rate), signal);
+    return ask(this.#kind.path, this.#photo, this.#question({ rate }), signal);
   }
 
   async #send() {
     this.#asking = new AbortController();
     this.root.ariaBusy = "true";
-    const query = this.#question(this.#at("auto").checked ? "auto" : this.rate);
+    const rate = this.#at("auto").checked ? "auto" : this.rate;
+    const query = this.#question(this.instead ?? { rate });
     try {
       this.answer = await ask(this.#kind.path, this.#photo, query, this.#asking.signal);
       this.#asked = query;
@@ -162,9 +164,9 @@ export class Lane extends EventTarget {
     this.root.ariaBusy = "false";
   }
 
-  #question(rate) {
+  #question(asked) {
     const { name: model, ladders } = this.#model;
-    const query = new URLSearchParams({ rate, model, ...this.#kind.extra(this.#model) });
+    const query = new URLSearchParams({ ...asked, model, ...this.#kind.extra(this.#model) });
     if (ladders.length > 1) query.set("ladder", this.ladder.name);
     if (!this.#at("compensate").checked) query.set("compensate", "false");
     return query;

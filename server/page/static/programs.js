@@ -36,5 +36,5 @@ const text = JSON.stringify;
 /** A value of a query in Python; the names of models and ladders may look like numbers. */
 function literal(name, value) {
   if (name === "model" || name === "ladder") return text(value);
-  return /^\d+$/.test(value) ? value : { true: "True", false: "False" }[value] ?? text(value);
+  return /^[\d.]+$/.test(value) ? value : { true: "True", false: "False" }[value] ?? text(value);
 }

@@ -88,6 +88,8 @@ def test_the_page_is_light():
     # What is loaded when it is wanted:
     segmentation = with_imports("segmentation.js", "segmentation.css") - first
     programs = with_imports("programs.js") - first
+    cascade = with_imports("cascade.js") - first
     assert size(segmentation) < 16 * 1024
     assert size(programs) < 4 * 1024
-    assert first | segmentation | programs == set(FILES)
+    assert size(cascade) < 4 * 1024
+    assert first | segmentation | programs | cascade == set(FILES)
