@@ -68,7 +68,7 @@ async def infer(
         question, asked, scenes, found = await _run(request, model, serving, arrived)
         began = clock()
         results = partial(tensors.results, question, asked, scenes, found, serving.settings)
-        # In a thread, where there may be millions of pixels to write: others shall not wait for them.
+        # In a thread where there may be millions of pixels: others shall not wait for them.
         of_pixels = isinstance(model, ServedSegmenter)
         outputs = await asyncio.to_thread(results) if of_pixels else results()
         response = _respond(model, question, outputs, found)

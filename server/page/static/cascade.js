@@ -3,6 +3,7 @@
 import { element, percent, put } from "./answer.js";
 
 const WHY = {
+  asked: "enough for every photo",
   sure: "that answer is sure enough",
   unsure: "no answer before was sure enough",
   deadline: "there was no time for another run",

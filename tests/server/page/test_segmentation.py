@@ -65,7 +65,9 @@ def colours(canvas: Locator) -> np.ndarray:
 def points(classes: np.ndarray) -> np.ndarray:
     """The classes [12, 16] at the same points."""
     (height, width), (down, across) = classes.shape, np.indices((12, 16))
-    return classes[((down + 0.5) * height / 12).astype(int), ((across + 0.5) * width / 16).astype(int)]
+    return classes[
+        ((down + 0.5) * height / 12).astype(int), ((across + 0.5) * width / 16).astype(int)
+    ]
 
 
 def opacity(page: Page, percent: int) -> None:
@@ -149,7 +151,9 @@ def test_two_rates_are_compared_pixel_by_pixel(scene, address):
     (one, own), (two, other) = segment(address, MAX_RATE), segment(address, 0)
     verdict = scene.locator("#verdict")
     expect(verdict).to_contain_text(f"{100 * (own == other).mean():.1f} % of the pixels")
-    expect(verdict).to_contain_text(f"A takes {100 * one['macs'] / two['macs']:.0f} % of B’s compute")
+    expect(verdict).to_contain_text(
+        f"A takes {100 * one['macs'] / two['macs']:.0f} % of B’s compute"
+    )
     pairs = (256 * own + other)[own != other]
     a, b = divmod(int(np.bincount(pairs).argmax()), 256)
     names = ["road", "sky", "tree"]
