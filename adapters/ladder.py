@@ -9,14 +9,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from adapters.schema import NAME, Notes, Strict, first_fault
+from adapters.schema import NAME, Notes, Strict, read_part
 from tocom import TOME, Backbone, Ladder, ReductionError
 from tocom.reduction import method_of, options_of
-
-#: A ladder of a hundred rungs for a hundred blocks has 50 kB.
-MAX_BYTES = 2**20
 
 
 class MethodInfo(Strict):
@@ -150,17 +147,7 @@ def read_ladder(path: str | Path) -> LadderInfo:
     """
     path = Path(path)
     path = path / "ladder.json" if path.is_dir() else path
-    try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ReductionError(f"cannot read the ladder {path}: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise ReductionError(f"{path} is no ladder: it has more than {MAX_BYTES} bytes")
-    try:
-        info = LadderInfo.model_validate_json(content)
-    except ValidationError as error:
-        raise ReductionError(f"{path} is no ladder: {first_fault(error)}") from error
+    info = read_part(LadderInfo, path, "ladder", ReductionError)
     info.ladder()
     return info
 
