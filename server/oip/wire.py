@@ -128,7 +128,7 @@ class InputTensor:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to answer: fp32 numbers or strings, and whether they go behind the JSON.
+    """A tensor to answer: fp32 numbers, bytes or strings, and whether they go behind the JSON.
 
     Numbers in JSON must be finite: it has no others.
     """
@@ -140,12 +140,14 @@ class OutputTensor:
     @property
     def datatype(self) -> str:
         """The protocol's name of what it holds."""
-        return "BYTES" if self.values.dtype == object else "FP32"
+        return {"O": "BYTES", "u": "UINT8"}.get(self.values.dtype.kind, "FP32")
 
     def raw(self) -> bytes:
         """Return the values as they go behind the JSON."""
         if self.datatype == "FP32":
             return self.values.astype(_FP32).tobytes()
+        if self.datatype == "UINT8":
+            return self.values.tobytes()
         encoded = [value.encode() for value in self.values.ravel()]
         return b"".join(_LENGTH.pack(len(each)) + each for each in encoded)
 
