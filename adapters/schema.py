@@ -173,4 +173,5 @@ def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = "".join(f"{part}." for part in first["loc"])[:-1]
-    return f"{where:.200}: {first['msg']}" if where else str(first["msg"])
+    what = first["msg"].removeprefix("Value error, ")  # pydantic's, before words of our own
+    return f"{where:.200}: {what}" if where else what

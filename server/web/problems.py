@@ -172,7 +172,8 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> str:
     if fault["type"] == "extra_forbidden":
         meant = did_you_mean(name, known) or "; /docs says which there are"
         return f"there is no parameter {name!r}{meant}"
-    return f"{name}: {fault['msg']}, got {str(fault['input'])[:40]!r}"
+    what = fault["msg"].removeprefix("Value error, ")  # pydantic's, before words of our own
+    return f"{name}: {what}, got {str(fault['input'])[:40]!r}"
 
 
 async def _client_gone(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
