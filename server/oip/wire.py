@@ -30,6 +30,7 @@ from server.oip.schemas import (
     ResponseOutput,
 )
 from server.web.origins import JSON_LENGTH
+from tocom.wording import words_of
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -255,7 +256,7 @@ def parse(kind: type[Schema], text: bytes | bytearray) -> Schema:
         came = first["input"]  # of JSON that cannot be read: all of the body
         got = repr(came[:20]) if isinstance(came, bytes) else reprlib.repr(came)
         raise BadRequestError(
-            f"the request cannot be read: {where}: {first['msg']}, got {got}"
+            f"the request cannot be read: {where}: {words_of(first)}, got {got}"
         ) from None
 
 
