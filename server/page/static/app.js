@@ -44,7 +44,8 @@ async function loadModels() {
   const list = await api.models();
   const picker = at("#model");
   const value = picker.value || linked.get("model");
-  picker.replaceChildren(...list.map(({ name }) => new Option(name)));
+  picker.replaceChildren(...list.map(({ name, kind: does }) =>
+    new Option(does === "segmentation" ? `${name} (${does})` : name, name)));
   if (list.some(({ name }) => name === value)) picker.value = value;
   await useModel(picker.value);
   at("#away").hidden = true;

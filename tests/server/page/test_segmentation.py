@@ -88,6 +88,7 @@ def test_the_classes_are_over_the_photo_as_the_server_says(page, address):
     page.on("request", lambda request: sent.append(request.url.removeprefix(f"{address}/page/")))
     page.reload()
     answered(page, 2)
+    expect(page.locator("#model option")).to_have_text(["imagenet", "streets (segmentation)"])
     assert "lane.js" in sent
     assert "segmentation.js" not in sent  # only who needs it loads it
     use_segmenter(page)
