@@ -154,9 +154,10 @@ class ServedModel:
         # Few digits only: int() refuses thousands of them in its own words.
         if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= self.max_rate:
             return int(text)
+        words = ", or auto" if self.cascade is None else ", auto or cascade"
         raise RateError(
             f"the model {self.name!r} runs at the rates 0 to {self.max_rate}{self.of_ladder}, "
-            f"whole numbers, or auto; got rate={text[:40]!r}"
+            f"whole numbers{words}; got rate={text[:40]!r}"
         )
 
     def within(self, budget: float) -> int:

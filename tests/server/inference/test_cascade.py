@@ -27,7 +27,7 @@ from server.models.served import Output, ServedModel
 from server.settings import ModelSettings, Settings
 from tests.server.conftest import picture, png, problem
 from tests.server.works import PATIENCE, Clock, Exact, controller, settle
-from tocom import ConfigError
+from tocom import ConfigError, RateError
 
 PHOTOS = [png(picture(seed)) for seed in range(12)]
 
@@ -231,6 +231,12 @@ def test_a_swapped_bank_ends_the_cascade(
     model = load_model(tiny.model_copy(update={"cascade": str(path)}))
     assert misfit(model) is None
     assert "served is none" in str(misfit(model.with_bank(None)))
+
+
+def test_a_wrong_rate_is_told_that_there_is_a_cascade(tiny: ModelSettings, path: Path) -> None:
+    model = load_model(tiny.model_copy(update={"cascade": str(path)}))
+    with pytest.raises(RateError, match="0 to 5, whole numbers, auto or cascade; got rate='99'"):
+        model.parse_rate("99")
 
 
 # In the engine, with works that need no model.
