@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tocom import Backbone
 from tocom.pruned import Channels
+from tocom.wording import words_of
 
 #: What banks, tasks and ladders may be called.
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
@@ -173,4 +174,4 @@ def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = "".join(f"{part}." for part in first["loc"])[:-1]
-    return f"{where:.200}: {first['msg']}" if where else str(first["msg"])
+    return f"{where:.200}: {words_of(first)}" if where else words_of(first)

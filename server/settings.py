@@ -62,8 +62,9 @@ class ModelSettings(BaseModel):
     ladders: tuple[str, ...] = Field(
         default=(),
         description="what rates may mean, the default first: ladder.json files or their folders, "
-        "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
-        "bank's; without a bank the one that the model was tuned on, mostly `tome`",
+        "`tome` (r tokens merge in every block at rate r), `around-mlp` (its paper's 16 rungs) or "
+        "`bank`, the bank's own; default: the bank's; without a bank the one that the model was "
+        "tuned on, mostly `tome`",
     )
     cascade: str | None = Field(
         default=None,

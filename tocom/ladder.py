@@ -261,6 +261,13 @@ class Ladder:
 TOME = Ladder("tome", ToMe())
 
 
+def even_ladder(method: Method, model: VisionTransformer, steps: int, name: str) -> Ladder:
+    """Return a method's ladder of so many rungs, of evenly rising strength."""
+    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    rungs = [method.amounts(rung / steps, depth, patches) for rung in range(1, steps + 1)]
+    return Ladder(name, method, ((0,) * depth, *rungs), patches)
+
+
 def plan(rate: Rate, depth: int, tokens: int, prefix: int) -> Plan:
     """Return the plan of a forward at `rate` on the paper's ladder; see `Ladder.plan`.
 

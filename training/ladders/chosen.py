@@ -9,6 +9,7 @@ from adapters import Bank
 from adapters.bank import learned_with
 from adapters.ladder import LadderPart, digest, tuned_on_another
 from tocom import TOME, Backbone, ConfigError, Ladder, cost
+from tocom.ladder import even_ladder
 from tocom.reduction import Method, method_of
 from training.ladders.choice import LadderChoice, MethodLadder
 
@@ -38,13 +39,6 @@ def usual_ladder(
         if macs(amounts) <= share * whole and amounts != rungs[-1]:
             rungs.append(amounts)
     return Ladder(name, method, tuple(rungs), patches)
-
-
-def even_ladder(method: Method, model: VisionTransformer, steps: int, name: str) -> Ladder:
-    """Return a method's ladder of so many rungs, of evenly rising strength."""
-    depth, patches = len(model.blocks), model.patch_embed.num_patches
-    rungs = [method.amounts(rung / steps, depth, patches) for rung in range(1, steps + 1)]
-    return Ladder(name, method, ((0,) * depth, *rungs), patches)
 
 
 def chosen_ladder(choice: LadderChoice, model: VisionTransformer) -> Ladder:

@@ -16,7 +16,7 @@ from tests.server.conftest import MAX_RATE
 from tests.server.ladders import CLUSTERS, RINGS, UNEVEN, on_ladders
 from tests.tocom_models import small_model
 from tocom import TOME, ConfigError, Ladder, cost, forward, load_backbone
-from tocom.reduction import DTEM, Pattern
+from tocom.reduction import DTEM, AroundMLP, Pattern
 
 
 @pytest.fixture
@@ -231,3 +231,19 @@ def test_a_ladder_whose_metric_no_bank_has_is_refused(tiny, tmp_path):
     path = write_ladder(LadderInfo.of(ladder), tmp_path / "ladder.json")
     with pytest.raises(ConfigError, match="'tiny'.*'dtem' runs with weights .* distil a bank"):
         load_model(tiny.model_copy(update={"ladders": ("tome", str(path))}))
+
+
+def test_around_mlp_is_named_and_is_its_papers_ladder(tiny, images):
+    settings = tiny.model_copy(update={"ladders": ("around-mlp", "tome"), "bank": None})
+    model = load_model(settings)
+    assert [each.ladder.name for each in model.ladders] == ["around-mlp", "tome"]
+    assert model.max_rate == AroundMLP.steps == 16
+    # All patches are there again at the end, for less.
+    assert model.costs[16].plan.tokens[-1] == model.costs[0].plan.tokens[-1]
+    assert model.costs[16].macs < model.costs[0].macs
+    stock = load_backbone(settings.backbone).model
+    expected = forward(stock, images, 16, ladder=model.ladder)
+    outputs = model.at(16, compensate=True)(images)
+    torch.testing.assert_close(
+        torch.stack([each.logits for each in outputs]), expected, rtol=1e-4, atol=1e-4
+    )
