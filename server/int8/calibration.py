@@ -43,10 +43,7 @@ class Calibration:
         if not files:
             raise ConfigError(f"int8_pictures: there are no JPEG, PNG or WebP files in {source}")
         for name, data in files.items():
-            try:
-                Image.open(BytesIO(data)).verify()
-            except Exception as error:  # Pillow's formats raise what they like
-                raise ConfigError(f"int8_pictures: {name} in {source}: {error}") from error
+            _check(f"{name} in {source}", data)
         self._files = tuple(files.values())
         self._known: WeakKeyDictionary[FoldedWeights, dict[object, Ranges]] = WeakKeyDictionary()
         self._bare = FoldedWeights({})  # stands for no delta
@@ -69,6 +66,13 @@ class Calibration:
         transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
         pictures = (Image.open(BytesIO(data)).convert("RGB") for data in self._files)
         return torch.stack([transform(picture) for picture in pictures])
+
+
+def _check(name: str, data: bytes) -> None:
+    try:
+        Image.open(BytesIO(data)).verify()
+    except Exception as error:  # Pillow's formats raise what they like
+        raise ConfigError(f"int8_pictures: {name}: {error}") from error
 
 
 def _read(source: Path) -> dict[str, bytes]:
