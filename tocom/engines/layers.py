@@ -55,7 +55,7 @@ class WeightInputs:
         self._weights = {
             name: ops.parameter(list(weight.shape), dtype) for name, weight in weights.items()
         }
-        self.inputs = list(self._weights.values())
+        self.inputs: Sequence[Any] = list(self._weights.values())
 
     def __call__(self, name: str, x: Any) -> Any:
         """See `Layers`."""
@@ -65,7 +65,7 @@ class WeightInputs:
 class Int8:
     """The weights are constants of the graph, in int8."""
 
-    inputs = ()
+    inputs: Sequence[Any] = ()
 
     def __init__(self, weights: Mapping[str, Tensor], ranges: Ranges) -> None:
         """Take weights [out, in], and what the layers read."""
@@ -92,7 +92,7 @@ class Watched:
         results: the least and the greatest value that each layer of `names` reads, by turns.
     """
 
-    inputs = ()
+    inputs: Sequence[Any] = ()
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Take weights [out, in]."""

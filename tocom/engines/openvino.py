@@ -120,7 +120,8 @@ class Graph:
         """Point the graph at the weights of a call, unless it was the last one's."""
         if self._bound is not None and self._bound.is_of(delta, adapter):
             return
-        tensors = [] if self._has_weights else list(_weights(self._model, delta).values())
+        assert not isinstance(delta, Delta)  # a graph's weights are folded
+        tensors = [] if self._has_weights else list(weights_of(self._model, delta).values())
         tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
         tensors += _branches(adapter, self._dtype)
         for index, tensor in enumerate(tensors, start=1):
@@ -159,7 +160,7 @@ def measure(
 
 
 def _weights(model: VisionTransformer, delta: AnyDelta | None) -> dict[str, Tensor]:
-    assert not isinstance(delta, Delta)  # a graph's weights are folded
+    assert not isinstance(delta, Delta)
     return weights_of(model, delta)
 
 
