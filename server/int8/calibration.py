@@ -53,7 +53,8 @@ class Calibration:
         model, variant = forward
         delta = variant.delta if isinstance(variant.delta, FoldedWeights) else self._bare
         known = self._known.setdefault(delta, {})
-        key = model, variant.ladder, variant.rate, variant.proportional, id(variant.adapter)
+        beside = id(variant.adapter), id(variant.learned)
+        key = model, variant.ladder, variant.rate, variant.proportional, beside
         if key not in known:
             batches = torch.split(self._images(model), BATCH)
             whole = [batch for batch in batches if len(batch) == len(batches[0])]

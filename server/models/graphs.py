@@ -73,8 +73,9 @@ class Forward(NamedTuple):
     @property
     def owner(self) -> Hashable:
         """What tells its weights, and what it reads, from others at its rate; holds nothing."""
-        delta, adapter = self.variant.delta, self.variant.adapter
-        return weakref.ref(delta) if isinstance(delta, FoldedWeights) else None, id(adapter)
+        delta, beside = self.variant.delta, (self.variant.adapter, self.variant.learned)
+        folded = weakref.ref(delta) if isinstance(delta, FoldedWeights) else None
+        return folded, *map(id, beside)
 
 
 #: Measures with a module that makes graphs what the linear layers of a forward read.
@@ -269,6 +270,6 @@ def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
 def _is_over(key: tuple[object, ...]) -> bool:
     """Return whether the bank that a graph was for is served no more."""
     match key:
-        case (*_, (weakref.ref() as delta, _), _):
+        case (*_, (weakref.ref() as delta, *_), _):
             return delta() is None
     return False

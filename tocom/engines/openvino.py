@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tocom.adapter import Adapter
 from tocom.delta import AnyDelta, Delta, FoldedWeights
-from tocom.engines.builder import Builder, weights_of
+from tocom.engines.builder import Builder, learned_of, weights_of
 from tocom.engines.layers import Bounds, Int8, Ranges, Watched, WeightInputs
-from tocom.reduction import Method, ToMe
+from tocom.reduction import DTEM, Method, ReductionWeights, ToMe
 from tocom.variant import Variant
 from tocom.vit import Outputs, read
 
@@ -30,7 +30,7 @@ _TYPES = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}
 
 def unsupported(model: VisionTransformer, method: Method | None = None) -> str | None:
     """Return why a model has no graphs of a method, by default of any; None if it has."""
-    if method is not None and not isinstance(method, ToMe):
+    if method is not None and not isinstance(method, ToMe | DTEM):
         return f"there are no graphs of the method {method.name!r}"
     weight = model.patch_embed.proj.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -68,8 +68,8 @@ class Graph:
         Args:
             model: one that is not `unsupported`. Weights that a delta can change are not copied,
                 unless they are converted.
-            variant: what it is for. Weights are its inputs: it runs with any other delta, and
-                with any other adapter of the same bottleneck.
+            variant: what it is for. Weights are its inputs: it runs with any other delta, any
+                other adapter of the same bottleneck, and whatever else its method has learned.
             images: how many it takes at once.
             threads: how many run it; 0: OpenVINO's own choice.
             dtype: what it computes in, torch.bfloat16 or torch.float32.
@@ -101,7 +101,7 @@ class Graph:
             images: [B, 3, H, W], as many as it was made for.
             variant: the one that it was made for, or another that differs in weights alone.
         """
-        self._bind(variant.delta, variant.adapter)
+        self._bind(variant)
         shares = torch.split(images.contiguous(), self._share)
         for request, share in zip(self._requests, shares, strict=True):
             request.set_input_tensor(0, _shared(share))
@@ -116,18 +116,19 @@ class Graph:
         tensors = (request.get_output_tensor(index) for request in self._requests)
         return torch.cat([torch.from_numpy(tensor.data) for tensor in tensors])
 
-    def _bind(self, delta: AnyDelta | None, adapter: Adapter | None) -> None:
+    def _bind(self, variant: Variant) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""
-        if self._bound is not None and self._bound.is_of(delta, adapter):
+        if self._bound is not None and self._bound.is_of(variant):
             return
+        delta = variant.delta
         assert not isinstance(delta, Delta)  # a graph's weights are folded
         tensors = [] if self._has_weights else list(weights_of(self._model, delta).values())
         tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
-        tensors += _branches(adapter, self._dtype)
+        tensors += _beside(variant, self._dtype)
         for index, tensor in enumerate(tensors, start=1):
             for request in self._requests:
                 request.set_input_tensor(index, _shared(tensor))
-        self._bound = _Bound(delta, adapter, tensors)
+        self._bound = _Bound(delta, variant.adapter, variant.learned, tensors)
 
 
 def measure(
@@ -149,10 +150,10 @@ def measure(
     graph = openvino.Model(watched.results, builder.build().get_parameters(), "ranges")
     options = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "INFERENCE_NUM_THREADS": threads}
     request = _core().compile_model(graph, "CPU", options).create_infer_request()
-    branches = [_shared(tensor) for tensor in _branches(variant.adapter, torch.float32)]
+    beside = [_shared(tensor) for tensor in _beside(variant, torch.float32)]
     seen = []
     for batch in batches:
-        request.infer([_shared(batch.contiguous()), *branches])
+        request.infer([_shared(batch.contiguous()), *beside])
         count = len(watched.results)
         seen.append([float(request.get_output_tensor(i).data) for i in range(count)])
     means = torch.tensor(seen, dtype=torch.float64).mean(0).view(-1, 2).tolist()
@@ -164,8 +165,11 @@ def _weights(model: VisionTransformer, delta: AnyDelta | None) -> dict[str, Tens
     return weights_of(model, delta)
 
 
-def _branches(adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
-    tensors = [tensor for branch in adapter.branches for tensor in branch] if adapter else []
+def _beside(variant: Variant, dtype: torch.dtype) -> list[Tensor]:
+    """Return weights of a variant that are inputs of every graph: an adapter's, and learned ones."""
+    branches = variant.adapter.branches if variant.adapter is not None else ()
+    tensors = [tensor for branch in branches for tensor in branch]
+    tensors += learned_of(variant).values()
     return [tensor.detach().to(dtype).contiguous() for tensor in tensors]
 
 
@@ -173,18 +177,23 @@ class _Bound:
     """Weights that a graph points at: kept alive for it, but no longer than their delta is."""
 
     def __init__(
-        self, delta: FoldedWeights | None, adapter: Adapter | None, tensors: list[Tensor]
+        self,
+        delta: FoldedWeights | None,
+        adapter: Adapter | None,
+        learned: ReductionWeights | None,
+        tensors: list[Tensor],
     ) -> None:
         # Of a bank that is no longer served, nothing is left here. Nothing runs on it then, and
         # the next call binds others.
         self._delta = None if delta is None else weakref.ref(delta, lambda _: tensors.clear())
-        self._adapter = adapter
+        self._adapter, self._learned = adapter, learned
         self._tensors = tensors
 
-    def is_of(self, delta: AnyDelta | None, adapter: Adapter | None) -> bool:
+    def is_of(self, variant: Variant) -> bool:
         """Return whether they are those of a call."""
         bound = None if self._delta is None else self._delta()
-        return bound is delta and self._adapter is adapter and bool(self._tensors)
+        beside = self._adapter is variant.adapter and self._learned is variant.learned
+        return bound is variant.delta and beside and bool(self._tensors)
 
 
 def _streams(images: int, threads: int) -> int:
