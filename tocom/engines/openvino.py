@@ -166,7 +166,7 @@ def _weights(model: VisionTransformer, delta: AnyDelta | None) -> dict[str, Tens
 
 
 def _beside(variant: Variant, dtype: torch.dtype) -> list[Tensor]:
-    """Return weights of a variant that are inputs of every graph: an adapter's, and learned ones."""
+    """Return weights that are inputs of every graph: an adapter's, and learned ones."""
     branches = variant.adapter.branches if variant.adapter is not None else ()
     tensors = [tensor for branch in branches for tensor in branch]
     tensors += learned_of(variant).values()
