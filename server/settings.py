@@ -138,10 +138,16 @@ class Settings(BaseSettings):
         description="how many compiled forwards OpenVINO keeps, if it is installed, of those that "
         "run often and are faster compiled; 60 to 150 MB each; 0: none",
     )
-    graph_dtype: Literal["float32", "bfloat16"] = Field(
+    graph_dtype: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32",
         description="what compiled forwards compute in; bfloat16 is about twice as fast on "
-        "CPUs that have it, and answers differ by as much as bfloat16 rounds",
+        "CPUs that have it, and answers differ by as much as bfloat16 rounds; int8, of linear "
+        "layers alone, likewise on CPUs with VNNI or AMX",
+    )
+    int8_pictures: Path | None = Field(
+        default=None,
+        description="folder or tar file of pictures such as will be sent, without labels, that "
+        "int8 is fitted to: 64 of them are taken; default: the bundled samples",
     )
     max_folded_bytes: int = Field(
         default=768 * 2**20,

@@ -28,7 +28,7 @@ DOORS: dict[str, set[str]] = {
 FLOORS: tuple[set[str], ...] = (
     {"access_settings"},
     {"address", "errors", "progress", "settings", "schemas"},
-    {"arguments", "engine"},
+    {"arguments", "engine", "int8"},
     {"models"},
     {"inference", "observe"},
     {"web"},

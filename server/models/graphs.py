@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from server.engine.threads import Team
 from server.errors import UnavailableError
-from tocom import TOME, Delta, Variant
+from tocom import TOME, Delta, FoldedWeights, Variant
 from tocom.vit import Outputs, embed, outputs
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,17 @@ class Forward(NamedTuple):
         """Whether a graph can run it: deltas are none of a graph's own business."""
         return not isinstance(self.variant.delta, Delta)
 
+    @property
+    def owner(self) -> Hashable:
+        """What tells its weights, and what it reads, from others at its rate; holds nothing."""
+        delta, beside = self.variant.delta, (self.variant.adapter, self.variant.learned)
+        folded = weakref.ref(delta) if isinstance(delta, FoldedWeights) else None
+        return folded, *map(id, beside)
+
+
+#: Measures with a module that makes graphs what the linear layers of a forward read.
+Measure: TypeAlias = Callable[[Any, Forward], Mapping[str, tuple[float, float]]]
+
 
 @dataclass(eq=False)
 class _Cell:
@@ -93,11 +105,16 @@ class Graphs:
         clock: Callable[[], float] = time.monotonic,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        measure: Measure | None = None,
     ) -> None:
-        """Keep at most `limit` graphs, which compute in `dtype`; all forwards on `threads`."""
+        """Keep at most `limit` graphs, which compute in `dtype`; all forwards on `threads`.
+
+        With `measure` their linear layers are in int8, and each is for the weights of one delta.
+        """
         self.team = Team(threads)
         self._limit = limit
         self._dtype = dtype
+        self._measure = measure
         self._clock = clock
         self._cells: dict[tuple[object, ...], _Cell] = {}
         self._engine: Any = None  # the module that makes graphs
@@ -159,9 +176,15 @@ class Graphs:
 
     def _cell(self, forward: Forward, size: int) -> _Cell:
         model, variant = forward
-        bottleneck = variant.adapter and variant.adapter.bottleneck
-        key = model, variant.ladder, variant.rate, variant.proportional, bottleneck, size
-        return self._cells.setdefault(key, _Cell())
+        weights: Hashable = variant.adapter and variant.adapter.bottleneck
+        if self._measure is not None:
+            weights = forward.owner
+        key = model, variant.ladder, variant.rate, variant.proportional, weights, size
+        if key not in self._cells:
+            for other in [*filter(_is_over, self._cells)]:
+                del self._cells[other]
+            self._cells[key] = _Cell()
+        return self._cells[key]
 
     def _is_worth_it(self, cell: _Cell) -> bool:
         """Return whether a graph is to be made; another may have given way to it then."""
@@ -199,7 +222,10 @@ class Graphs:
                 logger.info("%s runs eagerly: %s", forward.name, reason)
                 cell.eager = True
                 return
-            graph = engine.Graph(*forward, size, self.team.threads, self._dtype)
+            arguments = [*forward, size, self.team.threads, self._dtype]
+            if self._measure is not None:
+                arguments.append(self._measure(engine, forward))
+            graph = engine.Graph(*arguments)
             with suppress(UnavailableError):  # the server ends
                 tries = (self._call(partial(self._try, forward, size, graph)) for _ in range(TRIES))
                 compiled = min(each.result() for each in tries)
@@ -239,3 +265,11 @@ def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
     embedding = model.patch_embed
     height, width = embedding.img_size
     return embedding.proj.in_channels, height, width
+
+
+def _is_over(key: tuple[object, ...]) -> bool:
+    """Return whether the bank that a graph was for is served no more."""
+    match key:
+        case (*_, (weakref.ref() as delta, *_), _):
+            return delta() is None
+    return False

@@ -16,6 +16,8 @@ from adapters.segmentation import SegmentationModel, is_segmentation, open_segme
 from server.engine.rates import Controller
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
+from server.int8.calibration import Calibration
+from server.int8.processor import lacks_int8
 from server.models.cascades import check_cascade, open_cascade
 from server.models.graphs import Graphs
 from server.models.ladders import are_same, open_ladders
@@ -58,16 +60,27 @@ def load_models(settings: Settings, tell: Tell = tell_nobody) -> list[ServedMode
     set_torch_threads(1)
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000
-    backbones = Backbones(
-        device,
-        Graphs(settings.max_graphs, dtype=getattr(torch, settings.graph_dtype), threads=threads),
-        settings.max_folded_bytes,
-    )
+    backbones = Backbones(device, _graphs(settings, threads), settings.max_folded_bytes)
     models = []
     for each in settings.models:
         tell(Progress(each.name))
         models.append(load_model(each, backbones, batch, slo, store))
     return models
+
+
+def _graphs(settings: Settings, threads: int) -> Graphs:
+    if settings.graph_dtype != "int8":
+        return Graphs(
+            settings.max_graphs, dtype=getattr(torch, settings.graph_dtype), threads=threads
+        )
+    if lacks_int8():
+        logger.warning(
+            "graph_dtype=int8 is not used: this processor has neither VNNI nor AMX, without which "
+            "int8 would be slower and wrong; compiled forwards compute in float32"
+        )
+        return Graphs(settings.max_graphs, threads=threads)
+    calibration = Calibration(settings.int8_pictures)
+    return Graphs(settings.max_graphs, threads=threads, measure=calibration)
 
 
 def load_model(

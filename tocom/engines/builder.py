@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tocom.delta import FoldedWeights, parts, target_layers
+from tocom.engines.layers import Layers, product
 from tocom.engines.tome import Seen, merge
 from tocom.pruned import widths
 from tocom.reduction import DTEM, ToMe
@@ -46,9 +47,12 @@ class Builder:
     """Builds the graph of a forward; see `build`."""
 
     def __init__(
-        self, model: VisionTransformer, variant: Variant, images: int, weights: Any
+        self, model: VisionTransformer, variant: Variant, images: int, layers: Layers, weights: Any
     ) -> None:
-        """Prepare inputs: pixels of so many images, and weights of an OpenVINO type."""
+        """Prepare inputs: pixels of so many images, and weights of an OpenVINO type.
+
+        Linear layers are the matter of `layers`, but for the head and an adapter's.
+        """
         self._model = model
         self._variant = variant
         self._images = images
@@ -56,10 +60,7 @@ class Builder:
         convolution = model.patch_embed.proj
         size = convolution.in_channels, *model.patch_embed.img_size
         self._pixels = ops.parameter([images, *size], openvino.Type.f32)
-        self._weights = {
-            name: ops.parameter(list(weight.shape), weights)
-            for name, weight in weights_of(model, None).items()
-        }
+        self._layers = layers
         width = model.embed_dim
         self._branches = []
         if variant.adapter is not None:
@@ -101,7 +102,7 @@ class Builder:
             y = ops.add(x, y)
             x = ops.add(y, self._branch(i, x)) if self._branches else y
         results = [x] if size is None or not pools_patches(model) else [x, size]
-        inputs = [self._pixels, *self._weights.values()]
+        inputs = [self._pixels, *self._layers.inputs]
         for branch in self._branches:
             inputs += branch
         inputs += self._learned.values()
@@ -156,20 +157,20 @@ class Builder:
 
     def _branch(self, block: int, x: Any) -> Any:
         down, up = self._branches[block]
-        return _product(ops.relu(_product(x, down)), up)
+        return product(ops.relu(product(x, down)), up)
 
     def _metric(self, block: int, x: Any) -> Any:
         """Return what was learned to compare; None: nothing was."""
         if not self._learned:
             return None
         bias = ops.convert(self._learned[f"{block}.bias"], openvino.Type.f32)
-        return ops.add(_product(x, self._learned[f"{block}.weight"]), bias)
+        return ops.add(product(x, self._learned[f"{block}.weight"]), bias)
 
     def _first(self, x: Any, tokens: int | None) -> Any:
         return x if tokens is None else ops.slice(x, [0], [tokens], [1], [1])
 
     def _linear(self, name: str, x: Any, bias: Tensor | None) -> Any:
-        y = _product(x, self._weights[name])
+        y = self._layers(name, x)
         return y if bias is None else ops.add(y, _constant(bias))
 
     def _norm(self, norm: nn.Module, x: Any) -> Any:
@@ -186,8 +187,3 @@ class Builder:
 
 def _constant(tensor: Tensor) -> Any:
     return ops.constant(tensor.detach().numpy())
-
-
-def _product(x: Any, weight: Any) -> Any:
-    """Return x weightᵀ, in the precision that the graph is compiled for."""
-    return ops.matmul(x, ops.convert(weight, openvino.Type.f32), False, True)

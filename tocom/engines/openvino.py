@@ -7,6 +7,7 @@ which nothing else of the package does, only where it is wanted.
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import openvino
@@ -16,8 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tocom.adapter import Adapter
-from tocom.delta import Delta, FoldedWeights
+from tocom.delta import AnyDelta, Delta, FoldedWeights
 from tocom.engines.builder import Builder, learned_of, weights_of
+from tocom.engines.layers import Bounds, Int8, Ranges, Watched, WeightInputs
 from tocom.reduction import DTEM, Method, ReductionWeights, ToMe
 from tocom.variant import Variant
 from tocom.vit import Outputs, read
@@ -59,6 +61,7 @@ class Graph:
         images: int,
         threads: int = 0,
         dtype: torch.dtype = torch.float32,
+        ranges: Ranges | None = None,
     ) -> None:
         """Compile, which takes a second at most.
 
@@ -70,9 +73,12 @@ class Graph:
             images: how many it takes at once.
             threads: how many run it; 0: OpenVINO's own choice.
             dtype: what it computes in, torch.bfloat16 or torch.float32.
+            ranges: what its linear layers read, as `measure` returns it: they run in int8 then.
+                Their weights are its own, and it is for the delta of `variant` alone.
         """
         self._model = model
         self._dtype = dtype
+        self._has_weights = ranges is not None
         streams = _streams(images, threads)
         options = {
             # Said in either case: where a CPU has bf16, the default would be that.
@@ -81,7 +87,9 @@ class Graph:
             "NUM_STREAMS": streams,
         }
         self._share = images // streams
-        graph = Builder(model, variant, self._share, _TYPES[dtype]).build()
+        weights = _weights(model, variant.delta)
+        layers = WeightInputs(weights, _TYPES[dtype]) if ranges is None else Int8(weights, ranges)
+        graph = Builder(model, variant, self._share, layers, _TYPES[dtype]).build()
         self._compiled = _core().compile_model(graph, "CPU", options)
         self._requests = [self._compiled.create_infer_request() for _ in range(streams)]
         self._bound: _Bound | None = None
@@ -112,17 +120,57 @@ class Graph:
         """Point the graph at the weights of a call, unless it was the last one's."""
         if self._bound is not None and self._bound.is_of(variant):
             return
-        delta, adapter = variant.delta, variant.adapter
+        delta = variant.delta
         assert not isinstance(delta, Delta)  # a graph's weights are folded
-        tensors = list(weights_of(self._model, delta).values())
-        for branch in adapter.branches if adapter is not None else ():
-            tensors += branch
-        tensors += learned_of(variant).values()
+        tensors = [] if self._has_weights else list(weights_of(self._model, delta).values())
         tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
+        tensors += _beside(variant, self._dtype)
         for index, tensor in enumerate(tensors, start=1):
             for request in self._requests:
                 request.set_input_tensor(index, _shared(tensor))
-        self._bound = _Bound(delta, adapter, variant.learned, tensors)
+        self._bound = _Bound(delta, variant.adapter, variant.learned, tensors)
+
+
+def measure(
+    model: VisionTransformer, variant: Variant, batches: Sequence[Tensor], threads: int = 0
+) -> Ranges:
+    """Return what linear layers read of pictures: bounds, means over the batches.
+
+    Means, as the extremes of all are those of single values, for which all others would be
+    rounded to longer steps.
+
+    Args:
+        model: one that is not `unsupported`.
+        variant: as it will run.
+        batches: of images [B, 3, H, W], all of one size; 64 images are enough.
+        threads: how many run it; 0: OpenVINO's own choice.
+    """
+    watched = Watched(_weights(model, variant.delta))
+    builder = Builder(model, variant, len(batches[0]), watched, openvino.Type.f32)
+    graph = openvino.Model(watched.results, builder.build().get_parameters(), "ranges")
+    options = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "INFERENCE_NUM_THREADS": threads}
+    request = _core().compile_model(graph, "CPU", options).create_infer_request()
+    beside = [_shared(tensor) for tensor in _beside(variant, torch.float32)]
+    seen = []
+    for batch in batches:
+        request.infer([_shared(batch.contiguous()), *beside])
+        count = len(watched.results)
+        seen.append([float(request.get_output_tensor(i).data) for i in range(count)])
+    means = torch.tensor(seen, dtype=torch.float64).mean(0).view(-1, 2).tolist()
+    return {name: Bounds(*each) for name, each in zip(watched.names, means, strict=True)}
+
+
+def _weights(model: VisionTransformer, delta: AnyDelta | None) -> dict[str, Tensor]:
+    assert not isinstance(delta, Delta)
+    return weights_of(model, delta)
+
+
+def _beside(variant: Variant, dtype: torch.dtype) -> list[Tensor]:
+    """Return weights that are inputs of every graph: an adapter's, and learned ones."""
+    branches = variant.adapter.branches if variant.adapter is not None else ()
+    tensors = [tensor for branch in branches for tensor in branch]
+    tensors += learned_of(variant).values()
+    return [tensor.detach().to(dtype).contiguous() for tensor in tensors]
 
 
 class _Bound:

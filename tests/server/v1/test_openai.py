@@ -2,6 +2,7 @@
 
 import base64
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -208,11 +209,19 @@ def test_the_stock_client(settings, expected):
     openai = pytest.importorskip("openai")
     with listening(create_app(settings)) as address:
         client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="any", max_retries=0)
-        answer = client.embeddings.create(
-            model="tiny", input=[*map(uri, PICTURES)], extra_body={"rate": 3}
-        )
-        found = torch.tensor([each.embedding for each in answer.data])
-        torch.testing.assert_close(found, F.normalize(expected(3)), atol=1e-5, rtol=0)
-        assert answer.usage.total_tokens == 3 * 17
+        create = partial(client.embeddings.create, model="tiny")
+        uris = [*map(uri, PICTURES)]
+        # Left to itself, the client asks for base64 and reads it.
+        for asked in ({}, {"encoding_format": "float"}):
+            answer = create(input=uris, extra_body={"rate": 3}, **asked)
+            found = torch.tensor([each.embedding for each in answer.data])
+            torch.testing.assert_close(found, F.normalize(expected(3)), atol=1e-5, rtol=0)
+            assert [(each.index, each.rate) for each in answer.data] == [(0, 3), (1, 3), (2, 3)]
+            assert answer.usage.total_tokens == 3 * 17
+        (item,) = create(input=uris[0], encoding_format="base64").data
+        numbers = np.frombuffer(base64.b64decode(item.embedding), dtype="<f4")
+        np.testing.assert_allclose(numbers, F.normalize(expected())[0], atol=1e-5)
         with pytest.raises(openai.NotFoundError, match="no model is called 'gpt'"):
-            client.embeddings.create(model="gpt", input=uri(PICTURES[0]))
+            client.embeddings.create(model="gpt", input=uris[0])
+        with pytest.raises(openai.UnprocessableEntityError, match="runs at the rates 0 to 5"):
+            create(input=uris[0], extra_body={"rate": 6})
