@@ -1,14 +1,18 @@
-"""What `benchmarks/elastic` computes: the oracle's bound, bursts, the simulated machine."""
+"""What `serve_elastic` and `benchmarks/elastic` make of arrivals and answers."""
 
+import argparse
 import itertools
+import json
 import random
 
 import numpy as np
 import pytest
 
-from benchmarks.elastic import simulated
+from benchmarks import serve_elastic
+from benchmarks.elastic import arms, simulated
 from benchmarks.elastic.oracle import best
-from benchmarks.load import gamma_plan
+from benchmarks.elastic.report import report
+from benchmarks.load import Exchange, gamma_plan
 from server.engine.rates import Controller
 from server.engine.slackfit import SlackFit
 
@@ -126,3 +130,137 @@ def test_a_simulation_prints_a_table(capsys):
     assert [line.split("|")[1].strip() for line in said[2:]] == [
         "auto", "SlackFit", *(f"rate {rate}" for rate in range(5)), "oracle, a bound",
     ]  # fmt: skip
+
+
+PLAN = [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.5]
+SCENE = arms.Scene(PLAN, pictures=[0] * 7, seconds=6, slo=0.5, burst=(2.0, 4.0))
+#: At rate 0 the picture is taken for class 3, at 1 for class 5, which it is.
+KNOWN = arms.Known(said=np.array([[3.0], [5.0]]), classes=np.array([5.0]))
+
+
+def arm(latency, status, rate, said, late: float = 0.0) -> arms.Arm:
+    planned = np.array(PLAN)
+    values = (np.array(each, dtype=np.float64) for each in (status, rate, said))
+    return arms.Arm(planned, planned + late, planned + latency, *values)
+
+
+def answer(rate: int, said: int, batch: int, ms: float) -> Exchange:
+    body = {
+        "rate": rate,
+        "predictions": [{"index": said}, {"index": 9}],
+        "batch_size": batch,
+        "timings_ms": {"inference": ms},
+    }
+    return Exchange(1.0, 1.001, 1.1, 200, json.dumps(body).encode())
+
+
+def test_answers_are_read_and_batch_times_collected():
+    took: arms.BatchTimes = {}
+    refused = Exchange(2.0, 2.001, 2.1, 503, b"full")
+    found = arms.read([answer(8, 7, 2, 40), answer(8, 3, 2, 60), refused], took)
+    assert found.rate.tolist() == [8, 8, -1]
+    assert found.said.tolist() == [7, 3, -1]
+    assert found.status.tolist() == [200, 200, 503]
+    assert found.latency.tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert took == {(8, 2): [0.04, 0.06]}
+
+
+def test_times_between_sizes_that_ran_are_in_proportion():
+    took = {(0, 2): [0.2, 0.3, 9.0], (0, 4): [0.5]}
+    found = [arms.usual(took, 0, images) for images in (1, 2, 3, 4, 8)]
+    assert found == pytest.approx([0.15, 0.3, 0.4, 0.5, 1.0])
+    with pytest.raises(ValueError, match="no batch ran at rate 1"):
+        arms.usual(took, 1, 1)
+
+
+def test_figures_keep_what_was_refused_late_or_wrong_in_the_denominator():
+    found = arms.figures(
+        arm(
+            latency=[0.1, 0.1, 0.9, 0.1, 0.1, 0.49, 0.1],
+            status=[200, 200, 200, 503, 200, 504, 0],
+            rate=[0, 0, 1, -1, 1, -1, -1],
+            said=[3, 5, 5, -1, 5, -1, -1],
+        ),
+        SCENE,
+        KNOWN,
+    )
+    assert found["offered"] == 7
+    assert (found["refused"], found["late"], found["errors"]) == (1, 2, 1)
+    assert found["goodput"] == pytest.approx(3 / 6)
+    assert found["goodput_burst"] == pytest.approx(1 / 2)
+    assert found["accuracy"] == pytest.approx(100 * 2 / 7)
+    assert found["agreement"] == pytest.approx(100 * 1 / 7)
+    assert (found["rate"], found["rate_burst"]) == (0.5, 1)
+    assert found["p99_ms"] == pytest.approx(900, rel=0.05)
+    assert not found["void"]
+
+
+def test_a_client_that_sends_late_makes_an_arm_void():
+    ones = np.ones(7)
+    assert arms.figures(arm(0.1, 200 * ones, 0 * ones, ones, late=0.003), SCENE, KNOWN)["void"]
+
+
+def test_without_labels_there_is_agreement_alone():
+    assert arms.Known(KNOWN.said, None).measures == ["agreement"]
+    assert KNOWN.right("accuracy").tolist() == [[0], [1]]
+    assert KNOWN.right("agreement").tolist() == [[1], [0]]
+
+
+def test_back_at_rate_0_is_back_to_stay():
+    planned = np.arange(0, 10, 0.25)
+    rate = np.where((planned < 2) | (planned >= 5), 0.0, 16.0)
+    rate[planned == 4.5] = 0  # one moment between two higher ones
+
+    def until(rate) -> float | None:
+        ones = np.ones(len(planned))
+        return arms.until_back(arms.Arm(planned, planned, planned, 200 * ones, rate, ones), 4.0)
+
+    assert until(rate) == 1.0
+    assert until(np.full(len(planned), 3.0)) is None
+
+
+def test_who_is_ahead_is_told_request_by_request():
+    ones, one_less = np.ones(7), np.array([1.0] * 6 + [0.0])
+    lead, (low, high) = serve_elastic.ahead([ones, ones], [one_less, ones])
+    assert lead == pytest.approx(100 / 14)
+    assert low <= lead <= high
+
+
+OPTIONS = argparse.Namespace(
+    seconds=[2, 4, 2], bursts_seconds=10, burst=0.9, load=0.5, variation=4, slo_ms=500
+)
+
+
+def test_both_traces_offer_what_capacity_says():
+    scene = serve_elastic.make_scene("steps", [40, 60], 5, OPTIONS, seed=0)
+    assert scene.burst == (2, 6)
+    burst = sum(2 <= at < 6 for at in scene.plan)
+    assert burst == pytest.approx(4 * 54, rel=0.2)
+    assert set(scene.pictures) == set(range(5))
+    bursts = serve_elastic.make_scene("bursts", [40, 60], 5, OPTIONS, seed=0)
+    assert (len(bursts.plan), bursts.burst) == (10 * 20, None)
+
+
+def test_a_report_has_a_row_for_each_arm_and_the_oracle():
+    good = arm([0.1] * 7, [200] * 7, [0] * 7, [5] * 7)
+    rounds = [arms.figures(good, SCENE, KNOWN)] * 3
+    trace = {
+        "described": "a few.",
+        "burst": SCENE.burst,
+        "arms": {"auto": rounds, "SlackFit": rounds, "rate 0": rounds},
+        "ahead": {what: {"rate 0": (1.0, (0.5, 1.5))} for what in KNOWN.measures},
+        "oracle": {what: [100.0] * 3 for what in KNOWN.measures},
+    }
+    said = report(
+        {
+            "machine": "a machine", "subject": "a model", "capacity": {0: 40.0, 1: 60.0},
+            "slo_ms": 500, "repeats": 3, "known": {"accuracy": [0.8, 0.7], "agreement": [1, 0.9]},
+            "traces": {"steps": trace},
+        }
+    )  # fmt: skip
+    assert "| SlackFit | 0 | 0.0 (0.0 to 0.0) % |" in said
+    assert "| oracle, a bound |" in said
+    assert "accuracy of auto over the oracle's: 1.000 (1.000 to 1.000)" in said
+    assert "rate 0 +1.0 (+0.5 to +1.5)" in said
+    assert "over rate 0, in the burst: 1.00" in said
+    assert "Back at rate 0 after the burst:" in said
