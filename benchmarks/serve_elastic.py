@@ -136,16 +136,14 @@ class Measurement:
                 ask_all(served, self.forms, rate, options.warm)
         found = [ask_all(servers["auto"], self.forms, rate, len(self.forms)) for rate in self.rates]
         self.capacities = [capacity for capacity, _ in found]
-        said = [
-            [each.json()["predictions"][0]["index"] for each in exchanges] for _, exchanges in found
-        ]
+        self.took: BatchTimes = {}
+        said = np.array([read(exchanges, self.took).said for _, exchanges in found])
         classes = None if what.classes is None else np.array(what.classes, float)
-        self.known = Known(np.array(said, float), classes)
+        self.known = Known(said, classes)
         ask = f"deadline_ms={options.slo_ms - options.allowance_ms}"
         self.queries = dict.fromkeys(servers, f"rate=auto&{ask}")
         fixed = options.rates or self.rates
         self.queries |= {f"rate {rate}": f"rate={rate}&{ask}" for rate in fixed}
-        self.took: BatchTimes = {}
 
     def trace(self, name: str) -> dict[str, Any]:
         """Return what all arms come to in all rounds of a trace."""
