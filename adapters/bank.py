@@ -11,15 +11,24 @@ Reference: Token Compensator (ToCom), arXiv:2408.06798, section 3.2.
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import torch
 from pydantic import FailFast, Field, field_validator, model_validator
 from torch import Tensor
 
 from adapters.calibration import Calibration
 from adapters.format import VERSION, Format
-from adapters.ladder import Embedded, ladder_of, part_of, tuned_on_another
+from adapters.ladder import (
+    Embedded,
+    ladder_of,
+    learned_in,
+    learned_shapes,
+    part_of,
+    tuned_on_another,
+)
 from adapters.schema import (
     NAME,
     BackboneInfo,
@@ -29,7 +38,7 @@ from adapters.schema import (
     Proportional,
     Strict,
 )
-from tocom import Backbone, BankError, Ladder, ReductionError
+from tocom import Backbone, BankError, Ladder, ReductionError, ReductionWeights
 from tocom.delta import TARGETS
 
 #: A real `bank.json` has some kilobytes, notes included.
@@ -96,7 +105,8 @@ class Bank:
         info: what `bank.json` says, its digest included.
         ladder: what its rates mean.
         tensors: `blocks.{i}.attn.q.A` [R, k, in] and `.B` [R, out, k], and so on for each target;
-            step i→i+1 stands at index i. On the CPU, fp32 or fp16.
+            step i→i+1 stands at index i. If the ladder's method learns with banks, also its
+            weights, `reduction.{i}...`. On the CPU, fp32 or fp16.
     """
 
     def __init__(self, info: BankInfo, tensors: Mapping[str, Tensor]) -> None:
@@ -228,14 +238,33 @@ class Bank:
             scale = found.scale(target)
         return self.info.scale if scale is None else scale
 
+    def learned(self, device: torch.device | str) -> ReductionWeights | None:
+        """Return what its ladder's method has learned, in fp32; None if that is not its matter."""
+        if not self.ladder.method.in_bank:
+            return None
+        learned = learned_in(self.tensors, self.ladder)
+        on_device = {name: tensor.to(device).float() for name, tensor in learned.tensors.items()}
+        return replace(learned, tensors=on_device)
+
     @property
     def parameters(self) -> int:
         """Number of values in the bank."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    @property
+    def plugins(self) -> int:
+        """Number of values in its plug-ins."""
+        return sum(self.tensors[name].numel() for name in plugin_shapes(self.info))
+
 
 def _attention(proportional: bool) -> str:
     return "proportional attention" if proportional else "attention that is not proportional"
+
+
+def learned_with(backbone: Backbone, bank: Bank | None) -> ReductionWeights | None:
+    """Return what a method has learned for a model that runs with a bank, or without one."""
+    own = None if bank is None else bank.learned(next(backbone.model.parameters()).device)
+    return backbone.learned if own is None else own
 
 
 def ladder_entries(ladder: Ladder) -> dict[str, Any]:
@@ -261,9 +290,21 @@ def target_names(info: BankInfo) -> list[str]:
     return [f"blocks.{i}.{room}.{target}" for i in range(depth) for target, room in rooms.items()]
 
 
-def tensor_shapes(info: BankInfo) -> dict[str, tuple[int, int, int]]:
+def tensor_shapes(info: BankInfo) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a bank has."""
-    shapes = {}
+    return plugin_shapes(info) | metric_shapes(info)
+
+
+def metric_shapes(info: BankInfo) -> dict[str, tuple[int, ...]]:
+    """Return those of the weights of the ladder's method, if it learns with banks."""
+    geometry = info.backbone.geometry
+    ladder = ladder_of(info.ladder, geometry.depth)
+    return learned_shapes(ladder, geometry) if ladder.method.in_bank else {}
+
+
+def plugin_shapes(info: BankInfo) -> dict[str, tuple[int, ...]]:
+    """Return those of the plug-ins."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in target_names(info):
         _, block, *_, target = name.split(".")
         inputs, outputs = info.backbone.geometry.channels(target, int(block))

@@ -156,6 +156,7 @@ def _use(bank: Bank, repo_id: str) -> str:
     height, width = info.backbone.geometry.input
     rate = min(8, info.max_rate)
     ladder = "" if info.ladder is None else ", ladder=bank.ladder"
+    ladder += ', learned=bank.learned("cpu")' if bank.ladder.method.in_bank else ""
     ladder += "" if info.proportional else ", proportional=False"
     return f"""\
 ## How to use it

@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from adapters.durable import replace_file
 from adapters.ladder import digest
-from adapters.schema import Notes, Strict, first_fault
+from adapters.schema import Notes, Strict, read_part
 from tocom import ConfigError, Ladder
 
 FILE: Final = "cascade.json"
-
-#: A hundred points have some 20 kB.
-MAX_BYTES: Final = 2**20
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -130,18 +127,7 @@ def read_cascade(path: str | Path) -> Cascade:
         ConfigError: if it cannot be read or is malformed; the message names the fault.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the cascade {path}: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path} is no cascade: it has more than {MAX_BYTES} bytes")
-    try:
-        return Cascade.model_validate_json(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path} is no cascade: {first_fault(error)}") from error
+    return read_part(Cascade, path / FILE if path.is_dir() else path, "cascade", ConfigError)
 
 
 def write_cascade(cascade: Cascade, path: Path) -> Path:

@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="tocom-bank", description="Banks of ToCom plug-ins.")
+    parser = Parser(
+        prog="tocom-bank", description="Inspect, keep, share and export banks of plug-ins."
+    )
     parser.add_argument("--version", action=Version)
     parser.add_argument("--completion", action=Completion)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
@@ -44,22 +46,22 @@ def _parser() -> Parser:
         "--store",
         metavar="DIR",
         type=Path,
-        help="default: $TOCOM_STORE, or ~/.local/share/tocom/store",
+        help="folder of published banks; default: $TOCOM_STORE, or ~/.local/share/tocom/store",
     )
 
     command = commands.add_parser("inspect", parents=[store], help="show what a bank is")
     command.add_argument("bank", help=_BANK)
-    command.add_argument("--json", action="store_true", help="for programs")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = commands.add_parser("list", parents=[store], help="list what is published")
+    command = commands.add_parser("list", parents=[store], help="list the published banks")
 
-    command = commands.add_parser("verify", parents=[store], help="read and hash banks again")
+    command = commands.add_parser("verify", parents=[store], help="check that banks are undamaged")
     command.add_argument("bank", nargs="?", help=f"{_BANK}; default: all in the store")
 
     command = commands.add_parser(
         "publish",
         parents=[store],
-        help="add a bank to the store and make it its name's current one",
+        help="add a bank to the store; its name then means this version",
     )
     command.add_argument("bank", help=_BANK)
 
@@ -67,31 +69,43 @@ def _parser() -> Parser:
     command.add_argument("reference", help=_REFERENCE)
 
     command = commands.add_parser(
-        "export", parents=[store], help="write the delta between two rates as a LoRA for PEFT"
+        "export",
+        parents=[store],
+        help="write the delta between two rates as a LoRA adapter for PEFT",
     )
     command.add_argument("bank", help=_BANK)
-    command.add_argument("folder", help="the new folder, for PeftModel.from_pretrained")
-    command.add_argument("--source", type=int, required=True, help="rate the model was tuned at")
-    command.add_argument("--target", type=int, required=True, help="rate it will run at")
+    command.add_argument("folder", help="where to write; PeftModel.from_pretrained reads it")
+    command.add_argument(
+        "--source", type=int, required=True, help="rate that the model was tuned at"
+    )
+    command.add_argument("--target", type=int, required=True, help="rate that it will run at")
 
     command = commands.add_parser(
         "export-model", parents=[store], help="write a model at one rate for another runtime"
     )
-    command.add_argument("model", help="as tocom-serve takes it")
-    command.add_argument("output", help="the new file: .onnx, or .xml for OpenVINO")
+    command.add_argument(
+        "model", help="bundled:NAME, a model folder, a .safetensors file or a name that timm loads"
+    )
+    command.add_argument("output", help="file to write: .onnx, or .xml for OpenVINO")
     command.add_argument("--rate", type=int, required=True, help="rate it will run at")
-    command.add_argument("--bank", help=f"{_BANK}; default: it runs without compensation")
+    command.add_argument("--bank", help=f"{_BANK}; default: none")
     command.add_argument("--task", metavar="FOLDER", help="task to put on the model")
-    command.add_argument("--source", type=int, help="rate it was tuned at; default: its own")
+    command.add_argument(
+        "--source", type=int, help="rate that the model was tuned at; default: what its folder says"
+    )
     command.add_argument(
         "--ladder",
         metavar="FILE",
-        help="ladder.json that the rates are of; default: the bank's, or else the task's",
+        help="ladder.json of the rates; default: the bank's, or else the task's",
     )
     command.add_argument("--architecture", help="timm's name, if MODEL is a .safetensors file")
 
     page = Parser(add_help=False)
-    page.add_argument("--license", metavar="ID", help="such as apache-2.0; default: none claimed")
+    page.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence that the card states, such as apache-2.0; default: none",
+    )
     page.add_argument(
         "--plot",
         dest="plots",
@@ -100,33 +114,41 @@ def _parser() -> Parser:
         nargs="+",
         action="extend",
         default=[],
-        help="pictures to show",
+        help="plots to show on the card",
     )
 
     command = commands.add_parser(
         "push", parents=[store, page], help="upload a bank to the Hugging Face Hub"
     )
     command.add_argument("bank", help=_BANK)
-    command.add_argument("repo_id", metavar="ORG/NAME", help="made if it is not there")
-    command.add_argument("--private", action="store_true", default=None, help="for you alone")
-    command.add_argument("--revision", metavar="BRANCH", help="made if it is not there")
+    command.add_argument(
+        "repo_id", metavar="ORG/NAME", help="repository; made if it does not exist"
+    )
+    command.add_argument(
+        "--private", action="store_true", default=None, help="make the repository private"
+    )
+    command.add_argument("--revision", metavar="BRANCH", help="branch; made if it does not exist")
 
     command = commands.add_parser(
         "card", parents=[store, page], help="print the model card that push uploads"
     )
     command.add_argument("bank", help=_BANK)
-    command.add_argument("repo_id", metavar="ORG/NAME", nargs="?", help="where it will be")
+    command.add_argument("repo_id", metavar="ORG/NAME", nargs="?", help="repository that it is for")
 
-    command = commands.add_parser("import", help="make a bank of a checkpoint of the reference")
+    command = commands.add_parser(
+        "import", help="make a bank from a checkpoint of ToCom's own code"
+    )
     command.add_argument("checkpoint", help=".safetensors or .pth; read as tensors only")
     command.add_argument("folder", help="the new bank folder")
-    command.add_argument("--name", required=True, help="what the bank is called from now on")
+    command.add_argument("--name", required=True, help="name of the new bank")
     command.add_argument(
-        "--backbone", required=True, metavar="MODEL", help="what it was distilled for"
+        "--backbone", required=True, metavar="MODEL", help="model that it was distilled for"
     )
     command.add_argument("--architecture", help="timm's name, if MODEL is a .safetensors file")
     command.add_argument("--max-rate", type=int, help="steps; default: the reference's 16")
-    command.add_argument("--rank", type=int, help="width of a step; default: what the steps leave")
+    command.add_argument(
+        "--rank", type=int, help="rank of a step; default: as the checkpoint has it"
+    )
     command.add_argument("--scale", type=float, default=0.1, help="multiplier; default: 0.1")
     return parser
 

@@ -40,7 +40,7 @@ def compose_steps(
     """Compose from a bank's tensors directly; differentiable, for training.
 
     Args:
-        tensors: `{layer}.A` [R, k, in] and `{layer}.B` [R, out, k].
+        tensors: `{layer}.A` [R, k, in] and `{layer}.B` [R, out, k]; others are of no effect.
         scale: multiplier s.
         source, target: rates in [0, R].
         dropout: on the hidden values, whatever mode the model is in.
@@ -48,7 +48,7 @@ def compose_steps(
     Raises:
         RateError: naming the allowed range.
     """
-    max_rate = next(iter(tensors.values())).shape[0]
+    max_rate = next(each.shape[0] for name, each in tensors.items() if name.endswith(".A"))
     for what, rate in (("source", source), ("target", target)):
         if isinstance(rate, bool) or not isinstance(rate, int) or not 0 <= rate <= max_rate:
             raise RateError(f"the bank's {what} rate must be in 0..{max_rate}, got {rate!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.bank import Bank
+from adapters.bank import Bank, learned_with
 from adapters.composition import compose
 from adapters.durable import new_files
 from adapters.ladder import digest, tuned_on_another
@@ -77,7 +77,8 @@ def export_model(
     used = {"name": bank.info.name, "digest": bank.info.digest, "scale": scale} if bank else None
     about = _describe(backbone) | {"source": source, "rate": rate, "bank": used}
     proportional = bank.info.proportional if bank else backbone.proportional
-    variant = Variant(rate, folded, backbone.adapter, proportional, ladder, backbone.learned)
+    learned = learned_with(backbone, bank)
+    variant = Variant(rate, folded, backbone.adapter, proportional, ladder, learned)
     about |= {
         "proportional": proportional,
         "method": ladder.method.name,
@@ -131,7 +132,7 @@ def _ladder(backbone: Backbone, source: int, bank: Bank | None, asked: Ladder | 
     if not bank and (reason := tuned_on_another(backbone, source, ladder)) is not None:
         raise ConfigError(reason)
     ladder.check(backbone.model)
-    ladder.check_learned(backbone.model, backbone.learned)
+    ladder.check_learned(backbone.model, learned_with(backbone, bank))
     if ladder.method.by_picture:
         raise ConfigError(
             f"the method {ladder.method.name!r} decides by picture how many tokens are left, which "

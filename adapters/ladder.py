@@ -6,17 +6,19 @@ a search or a measurement found is kept beside them, as notes.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
+from torch import Tensor
 
-from adapters.schema import NAME, Notes, Strict, first_fault
-from tocom import TOME, Backbone, Ladder, ReductionError
+from adapters.schema import NAME, Geometry, Notes, Strict, read_part
+from tocom import TOME, Backbone, Ladder, ReductionError, ReductionWeights
 from tocom.reduction import method_of, options_of
 
-#: A ladder of a hundred rungs for a hundred blocks has 50 kB.
-MAX_BYTES = 2**20
+#: What names of a learned method's weights begin with in files, in front of the block.
+REDUCTION = "reduction."
 
 
 class MethodInfo(Strict):
@@ -111,6 +113,24 @@ def ladder_of(part: LadderPart | None, depth: int) -> Ladder:
     return ladder
 
 
+def learned_shapes(ladder: Ladder, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Return the name in files and the shape of each weight of a ladder's method, if it learns."""
+    shapes = ladder.shapes(geometry.depth, geometry.width, geometry.grid)
+    return {f"{REDUCTION}{name}": shape for name, shape in shapes.items()}
+
+
+def learned_in(tensors: Mapping[str, Tensor], ladder: Ladder) -> ReductionWeights:
+    """Return the weights of a ladder's method among the tensors of a file."""
+    return ReductionWeights(
+        ladder.method,
+        {
+            name.removeprefix(REDUCTION): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(REDUCTION)
+        },
+    )
+
+
 def tuned_on_another(backbone: Backbone, source: int, ladder: Ladder) -> str | None:
     """Return why a model cannot run on a ladder as one that was tuned at `source`; None: it can.
 
@@ -150,17 +170,7 @@ def read_ladder(path: str | Path) -> LadderInfo:
     """
     path = Path(path)
     path = path / "ladder.json" if path.is_dir() else path
-    try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ReductionError(f"cannot read the ladder {path}: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise ReductionError(f"{path} is no ladder: it has more than {MAX_BYTES} bytes")
-    try:
-        info = LadderInfo.model_validate_json(content)
-    except ValidationError as error:
-        raise ReductionError(f"{path} is no ladder: {first_fault(error)}") from error
+    info = read_part(LadderInfo, path, "ladder", ReductionError)
     info.ladder()
     return info
 

@@ -1,7 +1,8 @@
 """What `bank.json` and `task.json` are made of: strict parts, and the model that a file is for."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tocom import Backbone
 from tocom.pruned import Channels
+from tocom.wording import words_of
 
 #: What banks, tasks and ladders may be called.
 NAME = r"[a-z0-9][a-z0-9._-]{0,99}"
@@ -47,6 +49,8 @@ def _shallow(notes: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 #: What may be said of a file's content in any form; no part of its digest.
 Notes = Annotated[dict[str, JsonValue], AfterValidator(_shallow)]
+#: Of a ladder or a cascade: a ladder of a hundred rungs for a hundred blocks has 50 kB.
+MAX_BYTES: Final = 2**20
 # Far above any model; keeps the arithmetic on a forged bank.json small.
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -55,6 +59,9 @@ class Strict(BaseModel):
     """Part of a file: unknown entries are refused, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Part = TypeVar("Part", bound=Strict)
 
 
 class Pruned(Strict):
@@ -138,8 +145,33 @@ class BackboneInfo(Strict):
         )
 
 
+def read_part(part: type[Part], path: Path, what: str, fault: type[ValueError]) -> Part:
+    """Read a small JSON file.
+
+    Args:
+        part: what it holds.
+        path: the file.
+        what: it is called in messages.
+        fault: what is raised.
+
+    Raises:
+        fault: if it cannot be read or is malformed; the message names what is wrong.
+    """
+    try:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise fault(f"cannot read the {what} {path}: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise fault(f"{path} is no {what}: it has more than {MAX_BYTES} bytes")
+    try:
+        return part.model_validate_json(content)
+    except ValidationError as error:
+        raise fault(f"{path} is no {what}: {first_fault(error)}") from error
+
+
 def first_fault(error: ValidationError) -> str:
     """Return one line of pydantic's many: the entry and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = "".join(f"{part}." for part in first["loc"])[:-1]
-    return f"{where:.200}: {first['msg']}" if where else str(first["msg"])
+    return f"{where:.200}: {words_of(first)}" if where else words_of(first)

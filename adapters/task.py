@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adapters.adaptformer import adapter
 from adapters.format import VERSION, Format
-from adapters.ladder import Embedded, ladder_of
+from adapters.ladder import Embedded, ladder_of, learned_in, learned_shapes
 from adapters.schema import (
     NAME,
     BackboneInfo,
@@ -41,8 +41,6 @@ from tocom import (
 from tocom.backbones import BUNDLED
 from tocom.delta import TARGETS
 
-#: What names of a learned method's weights begin with, in front of the block.
-REDUCTION = "reduction."
 #: timm's layers that LoRA may change.
 LAYERS = tuple(dict.fromkeys(path for path, _ in TARGETS.values()))
 
@@ -204,17 +202,7 @@ class TaskModel:
         return adapter(tuned["adaptformer.down"], tuned["adaptformer.up"], self.info.scale)
 
     def _learned(self, tuned: Mapping[str, Tensor]) -> ReductionWeights | None:
-        method = self.ladder.method
-        if not method.learns:
-            return None
-        return ReductionWeights(
-            method,
-            {
-                name.removeprefix(REDUCTION): tensor
-                for name, tensor in tuned.items()
-                if name.startswith(REDUCTION)
-            },
-        )
+        return learned_in(tuned, self.ladder) if self.ladder.method.learns else None
 
     def _changed_layers(self) -> list[str]:
         depth = self.info.backbone.geometry.depth
@@ -248,10 +236,7 @@ def tensor_shapes(info: TaskInfo) -> dict[str, tuple[int, ...]]:
             inputs, outputs = geometry.channels(layer.rpartition(".")[2], i)
             shapes[f"lora.blocks.{i}.{layer}.A"] = (rank, inputs)
             shapes[f"lora.blocks.{i}.{layer}.B"] = (outputs, rank)
-    ladder = ladder_of(info.ladder, geometry.depth)
-    learned = ladder.shapes(geometry.depth, geometry.width, geometry.grid)
-    shapes |= {f"{REDUCTION}{name}": shape for name, shape in learned.items()}
-    return shapes
+    return shapes | learned_shapes(ladder_of(info.ladder, geometry.depth), geometry)
 
 
 def data_config(resize: Literal["crop", "squash"], crop_pct: float | None) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from tocom.completion import Completion
 MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder", "cascade")
 
 DESCRIPTION = """\
-Serve vision transformers at any token-merging rate: the bundled model, if nothing else is said.
+Serve Vision Transformers at any token-merging rate. Without arguments, serve the bundled model.
 """
 EPILOG = """\
-Each setting may also be a TOCOM_... variable (TOCOM_PORT) or stand in the TOML file of --config
-(port = 9000); arguments win over variables, and these over the file. Secrets (admin_key, api_keys)
-are never arguments, which others on this machine can see.
+Each setting may also be a TOCOM_... variable (TOCOM_PORT=9000) or a line of the TOML file of
+--config (port = 9000). Arguments win over variables, and variables over the file. The secrets
+admin_key and api_keys are never arguments, because others on this machine can see those.
 """
 
 
@@ -44,7 +44,7 @@ def parser() -> Parser:
         "check",
         usage="%(prog)s [--SETTING VALUE ...]",
         argument_default=argparse.SUPPRESS,
-        help="load and run all models, once",
+        help="load all models and run each once",
     )
     _add_settings(command)
     command.set_defaults(command="check")
@@ -54,19 +54,21 @@ def parser() -> Parser:
         usage="%(prog)s PHOTO [PHOTO ...] [--rate RATE] [--top-k K] [--json] [--SETTING VALUE ...]",
         argument_default=argparse.SUPPRESS,
         conflict_handler="resolve",
-        help="tell what photographs show",
+        help="classify photographs",
     )
     _add_settings(command)
-    command.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    command.add_argument(
+        "photos", nargs="+", type=Path, metavar="PHOTO", help="a JPEG, PNG or WebP file"
+    )
     command.add_argument(
         "--rate",
         default="0",
-        help="rate on the default ladder: of `tome`, tokens merged per block (default: 0)",
+        help="0: the stock model; higher is cheaper (default: 0)",
     )
     command.add_argument(
-        "--top-k", type=int, dest="predictions", metavar="K", help="predictions for each"
+        "--top-k", type=int, dest="predictions", metavar="K", help="predictions for each photo"
     )
-    command.add_argument("--json", action="store_true", help="a line of JSON for each")
+    command.add_argument("--json", action="store_true", help="print a line of JSON for each photo")
     command.set_defaults(command="classify", json=False, predictions=None)
     return whole
 

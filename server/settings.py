@@ -52,16 +52,19 @@ class ModelSettings(BaseModel):
     bank: str | None = Field(
         default=None,
         description="bundled:NAME, a bank folder, hf://ORG/NAME or a reference into the store; "
-        "without one nothing is repaired",
+        "without one, nothing makes up for what merging costs",
     )
     source: int | None = Field(
-        default=None, ge=0, description="rate that the model was tuned at; default: what it says"
+        default=None,
+        ge=0,
+        description="rate that the model was tuned at; default: what its folder says, else 0",
     )
     ladders: tuple[str, ...] = Field(
         default=(),
         description="what rates may mean, the default first: ladder.json files or their folders, "
-        "`tome` (r tokens merge in every block at rate r) or `bank`, the bank's own; default: the "
-        "bank's; without a bank the one that the model was tuned on, mostly `tome`",
+        "`tome` (r tokens merge in every block at rate r), `around-mlp` (its paper's 16 rungs) or "
+        "`bank`, the bank's own; default: the bank's; without a bank the one that the model was "
+        "tuned on, mostly `tome`",
     )
     cascade: str | None = Field(
         default=None,
@@ -105,8 +108,8 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="threads of a forward; default: as many as processors that the process may use "
-        "by its affinity and its container's CPU limit",
+        description="threads of a forward; default: as many as the process may use processors, by "
+        "its affinity and its container's CPU limit",
     )
     decode_threads: int = Field(
         default=2, ge=1, description="threads that decode images beside the forward"
@@ -125,15 +128,15 @@ class Settings(BaseSettings):
     )
     warmup: Literal["all", "first", "none"] = Field(
         default="all",
-        description="what runs before the server is ready: all rates of all models; first: rate 0 "
-        "of each; none: nothing. What has not run is slow the first time",
+        description="what runs before the server is ready; all: every rate of every model; first: "
+        "rate 0 of each; none: nothing. What has not run yet is slow the first time",
     )
     max_batch: int = Field(default=16, ge=1, description="images in one forward")
     max_graphs: int = Field(
         default=16,
         ge=0,
-        description="forwards kept compiled by OpenVINO, where that is installed, of those that "
-        "run often and are faster so; 60 to 150 MB each; 0: none",
+        description="how many compiled forwards OpenVINO keeps, if it is installed, of those that "
+        "run often and are faster compiled; 60 to 150 MB each; 0: none",
     )
     graph_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -143,8 +146,8 @@ class Settings(BaseSettings):
     max_folded_bytes: int = Field(
         default=768 * 2**20,
         ge=0,
-        description="bytes of weights that deltas are folded into ahead, for each bank on each "
-        "backbone; what has no room there is added while a forward runs",
+        description="bytes of weights into which deltas are folded ahead, for each bank on each "
+        "backbone; a delta that has no room there is added while a forward runs",
     )
     max_inflight_bytes: int = Field(
         default=512 * 2**20,
@@ -179,8 +182,8 @@ class Settings(BaseSettings):
     slo_ms: int = Field(
         default=500,
         ge=1,
-        description="milliseconds in which requests without a deadline should be answered: what "
-        "rate=auto plans for",
+        description="milliseconds within which requests without a deadline should be answered; "
+        "rate=auto plans for this",
     )
     auto: bool = Field(default=True, description="whether requests may ask for rate=auto")
     auto_min_rate: int = Field(default=0, ge=0, description="lowest rate that auto may choose")
@@ -195,8 +198,8 @@ class Settings(BaseSettings):
     drain_delay_ms: int = Field(
         default=0,
         ge=0,
-        description="milliseconds that a server goes on taking requests after SIGTERM while "
-        "/readyz fails: time for load balancers to notice",
+        description="milliseconds that a server still takes requests after SIGTERM, while /readyz "
+        "fails already, so that load balancers notice",
     )
     stall_ms: int = Field(
         default=60_000,
@@ -218,7 +221,7 @@ class Settings(BaseSettings):
     )
     api_keys: tuple[ApiKey, ...] = Field(
         default=(),
-        description="keys for inference, which then needs one of them; none: it is open to all",
+        description="keys for inference: each request needs one of them; none: open to all",
     )
     priority_share: float = Field(
         default=0.1,
@@ -230,17 +233,17 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         default=0,
         ge=0,
-        description="bytes of answers that are kept: the same picture asked again for the same is "
+        description="bytes of answers to keep: the same request for the same picture is then "
         "answered without running; 0: none",
     )
     cache_shared: bool = Field(
         default=False,
-        description="whether a key may get answers that are kept of another: it would learn by the "
-        "time it takes that somebody has sent the picture",
+        description="whether keys share kept answers; a fast answer then tells a client that "
+        "somebody else has sent the same picture",
     )
     fetch_hosts: tuple[FetchHost, ...] = Field(
         default=(),
-        description="hosts that images may be fetched from if a request names their address, as "
+        description="hosts from which images may be fetched if a request gives an address, such as "
         "`images.example.org` or `*.example.org`; none: nothing is fetched",
     )
     fetch_timeout_ms: int = Field(
@@ -248,14 +251,14 @@ class Settings(BaseSettings):
     )
     cors_origins: tuple[Origin, ...] = Field(
         default=(),
-        description="web origins whose pages may call this server from a browser, as "
+        description="web origins whose pages may call this server from a browser, such as "
         "`https://app.example.org`; `*`: any",
     )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="least severe message that is logged; info logs each request"
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="text: for people; json: an object a line, for programs"
+        default="text", description="text, for people, or json, one object a line, for programs"
     )
     otel: bool | None = Field(
         default=None,

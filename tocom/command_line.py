@@ -67,7 +67,7 @@ class Version(argparse.Action):
 
     def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
         super().__init__(
-            option_strings, argparse.SUPPRESS, nargs=0, help="print the version and end"
+            option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit"
         )
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:

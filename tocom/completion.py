@@ -62,7 +62,7 @@ class Completion(argparse.Action):
             argparse.SUPPRESS,
             choices=SHELLS,
             metavar="|".join(SHELLS),
-            help="print the script that completes this program's arguments in a shell, and end",
+            help="print the script that completes this program's arguments in a shell, and exit",
         )
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> NoReturn:

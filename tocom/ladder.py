@@ -213,7 +213,7 @@ class Ladder:
         if not self.method.learns:
             return {}
         most: dict[int, int] = {}
-        for rung in range(1, len(self.rungs or ())):
+        for rung in range(1, 2 if self.rungs is None else len(self.rungs)):
             plan = self.plan(rung, depth, grid[0] * grid[1], 0, grid)
             for i, (left, acts) in enumerate(zip(plan.tokens, plan.acts, strict=True)):
                 if acts:
@@ -259,6 +259,13 @@ class Ladder:
 
 #: The paper's: at rate r, r tokens merge in every block.
 TOME = Ladder("tome", ToMe())
+
+
+def even_ladder(method: Method, model: VisionTransformer, steps: int, name: str) -> Ladder:
+    """Return a method's ladder of so many rungs, of evenly rising strength."""
+    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    rungs = [method.amounts(rung / steps, depth, patches) for rung in range(1, steps + 1)]
+    return Ladder(name, method, ((0,) * depth, *rungs), patches)
 
 
 def plan(rate: Rate, depth: int, tokens: int, prefix: int) -> Plan:

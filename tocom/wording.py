@@ -12,6 +12,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
+def words_of(fault: Mapping[str, Any]) -> str:
+    """Return pydantic's words for a fault, without those that it puts before a message of ours."""
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
 def value_fault(fault: Mapping[str, Any]) -> str:
     """Say what is wrong with a value, without its name: `must be at least 1`.
 

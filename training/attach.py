@@ -13,6 +13,7 @@ from typing import Any
 from adapters import Bank, TaskModel
 from adapters.cascade import FILE, Cascade, read_cascade, write_cascade
 from adapters.durable import replace_file
+from adapters.segmentation import SegmentationModel, is_segmentation
 from tocom import ConfigError, load_backbone
 
 _EVALUATION = {"model", "bank", "pictures", "rows"}
@@ -21,7 +22,7 @@ _CASCADE = {"points", "ladder_digest"}
 
 
 def attach(result: Path, folder: Path) -> Path:
-    """Write a result of `evaluate` or `calibrate` into the folder that it belongs to.
+    """Write a result of `evaluate`, `evaluate-segment` or `calibrate` into its folder.
 
     Args:
         result: an `evaluation.json`, a `calibration.json` or a `cascade.json`.
@@ -95,14 +96,18 @@ def _to_model(said: dict[str, Any], result: Path, folder: Path) -> Path:
 
 
 def _to_task(said: dict[str, Any], result: Path, folder: Path) -> Path:
-    path, task = folder / "task.json", TaskModel.load(folder)
+    path = folder / "task.json"
+    scenes = is_segmentation(folder)
+    task = SegmentationModel.load(folder) if scenes else TaskModel.load(folder)
     if said.get("task_digest") != task.info.digest:
         raise ConfigError(
             f"{result} is of {_task_said(said)}, {folder} holds the task {task.info.digest[:12]}"
         )
-    # Through TaskModel, so that what is written can be read.
-    info = task.info.model_copy(update=_notes(said))
-    _replace(path, TaskModel(info, task.tensors).info.model_dump(mode="json"))
+    if scenes and "multiplier" in said:
+        raise ConfigError(f"{result} is a calibration, and a task of segmentation takes none")
+    # Through the task, so that what is written can be read.
+    info: Any = task.info.model_copy(update=_notes(said))
+    _replace(path, type(task)(info, task.tensors).info.model_dump(mode="json"))
     return path
 
 

@@ -82,7 +82,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     measurement = Measurement(
         backbone, config.pictures, config.batch_size, config.workers,
         labelled=config.measure == "top1", limit=config.limit,
-        ladder=bank.ladder, proportional=bank.info.proportional,
+        ladder=bank.ladder, proportional=bank.info.proportional, bank=bank,
     )  # fmt: skip
     search = Search(measurement, bank, source, targets, folder)
     search.run(config.multipliers, config.continuous, config.per_target)

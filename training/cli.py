@@ -22,15 +22,15 @@ COMMANDS = {
     "distill": "make a bank of plug-ins for a backbone; needs no labels",
     "elastic": "tune all weights of a backbone for all rates at once; needs no labels",
     "finetune": "tune a backbone on a labelled task",
-    "prune": "take channels out of a model, which becomes smaller and faster",
-    "segment": "train a segmenter, a decoder on a backbone, on scenes with labels for every pixel",
+    "prune": "make a model smaller and faster by taking out channels",
+    "segment": "train a model that gives a class to every pixel; needs such labels",
     "evaluate": "measure a model at every rate, with and without a bank",
     "evaluate-segment": "measure a segmenter at every rate, with and without a bank",
     "compare": "measure methods, ladders and banks side by side",
-    "analyse": "compare which tokens methods keep or join, and what it changes",
-    "calibrate": "search the multiplier of a bank's deltas for a model",
-    "calibrate-cascade": "choose how sure a cheap answer must be to stand; needs no labels",
-    "vtab": "tune on many tasks at many rates, and make the table of all",
+    "analyse": "compare which tokens methods keep or merge, and what that changes",
+    "calibrate": "find the best multiplier of a bank's deltas for a model; needs no labels",
+    "calibrate-cascade": "choose how sure a cheap answer must be to be final; needs no labels",
+    "vtab": "tune on many tasks at many rates, and put all results in one table",
 }
 
 
@@ -69,18 +69,20 @@ def _parser() -> Parser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("recipe", help="a TOML file or the name of a preset", metavar="CONFIG")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="loop.steps=10")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="a change, as loop.steps=10"
+        )
         command.add_argument(
             "--folder",
             dest="folder",
             type=Path,
             metavar="DIR",
-            help="run folder (default: runs/NAME); resumed if there",
+            help="run folder (default: runs/NAME); a run that is there is resumed",
         )
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="check the recipe and all that it names, tell what would run, and end",
+            help="check the recipe and everything that it names, print what would run, and exit",
         )
         command.set_defaults(run=_run)
         command.offers["recipe"] = partial(_presets_of, name)
@@ -92,18 +94,18 @@ def _parser() -> Parser:
             )
         if name == "vtab":
             command.add_argument(
-                "--check", action="store_true", help="only tell what is wrong with the data"
+                "--check", action="store_true", help="only say what is wrong with the data"
             )
-    text = "keep a measurement or a calibration with its model, or an evaluation with its bank"
+    text = "copy a result into the folder of the model or the bank that it belongs to"
     command = commands.add_parser("attach", help=text, description=text)
     command.add_argument(
         "result", type=Path, help="evaluation.json, calibration.json or cascade.json"
     )
     command.add_argument("folder", type=Path, help="a model folder or a bank folder")
     command.set_defaults(run=_attach)
-    text = "list the presets, or show one and all keys of its command"
+    text = "list the presets, or show one with all keys of its command"
     command = commands.add_parser("presets", help=text, description=text)
-    command.add_argument("show", nargs="*", metavar="show NAME", help="of a preset")
+    command.add_argument("show", nargs="*", metavar="show NAME", help="show the preset NAME")
     command.set_defaults(run=_presets)
     command.offers["show"] = _words_of_presets
     return parser

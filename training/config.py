@@ -56,6 +56,26 @@ class AugmentConfig(Recipe):
         return scale
 
 
+class MetricConfig(Recipe):
+    """A metric that learns which tokens are alike, as part of a bank."""
+
+    channels: int = Field(32, gt=0, description="of the metric; 64 in the paper")
+    temperature: float = Field(
+        0.05,
+        gt=0,
+        allow_inf_nan=False,
+        description="how soft merging is while the metric learns, in cosine similarity; 0.1 in "
+        "the paper",
+    )
+    share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="of the micro-batches, in which the metric learns; in the others the plug-ins "
+        "do, and at 1 there are none",
+    )
+
+
 class DistillConfig(Recipe):
     """`tocom-train distill`: plug-ins for one backbone, labels unused."""
 
@@ -77,6 +97,11 @@ class DistillConfig(Recipe):
         ge=0,
         description="so many rates above max_rate are trained as well and then left out: the steps "
         "below, which are part of the way to them, learn more",
+    )
+    metric: MetricConfig | None = Field(
+        None,
+        description="learn a metric for the method tome as well, in place of its own: "
+        "metric.channels=64; default: none is learned",
     )
     proportional: Proportional = True
     rank: int = Field(2, gt=0, description="width of one step's low-rank pair")
@@ -128,6 +153,11 @@ class DistillConfig(Recipe):
             raise ValueError(
                 "relative losses are measured on held-out pictures, of which there are none: "
                 "give unseen, such as unseen=96"
+            )
+        if self.metric and not self.unseen:
+            raise ValueError(
+                "a metric begins from held-out pictures, of which there are none: give unseen, "
+                "such as unseen=96"
             )
         return self
 

@@ -4,7 +4,9 @@ A step draws rates source ≠ target. Teacher: the frozen backbone at rate `sour
 same backbone at rate `target` with Δ(source→target). The KL divergence from teacher to
 student is the loss; no labels. No gradient is computed but the plug-ins': the backbone is
 frozen, and nothing flows below the first of its blocks. A recipe may add what the head reads
-(`features`) and the tokens after each block (`tokens`), which few pictures teach more by.
+(`features`) and the tokens after each block (`tokens`), which few pictures teach more by. It may
+ask for a metric of the bank's own, which then learns in turn with the plug-ins: see
+`learned.metric`.
 
 Reference: Token Compensator (ToCom), arXiv:2408.06798, Algorithm 1 and section 3.3.
 """
@@ -21,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import BackboneInfo, Bank, BankInfo, compose_steps
-from adapters.bank import ladder_entries, tensor_shapes
+from adapters.bank import ladder_entries, plugin_shapes, tensor_shapes
 from adapters.task import data_config, share
 from tocom import Backbone, ConfigError, Delta, Ladder, Variant, load_backbone
 from tocom.reduction import Place
@@ -29,6 +31,7 @@ from tocom.vit import Outputs, State, embed, outputs
 from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
+from training.learned.metric import Metric, metric_ladder
 from training.losses import answer_loss, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
@@ -45,17 +48,18 @@ PLAIN_PICTURES = 24
 class Plugins(nn.Module):
     """A bank's tensors as parameters. A starts random, B at zero: the first delta is none."""
 
-    def __init__(self, info: BankInfo, basis: str = "own") -> None:
+    def __init__(self, info: BankInfo, basis: str = "own", metric: Metric | None = None) -> None:
         """Make the parameters that `info` describes.
 
         Args:
             info: of the bank.
             basis: `own`: each step has an A [rank, in] of its own; `shared`: all have the same.
+            metric: that the bank has; None: it has none.
         """
         super().__init__()
-        self.info = info
+        self.info, self.metric = info, metric
         self.steps = nn.ParameterDict()
-        for name, shape in tensor_shapes(info).items():
+        for name, shape in plugin_shapes(info).items():
             tensor = torch.zeros(shape)
             if name.endswith(".A"):
                 if basis == "shared":
@@ -66,8 +70,9 @@ class Plugins(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters under the bank's names; a shared A once for each step."""
-        shapes = tensor_shapes(self.info)
-        return {name: self.steps[_key(name)].expand(shape) for name, shape in shapes.items()}
+        shapes = plugin_shapes(self.info)
+        steps = {name: self.steps[_key(name)].expand(shape) for name, shape in shapes.items()}
+        return steps if self.metric is None else steps | self.metric.tensors()
 
     def forward(self, source: int, target: int, dropout: float = 0.0) -> Delta:
         """Return Δ(source→target)."""
@@ -93,8 +98,11 @@ class Distillation:
                 f"{backbone.name} has no head, so there are no logits to learn from; "
                 "give its features or its tokens a weight: features=1.0, tokens=1.0"
             )
-        self.ladder, self.learned = chosen_ladder(config.ladder, backbone.model), backbone.learned
-        self.ladder.check_learned(backbone.model, self.learned)
+        self.config = config
+        self.ladder = metric_ladder(chosen_ladder(config.ladder, backbone.model), config.metric)
+        self.learned = backbone.learned
+        if config.metric is None:
+            self.ladder.check_learned(backbone.model, self.learned)
         if self.ladder.top is not None and config.highest > self.ladder.top:
             raise ConfigError(
                 f"max_rate ({config.max_rate}) + beyond ({config.beyond}) must be a rung of the "
@@ -111,14 +119,13 @@ class Distillation:
             scale=config.scale,
         )
         torch.manual_seed(derive(config.loop.seed, "init", 0))
-        self.plugins = Plugins(info, config.basis)
+        self.plugins = Plugins(info, config.basis, self._metric(backbone.model, unseen))
         self.module: nn.Module = self.plugins
         self.teacher = backbone.model
         self.student = _student(backbone.model, config.drop_path)
         # The teacher may be the same model: it has no gradients, for which alone blocks run again.
         self.student.set_grad_checkpointing(config.loop.recompute_blocks)
         self.mixing = mixing(config.augment, classes=1, label_smoothing=0.0)
-        self.config = config
         self.traced = config.tokens > 0
         # Where no token leaves a block, dense answers are meant, which read all of them.
         self.whole = self.traced and self.ladder.method.place is Place.MLP
@@ -152,12 +159,32 @@ class Distillation:
             for target in targets:
                 delta = self.module(source, target, self.config.dropout)
                 variant = self._variant(target, delta)
+                if self._of_metric(micro):
+                    assert self.plugins.metric is not None
+                    variant = self.plugins.metric.soft(variant, self.student)
                 student = outputs(self.student, tokens, variant, self.traced, self.whole)
                 loss = weight * self._loss(student, teacher)
+                if self.plugins.metric is not None:
+                    # Several processes wait for the gradients of all parameters.
+                    loss = loss + 0 * sum(each.sum() for each in self.plugins.parameters())
                 yield loss if self.plain is None else loss / self.plain[source, target]
 
     def _variant(self, rate: int, delta: Delta | None = None) -> Variant:
-        return Variant(rate, delta, None, self.config.proportional, self.ladder, self.learned)
+        metric = self.plugins.metric
+        learned = self.learned if metric is None else metric()
+        return Variant(rate, delta, None, self.config.proportional, self.ladder, learned)
+
+    def _metric(self, model: VisionTransformer, unseen: list[Tensor]) -> Metric | None:
+        """Return the metric that is learned as it begins, on the device of the model."""
+        if self.config.metric is None:
+            return None
+        images = unseen[0][:PLAIN_PICTURES].to(next(model.parameters()).device)
+        return Metric(self.ladder, self.config.metric, model, images)
+
+    def _of_metric(self, micro: int) -> bool:
+        """Return whether the metric learns from a micro-batch, not the plug-ins."""
+        metric = self.plugins.metric
+        return metric is not None and metric.learns_in(micro, self.config.loop.seed)
 
     def _loss(self, student: Outputs, teacher: Outputs) -> Tensor:
         return lesson(
@@ -191,8 +218,10 @@ class Distillation:
         return {"pairs": [(source, target) for source, targets in rates for target in targets]}
 
     def _rates(self, micro: int) -> list[tuple[int, list[int]]]:
-        first = micro * self.config.sources
-        return [draw_rates(self.config, first + i) for i in range(self.config.sources)]
+        first, config = micro * self.config.sources, self.config
+        if self._of_metric(micro):
+            config = config.model_copy(update={"from_zero": 1.0, "to_zero": 0.0})
+        return [draw_rates(config, first + i) for i in range(config.sources)]
 
     def watch(self) -> dict[str, float]:
         """Return the loss against rate 0 with and without the bank, on unseen pictures.
@@ -278,11 +307,12 @@ def _bank(job: Distillation, config: DistillConfig, distinct: int, folder: Path)
     info = job.plugins.info.model_copy(update=update)
     if not Path(config.backbone.name).exists():  # a path says nothing elsewhere
         training["backbone"] = config.backbone.name
-    tensors = {
-        name: tensor[: config.max_rate].detach().cpu().half().contiguous()
-        for name, tensor in job.plugins.tensors().items()
+    steps, tensors = plugin_shapes(info), job.plugins.tensors()
+    kept = {
+        name: tensors[name][: config.max_rate] if name in steps else tensors[name]
+        for name in tensor_shapes(info)
     }
-    return Bank(info, tensors)
+    return Bank(info, {name: x.detach().cpu().half().contiguous() for name, x in kept.items()})
 
 
 def _up_to(ladder: Ladder, top: int) -> Ladder:

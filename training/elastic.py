@@ -84,9 +84,9 @@ class ElasticTuning:
             )
         self.ladder = chosen_ladder(config.ladder, backbone.model)
         if self.ladder.method.learns:
-            raise ConfigError(
-                f"the method {self.ladder.method.name!r} is learned from labels: fine-tune on it"
-            )
+            in_bank = self.ladder.method.in_bank
+            how = "in a bank: distil one" if in_bank else "from labels: fine-tune on it"
+            raise ConfigError(f"the method {self.ladder.method.name!r} is learned {how}")
         if self.ladder.top is not None and config.max_rate > self.ladder.top:
             raise ConfigError(
                 f"max_rate ({config.max_rate}) must be a rung of the ladder "

@@ -71,6 +71,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         config.limit,
         ladder,
         proportional,
+        bank,
     )
     result: dict[str, Any] = {
         "model": config.model or backbone.architecture,

@@ -21,6 +21,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from adapters import Bank, compose, open_task
+from adapters.bank import learned_with
 from adapters.durable import replace_file
 from adapters.task import data_config
 from tocom import (
@@ -66,6 +67,7 @@ class Measurement:
         limit: int | None = None,
         ladder: Ladder = TOME,
         proportional: bool = True,
+        bank: Bank | None = None,
     ) -> None:
         """Open the pictures.
 
@@ -78,12 +80,13 @@ class Measurement:
             limit: so many pictures, spread evenly over all; None: all.
             ladder: what the rates mean.
             proportional: whether merged tokens count in attention by their size.
+            bank: that it runs with.
 
         Raises:
             DataError: if they cannot be read, or have other classes than the model.
         """
         self.backbone, self.pictures, self.ladder = backbone, pictures, ladder
-        self.proportional = proportional
+        self.proportional, self.learned = proportional, learned_with(backbone, bank)
         self.batch_size, self.workers = batch_size, workers
         available = len(open_pictures(pictures))
         self.count = min(available, limit or available)
@@ -158,9 +161,8 @@ class Measurement:
     def logits(self, tokens: Tensor, rate: int, delta: AnyDelta | None = None) -> Tensor:
         """Return the logits [B, classes] of embedded tokens, and move the progress bar."""
         variant = Variant(
-            rate, delta, self.backbone.adapter, self.proportional, self.ladder,
-            self.backbone.learned,
-        )  # fmt: skip
+            rate, delta, self.backbone.adapter, self.proportional, self.ladder, self.learned
+        )
         answer = outputs(self.backbone.model, tokens, variant).logits
         self._bar.update(len(tokens) * self.cost(rate).macs)
         return answer

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import AdaptFormer
-from adapters.task import REDUCTION, heads_of
+from adapters.ladder import REDUCTION
+from adapters.task import heads_of
 from tocom import TOME, Backbone, ConfigError, Ladder, Variant
 from tocom.reduction import DynamicViT
 from tocom.vit import embed, outputs

@@ -14,8 +14,9 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 from PIL.Image import Image as Picture
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from typing_extensions import TypedDict
 
@@ -29,6 +30,7 @@ from server.schemas import (
     ModelList,
     ModelSummary,
     Problem,
+    Segmentation,
     Status,
 )
 
@@ -70,6 +72,22 @@ class EmbedOptions(RateOptions, total=False):
     """What to do with features."""
 
     normalize: bool
+
+
+class SegmentedImage(Segmentation):
+    """The answer to a request for the class of every pixel."""
+
+    @property
+    def class_map(self) -> np.ndarray:
+        """The class [H, W] of each pixel, as bytes."""
+        classes, lengths = np.array(self.runs).reshape(-1, 2).T
+        return np.repeat(classes.astype(np.uint8), lengths).reshape(self.size)
+
+
+class SegmentedImages(BaseModel):
+    """The answers to several images, in their order."""
+
+    results: list[SegmentedImage | Problem]
 
 
 class ToComServerError(Exception):
@@ -139,6 +157,23 @@ def embed_many(images: Iterable[Image], options: EmbedOptions) -> Call[list[Embe
         images,
         options,
         lambda content: Embeddings.model_validate_json(content).results,
+    )
+
+
+def segment(image: Image, options: RateOptions) -> Call[SegmentedImage]:
+    """Ask for the class of every pixel."""
+    return _single("/v1/segment", image, options, SegmentedImage.model_validate_json)
+
+
+def segment_many(
+    images: Iterable[Image], options: RateOptions
+) -> Call[list[SegmentedImage | Problem]]:
+    """Ask for the class of every pixel of some images."""
+    return _several(
+        "/v1/segment",
+        images,
+        options,
+        lambda content: SegmentedImages.model_validate_json(content).results,
     )
 
 

@@ -17,7 +17,14 @@ import httpx
 from typing_extensions import Self, Unpack
 
 from server.client import calls
-from server.client.calls import Call, ClassifyOptions, EmbedOptions, Image
+from server.client.calls import (
+    Call,
+    ClassifyOptions,
+    EmbedOptions,
+    Image,
+    RateOptions,
+    SegmentedImage,
+)
 from server.client.retry import LOST, Tries
 from server.schemas import (
     BatchLine,
@@ -94,6 +101,16 @@ class Client:
     ) -> list[Embedding | Problem]:
         """Return the features of each of some images, or why there are none, in their order."""
         return self._send(calls.embed_many(images, options))
+
+    def segment(self, image: Image, **options: Unpack[RateOptions]) -> SegmentedImage:
+        """Return the class of every pixel; options are the parameters of `POST /v1/segment`."""
+        return self._send(calls.segment(image, options))
+
+    def segment_many(
+        self, images: Iterable[Image], **options: Unpack[RateOptions]
+    ) -> list[SegmentedImage | Problem]:
+        """Return the class of every pixel of some images, or why there is none, in their order."""
+        return self._send(calls.segment_many(images, options))
 
     def stream_batch(
         self,
@@ -203,6 +220,16 @@ class AsyncClient:
     ) -> list[Embedding | Problem]:
         """See `Client`."""
         return await self._send(await asyncio.to_thread(calls.embed_many, images, options))
+
+    async def segment(self, image: Image, **options: Unpack[RateOptions]) -> SegmentedImage:
+        """See `Client`."""
+        return await self._send(await asyncio.to_thread(calls.segment, image, options))
+
+    async def segment_many(
+        self, images: Iterable[Image], **options: Unpack[RateOptions]
+    ) -> list[SegmentedImage | Problem]:
+        """See `Client`."""
+        return await self._send(await asyncio.to_thread(calls.segment_many, images, options))
 
     async def stream_batch(
         self,

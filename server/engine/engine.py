@@ -196,7 +196,7 @@ class Engine:
                 what = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
                 raise ShortDeadlineError(
                     f"{what} about {alone:.3g} s on this server even when nothing else waits, "
-                    f"and {deadline - now:.3g} s are left; allow more time or a higher rate"
+                    f"and {round(deadline - now, 3):g} s are left; allow more time or a higher rate"
                 )
             wait = self._scheduler.wait(work, due, len(prepares), late, now, priority)
             if now + wait > deadline:

@@ -112,11 +112,11 @@ class Controller:
             coming: as `waiting`, of those that were asked for and are not prepared yet.
         """
         needed, reason = self._needed(low, high, waiting, coming, elsewhere, now)
-        usual = [
+        usual, usually_coming = (
             [(arrived, max(due, arrived + self.slo)) for arrived, due in images]
             for images in (waiting, coming)
-        ]
-        self._remember(self._needed(0, high, *usual, elsewhere, now)[0], now)
+        )
+        self._remember(self._needed(0, high, usual, usually_coming, elsewhere, now)[0], now)
         held = min(high, self.need)
         self.rate = max(needed, held)
         return Decision(self.rate, reason if held <= needed else "cooling")

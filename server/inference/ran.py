@@ -1,9 +1,10 @@
 """What ran for an image, why and what it cost: the one source of what answers and logs say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.engine.job import Answer
+from server.models.segmenting import ServedSegmenter
 from server.models.served import RateWork, ServedModel
 from tocom import Cost
 
@@ -64,6 +65,16 @@ class Ran:
             queue_ms=milliseconds(answer.queue),
             inference_ms=milliseconds(answer.inference),
         )
+
+    @classmethod
+    def of_scene(cls, answer: Answer) -> "Ran":
+        """Describe the same of a picture that was segmented, at the cost of its own size."""
+        ran, scores = cls.of(answer), answer.output
+        assert isinstance(ran.model, ServedSegmenter)
+        down, across = ran.model.backbone.model.patch_embed.patch_size
+        size = scores.shape[1] * down, scores.shape[2] * across
+        own, stock = (ran.model.cost_of(rate, size) for rate in (ran.rate, 0))
+        return replace(ran, cost=own, macs=own.macs, macs_ratio=round(own.macs / stock.macs, 4))
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 from adapters import Bank
 from adapters.ladder import digest, read_ladder
 from server.settings import ModelSettings
-from tocom import TOME, Backbone, ConfigError, Ladder, ReductionError
+from tocom import TOME, Backbone, ConfigError, Ladder, ReductionError, ReductionWeights
+from tocom.ladder import even_ladder
+from tocom.reduction import METHODS, method_of
 
 #: What stands for a ladder that is in no file of its own.
 PAPERS, OF_BANK = "tome", "bank"
@@ -41,9 +43,8 @@ def open_ladders(
     opened: list[Opened] = []
     for name in settings.ladders or (None,):
         try:
-            new = Opened(own) if name is None else _open(name, bank)
+            new = Opened(own) if name is None else _open(name, backbone, bank)
             new.ladder.check(backbone.model)
-            new.ladder.check_learned(backbone.model, backbone.learned)
         except ReductionError as error:
             raise ConfigError(f"model {settings.name!r}: {error}") from error
         for other in opened:
@@ -60,15 +61,27 @@ def open_ladders(
     return tuple(opened)
 
 
-def _open(name: str, bank: Bank | None) -> Opened:
+def _open(name: str, backbone: Backbone, bank: Bank | None) -> Opened:
     if name == PAPERS:
         return Opened(TOME)
+    if name in METHODS and (steps := METHODS[name].steps) is not None:
+        return Opened(even_ladder(method_of(name, {}), backbone.model, steps, name))
     if name != OF_BANK:
         info = read_ladder(name)
         return Opened(info.ladder(), info.evidence)
     if bank is None:
         raise ReductionError(f"the ladder {OF_BANK!r} is that of its bank, and it has none")
     return Opened(bank.ladder)
+
+
+def check_learned(
+    model: str, ladder: Ladder, backbone: Backbone, learned: ReductionWeights | None
+) -> None:
+    """Raise ConfigError if a model is to be served on a ladder for which it has no weights."""
+    try:
+        ladder.check_learned(backbone.model, learned)
+    except ReductionError as error:
+        raise ConfigError(f"model {model!r}: {error}") from error
 
 
 def are_same(one: Ladder, other: Ladder) -> bool:

@@ -80,8 +80,10 @@ class SceneWork(RateWork):
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return the scores [K, H / p, W / p] of each of images [B, 3, H, W], on the CPU."""
         model, delta = self.model, self.model.delta(self.rate) if self.compensate else None
-        adapter = model.backbone.adapter
-        variant = Variant(self.rate, delta, adapter, model.proportional, model.ladder)
+        variant = Variant(
+            self.rate, delta, model.backbone.adapter, model.proportional, model.ladder,
+            model.learned,
+        )  # fmt: skip
         with model.graphs.team:
             scores = model.segmenter.scores(images.to(model.device), variant)
         return list(scores.float().cpu())

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from adapters import Bank, Calibration, TaskInfo
+from adapters.bank import learned_with
 from adapters.cascade import Cascade
 from adapters.segmentation import SegmentationInfo
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
-from server.models.ladders import are_same
+from server.models.ladders import are_same, check_learned
 from server.models.weights import Deltas, calibration_of
 from server.schemas import Evaluation, Kind
 from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
+from tocom.reduction import ReductionWeights
 from tocom.vit import trace
 
 logger = logging.getLogger(__name__)
@@ -152,9 +154,10 @@ class ServedModel:
         # Few digits only: int() refuses thousands of them in its own words.
         if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= self.max_rate:
             return int(text)
+        words = ", or auto" if self.cascade is None else ", auto or cascade"
         raise RateError(
             f"the model {self.name!r} runs at the rates 0 to {self.max_rate}{self.of_ladder}, "
-            f"whole numbers, or auto; got rate={text[:40]!r}"
+            f"whole numbers{words}; got rate={text[:40]!r}"
         )
 
     def within(self, budget: float) -> int:
@@ -224,7 +227,13 @@ class ServedModel:
                     f"model {self.name!r}: its source rate must be in 0..{each.max_rate}, got "
                     f"{each.source}"
                 )
+            check_learned(self.name, each.ladder, each.backbone, each.learned)
         return replace(first, others=tuple(others))
+
+    @cached_property
+    def learned(self) -> ReductionWeights | None:
+        """What the method of its ladder has learned: its bank's, or its own."""
+        return learned_with(self.backbone, self.bank)
 
     def delta(self, rate: int) -> AnyDelta:
         """Return Δ(source→rate): made once, then kept."""
@@ -320,7 +329,7 @@ class RateWork:
         model, adapter = self.model.backbone.model, self.model.backbone.adapter
         variant = Variant(
             self.rate, delta, adapter, self.model.proportional, self.model.ladder,
-            self.model.backbone.learned,
+            self.model.learned,
         )  # fmt: skip
         sources: Sequence[Tensor | None] = [None] * len(images)
         if self.trace:

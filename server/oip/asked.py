@@ -5,7 +5,6 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.errors import UnknownModelError
-from server.inference.run import ROUTES
 from server.models.served import ServedModel
 from server.oip.schemas import VERSION
 from server.oip.statistics import Statistics
@@ -18,11 +17,6 @@ VERSIONED = MODEL + "/versions/{version}"
 def asked_model(request: Request, name: str, serving: ServingDep) -> ServedModel:
     """Return the model that an address names, with or without its version."""
     model = serving.models.get(name)
-    if model.kind != "classification":
-        raise UnknownModelError(
-            f"the model {name!r} is for {model.kind}, which this protocol is not spoken for here; "
-            f"it is asked at {ROUTES[model.kind]}"
-        )
     asked = request.path_params.get("version", VERSION)
     if asked != VERSION:
         raise UnknownModelError(

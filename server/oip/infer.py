@@ -6,6 +6,7 @@ configuration. Has one version of each model, and no sequences, shared memory or
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,12 +16,13 @@ from server.engine.job import Answer
 from server.errors import ImageError
 from server.inference.ran import Ran
 from server.inference.run import Deadline, answer_all, noted, work_for
+from server.models.segmenting import Scene, ServedSegmenter
 from server.models.served import ServedModel
 from server.observe.notes import PROTOCOL_INFERENCE, note
 from server.oip import tensors
 from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
 from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
-from server.oip.wire import inflate, read_request, write_response
+from server.oip.wire import OutputTensor, inflate, read_request, write_response
 from server.settings import Settings
 from server.web.access import charge, priority_of
 from server.web.body import JSON, described_body, in_time, read
@@ -63,9 +65,13 @@ async def infer(
     clock = serving.engine.clock
     arrived = clock()
     try:
-        question, asked, found = await _run(request, model, serving, arrived)
+        question, asked, scenes, found = await _run(request, model, serving, arrived)
         began = clock()
-        response = _respond(model, question, asked, found)
+        results = partial(tensors.results, question, asked, scenes, found, serving.settings)
+        # In a thread where there may be millions of pixels: others shall not wait for them.
+        of_pixels = isinstance(model, ServedSegmenter)
+        outputs = await asyncio.to_thread(results) if of_pixels else results()
+        response = _respond(model, question, outputs, found)
     except Exception:
         statistics.failed(model.name, clock() - arrived)
         raise
@@ -77,7 +83,7 @@ async def infer(
 
 async def _run(
     request: Request, model: ServedModel, serving: Serving, arrived: float
-) -> tuple[InferRequest, Sequence[RequestedOutput], Sequence[Answer]]:
+) -> tuple[InferRequest, Sequence[RequestedOutput], Sequence[Scene], Sequence[Answer]]:
     """Read a request and run its images: all of them, or it fails."""
     settings, engine = serving.settings, serving.engine
     engine.check_room()  # before the body is read: what cannot be taken need not be sent
@@ -90,8 +96,10 @@ async def _run(
     asked = tensors.wanted(question, model)
     charge(request, len(images) - 1)
     deadline = Deadline(engine, query.deadline_ms, settings, arrived)
+    scenes = [each for each in images if isinstance(each, Scene)]
     outcomes = await answer_all(request, engine, work, images, deadline, priority_of(request))
-    return question, asked, [_whole(index, outcome) for index, outcome in enumerate(outcomes)]
+    found = [_whole(index, outcome) for index, outcome in enumerate(outcomes)]
+    return question, asked, scenes, found
 
 
 def _understand(
@@ -109,7 +117,8 @@ def _whole(index: int, outcome: Answer | TocomError) -> Answer:
     if isinstance(outcome, TocomError):
         outcome.args = (f"image {index}: {outcome}",)
         raise outcome
-    if not outcome.output.logits.isfinite().all():
+    scores = getattr(outcome.output, "logits", outcome.output)
+    if not scores.isfinite().all():
         raise ImageError(
             f"image {index}: what the model says of it is not finite; are its pixels normalised?"
         )
@@ -119,7 +128,7 @@ def _whole(index: int, outcome: Answer | TocomError) -> Answer:
 def _respond(
     model: ServedModel,
     question: InferRequest,
-    asked: Sequence[RequestedOutput],
+    outputs: Sequence[OutputTensor],
     found: Sequence[Answer],
 ) -> Response:
     response = InferResponse(
@@ -128,7 +137,7 @@ def _respond(
         parameters=tensors.parameters(found),
         outputs=[],
     )
-    body, length = write_response(response, tensors.results(question, asked, found))
+    body, length = write_response(response, outputs)
     if length is None:
         return Response(body, media_type="application/json")
     return Response(body, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})

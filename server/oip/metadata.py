@@ -38,7 +38,7 @@ EXTENSIONS = (
     "statistics",
 )
 PLATFORM = "pytorch_timm"
-CONFIG_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
+CONFIG_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32", "UINT8": "TYPE_UINT8"}
 
 TAG = "Open Inference Protocol: metadata"
 

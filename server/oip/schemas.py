@@ -86,7 +86,9 @@ class InferRequest(Entry):
     id: str | None = Field(default=None, max_length=1000, description="comes back in the answer")
     parameters: InferQuery = Field(default_factory=InferQuery)
     inputs: Annotated[list[RequestInput], FailFast()] = Field(
-        min_length=1, max_length=MAX_TENSORS, description="`image` or `pixels`"
+        min_length=1,
+        max_length=MAX_TENSORS,
+        description="`image` or, but for segmentation, `pixels`",
     )
     outputs: Annotated[list[RequestedOutput], FailFast()] = Field(
         default=[], max_length=MAX_TENSORS, description="none: all that the model has"
@@ -106,7 +108,9 @@ class ResponseOutput(BaseModel):
     datatype: str
     shape: list[int]
     parameters: BinarySize | None = Field(default=None, description="only of binary ones")
-    data: list[float] | list[str] | None = Field(default=None, description="flat; only in JSON")
+    data: list[int] | list[float] | list[str] | None = Field(
+        default=None, description="flat; only in JSON"
+    )
 
 
 class InferResponse(BaseModel):

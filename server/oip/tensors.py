@@ -1,9 +1,10 @@
 """What a served model takes and gives in the tensors of the Open Inference Protocol.
 
 Takes `image`, encoded pictures, or `pixels`, ready for the model; gives `logits`,
-`probabilities` and `features`.
+`probabilities` and `features`. A model of segmentation takes `image` and gives `classes`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -15,6 +16,7 @@ from server.engine.job import Answer
 from server.errors import BadRequestError, ImageError, TooLargeError
 from server.inference.ran import Ran
 from server.models.pictures import prepare
+from server.models.segmenting import Scene, ServedSegmenter
 from server.models.served import RateWork, ServedModel
 from server.oip.schemas import InferRequest, RequestedOutput
 from server.oip.wire import InputTensor, OutputTensor
@@ -26,9 +28,13 @@ PIXELS = "pixels"
 LOGITS = "logits"
 PROBABILITIES = "probabilities"
 FEATURES = "features"
+CLASSES = "classes"
 
-#: The free dimension: the number of images.
+#: A free dimension: the number of images, or how large they are.
 FREE = -1
+
+#: What has no scores of classes, and why.
+_UNSCORED = {FEATURES: f"{FEATURES} are no classes", CLASSES: f"{CLASSES} are of pixels"}
 
 #: Datatype and shape, less the number of images, by the name of a tensor.
 Tensors = Mapping[str, tuple[str, Sequence[int]]]
@@ -36,11 +42,16 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]
 
 def inputs(model: ServedModel) -> Tensors:
     """Return what a model takes; one of them is sent."""
-    return {IMAGE: ("BYTES", [1]), PIXELS: ("FP32", list(model.input_size))}
+    taken: dict[str, tuple[str, Sequence[int]]] = {IMAGE: ("BYTES", [1])}
+    if not isinstance(model, ServedSegmenter):
+        taken[PIXELS] = "FP32", list(model.input_size)
+    return taken
 
 
 def outputs(model: ServedModel) -> Tensors:
     """Return what it gives."""
+    if isinstance(model, ServedSegmenter):
+        return {CLASSES: ("UINT8", [FREE, FREE])}
     classes = len(model.backbone.class_names)
     shapes = {LOGITS: classes, PROBABILITIES: classes, FEATURES: model.backbone.model.num_features}
     return {name: ("FP32", [size]) for name, size in shapes.items()}
@@ -81,17 +92,24 @@ def preparations(
         )
     if only.name == PIXELS:
         return [partial(_to_image, values) for values in only.floats()]
-    decode = prepare if isinstance(only.content, memoryview) else _prepare_base64
+    in_json = not isinstance(only.content, memoryview)
+    if isinstance(model, ServedSegmenter):
+        pictures = [_from_base64(data) if in_json else data for data in only.strings()]
+        return [Scene(data, model, settings) for data in pictures]
+    decode = _prepare_base64 if in_json else prepare
     return [partial(decode, data, model, settings) for data in only.strings()]
 
 
 def _prepare_base64(data: bytes, model: ServedModel, settings: Settings) -> Tensor:
-    """Prepare an image of JSON, whose strings cannot hold pictures as they are."""
+    return prepare(_from_base64(data), model, settings)
+
+
+def _from_base64(data: bytes) -> bytes:
+    """Return an image of JSON, whose strings cannot hold pictures as they are."""
     try:
-        picture = encoded.decode(data.decode())
+        return encoded.decode(data.decode())
     except ValueError as error:
         raise BadRequestError(f"in JSON images are base64, and this is not: {error}") from None
-    return prepare(picture, model, settings)
 
 
 def _to_image(values: np.ndarray) -> Tensor:
@@ -117,18 +135,62 @@ def wanted(request: InferRequest, model: ServedModel) -> Sequence[RequestedOutpu
             raise BadRequestError(f"the outputs are {', '.join(known)}; got {each.name[:40]!r}")
         if names.count(each.name) > 1:
             raise BadRequestError(f"output {each.name!r} is asked for more than once")
-        if each.parameters.classification and each.name == FEATURES:
+        if each.parameters.classification and each.name in _UNSCORED:
             raise BadRequestError(
-                f"classification is of {LOGITS} or {PROBABILITIES}; {FEATURES} are no classes"
+                f"classification is of {LOGITS} or {PROBABILITIES}; {_UNSCORED[each.name]}"
             )
     return request.outputs
 
 
 def results(
-    request: InferRequest, asked: Sequence[RequestedOutput], answers: Sequence[Answer]
+    request: InferRequest,
+    asked: Sequence[RequestedOutput],
+    scenes: Sequence[Scene],
+    answers: Sequence[Answer],
+    settings: Settings,
 ) -> list[OutputTensor]:
-    """Return the outputs that were asked for."""
-    return [_result(each, request.parameters.binary_data_output, answers) for each in asked]
+    """Return the outputs that were asked for.
+
+    Where they are of pixels it waits until there is room for so many.
+
+    Args:
+        request: what was asked.
+        asked: its outputs.
+        scenes: the pictures, of a model of segmentation.
+        answers: what the engine said of each.
+        settings: of the server.
+
+    Raises:
+        BadRequestError: if pictures whose classes are asked for differ in size.
+        TooLargeError: if together they have more pixels than one picture may have.
+    """
+    binary = request.parameters.binary_data_output
+    if [each.name for each in asked] == [CLASSES]:
+        own = asked[0].parameters.binary_data
+        found = _class_maps(scenes, answers, settings)
+        return [OutputTensor(CLASSES, found, binary if own is None else own)]
+    return [_result(each, binary, answers) for each in asked]
+
+
+def _class_maps(
+    scenes: Sequence[Scene], answers: Sequence[Answer], settings: Settings
+) -> np.ndarray:
+    """Return the classes [B, H, W] of pixels, as bytes."""
+    sizes = sorted({scene.size for scene in scenes})
+    if len(sizes) > 1:
+        told = " and ".join(f"{width} x {height}" for height, width in sizes[:2])
+        raise BadRequestError(
+            f"the classes of a request are one tensor: its images must be of one size, got {told} "
+            "pixels; send them one by one"
+        )
+    pixels = len(scenes) * math.prod(sizes[0])
+    if pixels > settings.max_pixels:
+        raise TooLargeError(
+            f"the images of a request have {pixels:,} pixels together; at most "
+            f"{settings.max_pixels:,} are allowed"
+        )
+    pairs = zip(scenes, answers, strict=True)
+    return np.stack([scene.classes(answer.output).numpy() for scene, answer in pairs])
 
 
 def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> OutputTensor:
@@ -170,7 +232,8 @@ def parameters(answers: Sequence[Answer]) -> dict[str, int | float | bool | str]
 
     An image that ran at several has all of them there: 4+0.
     """
-    ran = Ran.of(telling(answers))
+    answer = telling(answers)
+    ran = Ran.of_scene(answer) if isinstance(answer.output, Tensor) else Ran.of(answer)
     told: dict[str, int | float | bool | str] = {
         "ladder": ran.model.ladder.name,
         "method": ran.model.ladder.method.name,

@@ -30,6 +30,7 @@ from server.oip.schemas import (
     ResponseOutput,
 )
 from server.web.origins import JSON_LENGTH
+from tocom.wording import words_of
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -128,7 +129,7 @@ class InputTensor:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to answer: fp32 numbers or strings, and whether they go behind the JSON.
+    """A tensor to answer: fp32 numbers, bytes or strings, and whether they go behind the JSON.
 
     Numbers in JSON must be finite: it has no others.
     """
@@ -140,12 +141,14 @@ class OutputTensor:
     @property
     def datatype(self) -> str:
         """The protocol's name of what it holds."""
-        return "BYTES" if self.values.dtype == object else "FP32"
+        return {"O": "BYTES", "u": "UINT8"}.get(self.values.dtype.kind, "FP32")
 
     def raw(self) -> bytes:
         """Return the values as they go behind the JSON."""
         if self.datatype == "FP32":
             return self.values.astype(_FP32).tobytes()
+        if self.datatype == "UINT8":
+            return self.values.tobytes()
         encoded = [value.encode() for value in self.values.ravel()]
         return b"".join(_LENGTH.pack(len(each)) + each for each in encoded)
 
@@ -253,7 +256,7 @@ def parse(kind: type[Schema], text: bytes | bytearray) -> Schema:
         came = first["input"]  # of JSON that cannot be read: all of the body
         got = repr(came[:20]) if isinstance(came, bytes) else reprlib.repr(came)
         raise BadRequestError(
-            f"the request cannot be read: {where}: {first['msg']}, got {got}"
+            f"the request cannot be read: {where}: {words_of(first)}, got {got}"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,15 +83,8 @@ def segmentation(
 
     Arguments as of `classification`; it may wait for room, see `Scene.classes`.
     """
-    ran, scores = Ran.of(answer), answer.output
-    assert isinstance(ran.model, ServedSegmenter)
-    patch = ran.model.backbone.model.patch_embed.patch_size
-    size = scores.shape[1] * patch[0], scores.shape[2] * patch[1]
-    own, stock = (ran.model.cost_of(rate, size) for rate in (ran.rate, 0))
-    share = round(own.macs / stock.macs, 4)
-    ran = replace(ran, cost=own, macs=own.macs, macs_ratio=share)
-    classes = scene.classes(scores).numpy()
-    return ImageAnswer(**_common(ran, query, seconds, request_id)), classes
+    classes = scene.classes(answer.output).numpy()
+    return ImageAnswer(**_common(Ran.of_scene(answer), query, seconds, request_id)), classes
 
 
 def runs(told: ImageAnswer, classes: np.ndarray, names: Sequence[str]) -> Segmentation:

@@ -24,7 +24,7 @@ from server.observe.notes import note
 from server.schemas import Problem
 from server.web.middleware import REQUEST_ID
 from tocom import TocomError
-from tocom.wording import did_you_mean
+from tocom.wording import did_you_mean, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _describe(fault: Mapping[str, Any], known: Sequence[str]) -> str:
     if fault["type"] == "extra_forbidden":
         meant = did_you_mean(name, known) or "; /docs says which there are"
         return f"there is no parameter {name!r}{meant}"
-    return f"{name}: {fault['msg']}, got {str(fault['input'])[:40]!r}"
+    return f"{name}: {words_of(fault)}, got {str(fault['input'])[:40]!r}"
 
 
 async def _client_gone(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001

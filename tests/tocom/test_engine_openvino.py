@@ -9,11 +9,12 @@ import torch
 
 from adapters import compose, open_bank
 from tests import oracle_case
+from tests.tocom.reduction.learning import drawn_weights
 from tests.tocom_models import KINDS, pictures, small_model
 from tocom import Adapter, FoldedWeights, Ladder, LowRank, Variant, fold, load_backbone
 from tocom.delta import target_layers
 from tocom.engines.openvino import Graph, unsupported
-from tocom.reduction import Method, ToMe
+from tocom.reduction import DTEM, Method, ToMe
 from tocom.vit import embed, outputs
 
 BOTTLENECK = 5
@@ -93,6 +94,24 @@ def test_options_agree_with_the_eager_forward(kind, method, fused):
     variant = Variant(3, ladder=ladder)
     images = pictures(model)
     agree(Graph(model, variant, images=3), model, images, variant)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [0, 3])
+@pytest.mark.parametrize("options", [{}, {"importance": 0.1, "size": 0.2, "weight": "class"}])
+def test_one_graph_serves_every_learned_metric(kind, rate, options):
+    model, ladder = small_model(kind), Ladder("learned", DTEM(**options, channels=6))
+    assert unsupported(model, ladder.method) is None
+    if ladder.method.refuse(model) is not None:
+        return
+    images = pictures(model)
+    first, second = (
+        Variant(rate, ladder=ladder, learned=drawn_weights(ladder, model, seed)) for seed in (1, 2)
+    )
+    graph = Graph(model, first, images=3)
+    found = [agree(graph, model, images, variant) for variant in (first, second, first)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1]) == (rate == 0)
 
 
 def test_graphs_of_other_methods_are_refused_by_name():

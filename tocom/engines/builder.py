@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tocom.delta import FoldedWeights, parts, target_layers
 from tocom.engines.tome import Seen, merge
 from tocom.pruned import widths
-from tocom.reduction import ToMe
+from tocom.reduction import DTEM, ToMe
 from tocom.variant import Variant
 from tocom.vit import pools_patches
 
@@ -33,6 +33,13 @@ def weights_of(model: VisionTransformer, delta: FoldedWeights | None) -> dict[st
         for part, rows in parts(name, layer):
             weights[part] = weight[rows]
     return weights
+
+
+def learned_of(variant: Variant) -> dict[str, Tensor]:
+    """Return what the method of a variant has learned, by name, in the order of the inputs."""
+    if variant.learned is None or not variant.ladder.method.learns:
+        return {}
+    return dict(sorted(variant.learned.tensors.items()))
 
 
 class Builder:
@@ -64,6 +71,10 @@ class Builder:
                 )
                 for _ in model.blocks
             ]
+        self._learned = {
+            name: ops.parameter(list(tensor.shape), weights)
+            for name, tensor in learned_of(variant).items()
+        }
 
     def build(self) -> Any:
         """Return the graph from pixels and weights to the tokens after the last block.
@@ -73,7 +84,8 @@ class Builder:
         model = self._model
         x, size = self._embed(), None
         method = self._variant.ladder.method
-        assert isinstance(method, ToMe)
+        assert isinstance(method, ToMe | DTEM)
+        merging = method.merging if isinstance(method, DTEM) else method
         plan = self._variant.plan(model, x.shape[1])
         for i, (block, removed) in enumerate(zip(model.blocks, plan.removed, strict=True)):
             is_last = i == len(model.blocks) - 1
@@ -82,7 +94,7 @@ class Builder:
             y, seen = self._attention(block, f"blocks.{i}.attn", x, bias, queries)
             x = ops.add(self._first(x, queries), self._scaled(block.ls1, y))
             if removed and queries is None:
-                x, size = merge(method, x, size, seen, removed, self._prefix)
+                x, size = merge(merging, x, size, seen, removed, self._prefix, self._metric(i, x))
             y = self._scaled(
                 block.ls2, self._mlp(block.mlp, f"blocks.{i}.mlp", self._norm(block.norm2, x))
             )
@@ -92,6 +104,7 @@ class Builder:
         inputs = [self._pixels, *self._weights.values()]
         for branch in self._branches:
             inputs += branch
+        inputs += self._learned.values()
         return openvino.Model(results, inputs, f"rate {self._variant.rate}")
 
     def _embed(self) -> Any:
@@ -144,6 +157,13 @@ class Builder:
     def _branch(self, block: int, x: Any) -> Any:
         down, up = self._branches[block]
         return _product(ops.relu(_product(x, down)), up)
+
+    def _metric(self, block: int, x: Any) -> Any:
+        """Return what was learned to compare; None: nothing was."""
+        if not self._learned:
+            return None
+        bias = ops.convert(self._learned[f"{block}.bias"], openvino.Type.f32)
+        return ops.add(_product(x, self._learned[f"{block}.weight"]), bias)
 
     def _first(self, x: Any, tokens: int | None) -> Any:
         return x if tokens is None else ops.slice(x, [0], [tokens], [1], [1])

@@ -16,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tocom.adapter import Adapter
-from tocom.delta import AnyDelta, Delta, FoldedWeights
-from tocom.engines.builder import Builder, weights_of
-from tocom.reduction import Method, ToMe
+from tocom.delta import Delta, FoldedWeights
+from tocom.engines.builder import Builder, learned_of, weights_of
+from tocom.reduction import DTEM, Method, ReductionWeights, ToMe
 from tocom.variant import Variant
 from tocom.vit import Outputs, read
 
@@ -28,7 +28,7 @@ _TYPES = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16}
 
 def unsupported(model: VisionTransformer, method: Method | None = None) -> str | None:
     """Return why a model has no graphs of a method, by default of any; None if it has."""
-    if method is not None and not isinstance(method, ToMe):
+    if method is not None and not isinstance(method, ToMe | DTEM):
         return f"there are no graphs of the method {method.name!r}"
     weight = model.patch_embed.proj.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -65,8 +65,8 @@ class Graph:
         Args:
             model: one that is not `unsupported`. Weights that a delta can change are not copied,
                 unless they are converted.
-            variant: what it is for. Weights are its inputs: it runs with any other delta, and
-                with any other adapter of the same bottleneck.
+            variant: what it is for. Weights are its inputs: it runs with any other delta, any
+                other adapter of the same bottleneck, and whatever else its method has learned.
             images: how many it takes at once.
             threads: how many run it; 0: OpenVINO's own choice.
             dtype: what it computes in, torch.bfloat16 or torch.float32.
@@ -93,7 +93,7 @@ class Graph:
             images: [B, 3, H, W], as many as it was made for.
             variant: the one that it was made for, or another that differs in weights alone.
         """
-        self._bind(variant.delta, variant.adapter)
+        self._bind(variant)
         shares = torch.split(images.contiguous(), self._share)
         for request, share in zip(self._requests, shares, strict=True):
             request.set_input_tensor(0, _shared(share))
@@ -108,37 +108,44 @@ class Graph:
         tensors = (request.get_output_tensor(index) for request in self._requests)
         return torch.cat([torch.from_numpy(tensor.data) for tensor in tensors])
 
-    def _bind(self, delta: AnyDelta | None, adapter: Adapter | None) -> None:
+    def _bind(self, variant: Variant) -> None:
         """Point the graph at the weights of a call, unless it was the last one's."""
-        if self._bound is not None and self._bound.is_of(delta, adapter):
+        if self._bound is not None and self._bound.is_of(variant):
             return
+        delta, adapter = variant.delta, variant.adapter
         assert not isinstance(delta, Delta)  # a graph's weights are folded
         tensors = list(weights_of(self._model, delta).values())
         for branch in adapter.branches if adapter is not None else ():
             tensors += branch
+        tensors += learned_of(variant).values()
         tensors = [tensor.detach().to(self._dtype).contiguous() for tensor in tensors]
         for index, tensor in enumerate(tensors, start=1):
             for request in self._requests:
                 request.set_input_tensor(index, _shared(tensor))
-        self._bound = _Bound(delta, adapter, tensors)
+        self._bound = _Bound(delta, adapter, variant.learned, tensors)
 
 
 class _Bound:
     """Weights that a graph points at: kept alive for it, but no longer than their delta is."""
 
     def __init__(
-        self, delta: FoldedWeights | None, adapter: Adapter | None, tensors: list[Tensor]
+        self,
+        delta: FoldedWeights | None,
+        adapter: Adapter | None,
+        learned: ReductionWeights | None,
+        tensors: list[Tensor],
     ) -> None:
         # Of a bank that is no longer served, nothing is left here. Nothing runs on it then, and
         # the next call binds others.
         self._delta = None if delta is None else weakref.ref(delta, lambda _: tensors.clear())
-        self._adapter = adapter
+        self._adapter, self._learned = adapter, learned
         self._tensors = tensors
 
-    def is_of(self, delta: AnyDelta | None, adapter: Adapter | None) -> bool:
+    def is_of(self, variant: Variant) -> bool:
         """Return whether they are those of a call."""
         bound = None if self._delta is None else self._delta()
-        return bound is delta and self._adapter is adapter and bool(self._tensors)
+        beside = self._adapter is variant.adapter and self._learned is variant.learned
+        return bound is variant.delta and beside and bool(self._tensors)
 
 
 def _streams(images: int, threads: int) -> int:

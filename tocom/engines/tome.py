@@ -25,7 +25,7 @@ class Seen(NamedTuple):
 
 
 def merge(
-    method: ToMe, x: Any, size: Any, seen: Seen, removed: int, prefix: int
+    method: ToMe, x: Any, size: Any, seen: Seen, removed: int, prefix: int, metric: Any = None
 ) -> tuple[Any, Any]:
     """Return tokens and sizes after a match and a merge; only tokens of set B can change.
 
@@ -36,6 +36,7 @@ def merge(
         seen: by the attention of the block.
         removed: tokens to merge away, more than 0.
         prefix: tokens at the front that never merge.
+        metric: [B, N, C] what is compared; None: as the options say.
     """
 
     def a(x: Any) -> Any:
@@ -48,7 +49,8 @@ def merge(
 
     attention = _class_attention(seen) if method.needs_class else None
     penalty = _penalty(method, attention, size)
-    metric = x if method.metric == "tokens" else seen.keys
+    if metric is None:
+        metric = x if method.metric == "tokens" else seen.keys
     length = ops.maximum(ops.reduce_l2(metric, [2], True), np.float32(1e-12))
     metric = ops.divide(metric, length)
     scores = ops.matmul(a(metric), b(metric), False, True)

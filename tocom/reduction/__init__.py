@@ -5,6 +5,7 @@ from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
+from tocom.reduction.dtem import DTEM
 from tocom.reduction.grid import ATME, Pattern
 from tocom.reduction.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from tocom.reduction.mctf import MCTF
@@ -29,6 +30,7 @@ __all__ = [
     "AroundMLP",
     "Chosen",
     "Cut",
+    "DTEM",
     "DPCKNN",
     "DiffRate",
     "DynamicViT",

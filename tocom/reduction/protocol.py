@@ -174,6 +174,7 @@ class Method(ABC):
         looks_back: whether it reads the attention of the block before, and so leaves the first
             block alone.
         learns: whether it needs weights of its own, which `start` begins.
+        in_bank: whether they are learned without labels, and are part of a bank; else of a model.
         steps: rungs of its paper's ladder, of evenly rising strength; None: it has none.
     """
 
@@ -185,6 +186,7 @@ class Method(ABC):
     by_picture: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    in_bank: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
 
     def refuse(self, model: VisionTransformer) -> str | None:

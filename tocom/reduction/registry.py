@@ -10,6 +10,7 @@ from tocom.reduction.ats import ATS
 from tocom.reduction.attentive import EViT, TopK
 from tocom.reduction.clusters import DPCKNN, KMedoids
 from tocom.reduction.diffrate import DiffRate
+from tocom.reduction.dtem import DTEM
 from tocom.reduction.grid import ATME, Pattern
 from tocom.reduction.learned import DynamicViT, PatchMerger, Sinkhorn, SiT
 from tocom.reduction.mctf import MCTF
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     for each in (
         ToMe,
         AroundMLP,
+        DTEM,
         KMedoids,
         DPCKNN,
         Pattern,

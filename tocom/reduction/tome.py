@@ -65,12 +65,20 @@ class ToMe(Method):
         left, merging = self.merged(tokens, seen, cut)
         return left, Fate(merging.assignment, merging.margin) if cut.trace else None
 
-    def merged(self, tokens: Tokens, seen: Seen, cut: Cut) -> tuple[Tokens, Match]:
-        """Return the tokens that are left, and how they merged; arguments as of `reduce`."""
+    def merged(
+        self, tokens: Tokens, seen: Seen, cut: Cut, metric: Tensor | None = None
+    ) -> tuple[Tokens, Match]:
+        """Return the tokens that are left, and how they merged.
+
+        Args:
+            tokens, seen, cut: as of `reduce`.
+            metric: [B, N, d] what is compared; None: as the option says.
+        """
         removed = tokens.x.shape[1] - cut.leaving
-        metric = tokens.x if self.metric == "tokens" else seen.mean_key
-        attention = self._attention(seen)
-        bias = self._bias(tokens, attention)
+        if metric is None:
+            metric = tokens.x if self.metric == "tokens" else seen.mean_key
+        attention = self.attention(seen)
+        bias = self.bias(tokens.size, attention)
         merging = match(metric, removed, cut.prefix, margin=cut.trace, bias=bias)
         weight = None
         if attention is not None and self.weight == "class":
@@ -83,19 +91,24 @@ class ToMe(Method):
         matching = (tokens + 1) // 2 * (tokens // 2) * compared
         return matching + (tokens * heads.channels if self.needs_class else 0)
 
-    def _attention(self, seen: Seen) -> Tensor | None:
+    def attention(self, seen: Seen) -> Tensor | None:
         """Return the attention of the class token [B, N], which is never 0, if it is needed."""
         if not self.needs_class:
             return None
         # What is rounded to 0 has a logarithm and a weight, too.
         return seen.class_attention.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _bias(self, tokens: Tokens, attention: Tensor | None) -> Tensor | None:
-        """Return what keeps each token [B, N] from merging, as a change of its similarity."""
+    def bias(self, size: Tensor | None, attention: Tensor | None) -> Tensor | None:
+        """Return what keeps each token [B, N] from merging, as a change of its similarity.
+
+        Args:
+            size: [B, N, 1] input tokens that each stands for; None: one each.
+            attention: [B, N] of the class token; None: not needed.
+        """
         bias = None
         if attention is not None and self.importance:
             bias = -self.importance * attention.log()
-        if self.size and tokens.size is not None:
-            small = -self.size * tokens.size.squeeze(-1).log()
+        if self.size and size is not None:
+            small = -self.size * size.squeeze(-1).log()
             bias = small if bias is None else bias + small
         return bias

@@ -23,10 +23,15 @@ def weights_of(
         ReductionError: if there is nothing, or another method learned it.
     """
     if learned is None:
+        how = (
+            "distil a bank that learns them (tocom-train distill), and use it"
+            if method.in_bank
+            else "tune one on a ladder of this method (tocom-train finetune), and use what comes "
+            "of it"
+        )
         raise ReductionError(
             f"the method {method.name!r} runs with weights that are learned, and the model has "
-            "none: tune one on a ladder of this method (tocom-train finetune), and use what comes "
-            "of it"
+            f"none: {how}"
         )
     return learned.of(method, block)
 

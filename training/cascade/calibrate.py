@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
+from adapters.bank import learned_with
 from adapters.cascade import FILE, Cascade, margins, write_cascade
 from adapters.ladder import digest
 from tocom import Backbone, ConfigError, Ladder, Variant, cost, fold
@@ -159,4 +160,5 @@ class Calibrated:
             scale = self.bank.multiplier(backbone, self.source, rate)
             delta = fold(backbone.model, compose(self.bank, self.source, rate, scale))
         proportional = measured_attention(None, backbone, self.bank, [self.source])
-        return Variant(rate, delta, backbone.adapter, proportional, self.ladder)
+        learned = learned_with(backbone, self.bank)
+        return Variant(rate, delta, backbone.adapter, proportional, self.ladder, learned)

@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import Bank, open_bank
+from adapters.bank import learned_with
 from adapters.ladder import read_ladder
-from tocom import Backbone, ConfigError, FoldedWeights, Ladder, Variant, cost
+from tocom import (
+    Backbone,
+    ConfigError,
+    FoldedWeights,
+    Ladder,
+    ReductionWeights,
+    Variant,
+    cost,
+)
 from tocom.reduction import method_of
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig
@@ -36,6 +45,7 @@ class Candidate:
         macs: multiply-adds of an image.
         ladder: what the rung means; None: the stock model.
         proportional: whether merged tokens count in attention by their size.
+        learned: weights of the ladder's method, if it learns.
         bank: repairs it; None: it runs plain.
         folded: the bank's deltas.
         seed: of several that were made alike, which.
@@ -48,6 +58,7 @@ class Candidate:
     macs: int
     ladder: Ladder | None = None
     proportional: bool = True
+    learned: ReductionWeights | None = None
     bank: Bank | None = None
     folded: FoldedDeltas | None = None
     seed: int = 0
@@ -64,9 +75,9 @@ class Candidate:
         own: int = sum(each.numel() for each in self.backbone.model.parameters())
         if self.backbone.adapter is not None:
             own += sum(a.numel() + b.numel() for a, b in self.backbone.adapter.branches)
-        if self.backbone.learned is not None:
-            own += sum(each.numel() for each in self.backbone.learned.tensors.values())
-        return own + (self.bank.parameters if self.bank else 0)
+        if (learned := self.learned or self.backbone.learned) is not None:
+            own += sum(each.numel() for each in learned.tensors.values())
+        return own + (self.bank.plugins if self.bank else 0)
 
     @property
     def variant(self) -> Variant:
@@ -75,7 +86,7 @@ class Candidate:
             return Variant(0, None, self.backbone.adapter)
         return Variant(
             self.rung, self._delta(), self.backbone.adapter, self.proportional, self.ladder,
-            self.backbone.learned,
+            self.learned,
         )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -157,7 +168,7 @@ def _ladder(
             bank.check_fits(backbone)
         ladder = measured_ladder(None, backbone, bank, (backbone.source,))
     ladder.check(backbone.model)
-    ladder.check_learned(backbone.model, backbone.learned)
+    ladder.check_learned(backbone.model, learned_with(backbone, bank))
     return ladder
 
 
@@ -171,6 +182,7 @@ def _rungs(
     seed: int,
 ) -> Iterator[Candidate]:
     proportional = measured_attention(None, backbone, bank, (backbone.source,))
+    learned = learned_with(backbone, bank)
     folded = FoldedDeltas(backbone, bank) if bank else None
     chosen = list(_chosen(ladder, backbone, bank, shares))
     rungs = [0, *chosen] if entry.own_model else chosen
@@ -185,6 +197,7 @@ def _rungs(
                 macs=cost(backbone.model, rung, ladder=ladder).macs,
                 ladder=ladder,
                 proportional=proportional,
+                learned=learned,
                 bank=repaired,
                 folded=folded if repaired else None,
                 seed=seed,

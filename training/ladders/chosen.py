@@ -6,8 +6,10 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from adapters import Bank
+from adapters.bank import learned_with
 from adapters.ladder import LadderPart, digest, tuned_on_another
 from tocom import TOME, Backbone, ConfigError, Ladder, cost
+from tocom.ladder import even_ladder
 from tocom.reduction import Method, method_of
 from training.ladders.choice import LadderChoice, MethodLadder
 
@@ -37,13 +39,6 @@ def usual_ladder(
         if macs(amounts) <= share * whole and amounts != rungs[-1]:
             rungs.append(amounts)
     return Ladder(name, method, tuple(rungs), patches)
-
-
-def even_ladder(method: Method, model: VisionTransformer, steps: int, name: str) -> Ladder:
-    """Return a method's ladder of so many rungs, of evenly rising strength."""
-    depth, patches = len(model.blocks), model.patch_embed.num_patches
-    rungs = [method.amounts(rung / steps, depth, patches) for rung in range(1, steps + 1)]
-    return Ladder(name, method, ((0,) * depth, *rungs), patches)
 
 
 def chosen_ladder(choice: LadderChoice, model: VisionTransformer) -> Ladder:
@@ -84,7 +79,7 @@ def measured_ladder(
             f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, not for "
             f"{ladder.name!r}"
         )
-    ladder.check_learned(backbone.model, backbone.learned)
+    ladder.check_learned(backbone.model, learned_with(backbone, bank))
     for source in sources:
         if (reason := tuned_on_another(backbone, source, ladder)) is not None:
             raise ConfigError(reason)

@@ -42,11 +42,17 @@ def check_learns(ladder: Ladder, source: int, model: VisionTransformer) -> None:
     """Check that a method that learns can do so at a source rate.
 
     Raises:
-        ConfigError: if it acts nowhere there, or would stay unlearned in a block of another rung.
+        ConfigError: if it learns otherwise, acts nowhere there, or would stay unlearned in a block
+            of another rung.
     """
     method = ladder.method
     if not method.learns:
         return
+    if method.in_bank:
+        raise ConfigError(
+            f"the method {method.name!r} learns without labels, as part of a bank: distil one "
+            "(tocom-train distill) for the tuned model, whose source is rate 0"
+        )
     if source == 0:
         raise ConfigError(
             f"the method {method.name!r} learns nothing at rate 0, the stock model: source must be "

@@ -91,14 +91,18 @@ def _candidates(config: CompareConfig | AnalyseConfig) -> str:
 
 
 def _distill(config: DistillConfig, backbone: Any, count: int) -> str:
+    import torch
+
     from training.distill import Distillation
     from training.pictures.augment import train_transform
     from training.pictures.batches import Pictures
 
     pictures = Pictures(config.pictures, train_transform(backbone, config.augment))
     held_out = pictures.hold_out(config.unseen)
-    # Refuses what does not fit together; what is measured for relative losses is left out.
-    Distillation(backbone, config.model_copy(update={"relative": False}), [])
+    # Refuses what does not fit together; what is measured for relative losses is left out, and a
+    # metric begins from a blank picture.
+    blank = torch.zeros(1, *backbone.input_size)
+    Distillation(backbone, config.model_copy(update={"relative": False}), [blank])
     seen = config.loop.steps * config.loop.batch_size / (count - len(held_out))
     return (
         f"{config.loop.steps:,} of {config.loop.batch_size} pictures, each seen "

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from adapters import Bank, compose, open_bank
+from adapters.bank import learned_with
 from adapters.durable import replace_file
 from adapters.segmentation import Segmenter
 from tocom import AnyDelta, Ladder, Variant, cost
@@ -66,8 +67,10 @@ def evaluate_segment(config: EvaluateSegmentConfig, folder: Path) -> Path:
     path = folder / "evaluation.json"
     if claim(folder, path.name, config, backbone, bank):
         return path
+    learned = learned_with(backbone, bank)
     variants = [
-        Variant(each.rate, each.delta, backbone.adapter, proportional, ladder) for each in forwards
+        Variant(each.rate, each.delta, backbone.adapter, proportional, ladder, learned)
+        for each in forwards
     ]
     counted, right = _count(segmenter, scenes, config, variants, folder / "progress.safetensors")
     rows = _rows(forwards, counted, right, segmenter)

@@ -1,4 +1,4 @@
-/** What came out at a rate, and what it cost: writes into a lane. */
+/** What an answer took and cost: writes into a lane. */
 
 const REASONS = {
   quality: "the best answer: there is time for it",
@@ -12,30 +12,23 @@ const REASONS = {
 export function showCost(root, { rungs }, rate) {
   const cost = rungs[rate];
   put(root, "tokens", `${rungs[0].tokens.at(-1)} \u2192 ${cost.tokens.at(-1)}`);
-  put(root, "macs", `${(cost.macs / 1e9).toPrecision(3)} GMACs`);
-  put(root, "ratio", rate ? `${percent(cost.share, 0)} of the stock model` : "the stock model");
-  root.querySelector(".spent").style.setProperty("--part", cost.share);
+  showMacs(root, cost.macs, cost.share);
   const budget = Math.ceil(1000 * cost.share) / 1000;
   const best = rungs.find(({ share }) => share <= budget).rate;
   // Where a better rate costs no more, no budget asks for this one.
   put(root, "budget", best === rate ? `budget=${budget} asks for it` : "");
 }
 
-/** Show an answer of the server. */
-export function showAnswer(root, answer) {
-  const { predictions, timings_ms: times, tokens, batch_size: batch } = answer;
-  const items = fill(root.querySelector(".predictions"), predictions.length, () => {
-    const item = element("li");
-    item.append(...["label", "note", "score", "bar-of"].map((part) => element("span", part)));
-    return item;
-  });
-  predictions.forEach(({ label, score }, index) => {
-    put(items[index], "label", words(label));
-    put(items[index], "score", percent(score, 1));
-    put(items[index], "note", ""); // nothing to compare with yet
-    items[index].className = "";
-    items[index].style.setProperty("--part", score);
-  });
+function showMacs(root, macs, share) {
+  put(root, "macs", `${(macs / 1e9).toPrecision(3)} GMACs`);
+  put(root, "ratio", share === 1 ? "the stock model" : `${percent(share, 0)} of the stock model`);
+  root.querySelector(".spent").style.setProperty("--part", share);
+}
+
+/** Show what an answer of the server took. */
+export function showRun(root, answer) {
+  const { timings_ms: times, tokens, batch_size: batch, macs } = answer;
+  showMacs(root, macs, answer.macs_ratio);
   const counts = [tokens.input, ...tokens.blocks];
   const bars = fill(root.querySelector(".stairs"), counts.length, () => element("i"));
   counts.forEach((count, index) => bars[index].style.setProperty("--part", count / tokens.input));
@@ -48,9 +41,6 @@ export function showAnswer(root, answer) {
   put(root, "delta", delta(answer));
   const chose = REASONS[answer.reason];
   put(root, "reason", chose ? `Auto (${answer.reason}) chose ${chose}.` : "");
-  const [{ label, score }] = predictions;
-  put(root, "spoken", `Rate ${answer.rate}: ${words(label)}, ${percent(score, 0)}. ` +
-    `${tokens.final} of ${tokens.input} tokens left.`);
 }
 
 function delta({ bank_digest: digest, compensate, rate, source_rate: source }) {
@@ -59,37 +49,8 @@ function delta({ bank_digest: digest, compensate, rate, source_rate: source }) {
   return `bank ${digest.slice(0, 12)}${compensate ? "" : unused}`;
 }
 
-/**
- * Mark in two lanes where their predictions differ, and say it in a sentence.
- * @param {import("./lane.js").Lane[]} lanes that have answers
- */
-export function showDifferences([a, b]) {
-  mark(a, b);
-  mark(b, a);
-  const [[first], [second]] = [a.answer.predictions, b.answer.predictions];
-  if (first.label !== second.label) {
-    return `They disagree: A says ${words(first.label)}, B says ${words(second.label)}.`;
-  }
-  const share = a.answer.macs / b.answer.macs;
-  const points = 100 * (first.score - second.score);
-  const sure = `${Math.abs(points).toFixed(1)} points ${points > 0 ? "surer" : "less sure"}`;
-  return `Both say ${words(first.label)}. A takes ${percent(share, 0)} of B\u2019s compute and is ` +
-    `${Math.abs(points) < 0.05 ? "as sure" : sure}.`;
-}
-
-function mark(lane, other) {
-  const items = lane.root.querySelectorAll(".predictions li");
-  lane.answer.predictions.forEach(({ index, score }, place) => {
-    const there = other.answer.predictions.findIndex((each) => each.index === index);
-    const points = 100 * (score - (other.answer.predictions[there]?.score ?? 0));
-    const signed = `${points > 0 ? "+" : "\u2212"}${Math.abs(points).toFixed(1)}`;
-    items[place].classList.toggle("differs", there !== place);
-    put(items[place], "note", there < 0 ? `only ${lane.name}` : Math.abs(points) < 0.05 ? "" : signed);
-  });
-}
-
 /** Bring a list to a number of children, so that those that stay can move to new values. */
-function fill(list, count, make) {
+export function fill(list, count, make) {
   while (list.children.length < count) list.append(make());
   while (list.children.length > count) list.lastChild.remove();
   return list.children;
@@ -105,7 +66,7 @@ export function put(root, part, text) {
 }
 
 /** A class's name as words: data sets write underscores. */
-const words = (label) => label.replaceAll("_", " ");
+export const words = (label) => label.replaceAll("_", " ");
 
 export const percent = (share, digits) => `${(100 * share).toFixed(digits)} %`;
 

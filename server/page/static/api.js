@@ -22,11 +22,11 @@ export const models = async () => (await request("v1/models")).models;
 
 export const model = (name) => request(`v1/models/${encodeURIComponent(name)}`);
 
-/** Classify a photo; `query` are the parameters of /v1/classify. */
-export function classify(photo, query, signal) {
+/** Ask `path` of /v1 about a photo, with the parameters `query`. */
+export function ask(path, photo, query, signal) {
   const body = new FormData();
   body.append("file", photo.file, photo.name);
-  return request(`v1/classify?${query}`, { method: "POST", body, signal });
+  return request(`v1/${path}?${query}`, { method: "POST", body, signal });
 }
 
 /** Send this key with every request from now on, until the tab is closed. */

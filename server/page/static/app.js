@@ -1,7 +1,7 @@
 /** The page: a photo, one or two lanes, and what keeps them together. */
 
 import * as api from "./api.js";
-import { showDifferences } from "./answer.js";
+import * as classification from "./classification.js";
 import { Evidence } from "./evidence.js";
 import { Lane } from "./lane.js";
 import { Live } from "./live.js";
@@ -9,13 +9,13 @@ import { Photos } from "./photos.js";
 
 const at = (selector) => document.querySelector(selector);
 
-const lanes = [new Lane("A"), new Lane("B")];
+const lanes = ["A", "B"].map((name) => new Lane(name, classification));
 const [first, second] = lanes;
 second.root.hidden = true;
 at(".lanes").append(first.root, second.root);
 const evidence = new Evidence(at(".evidence"), lanes);
 const linked = new URLSearchParams(location.search); // what the address asks for at first
-let [model, photo] = [null, null];
+let [model, kind, photo] = [];
 
 // The server: the models come when it answers, and again when it was away.
 
@@ -41,32 +41,33 @@ async function reach(what) {
 }
 
 async function loadModels() {
-  const list = (await api.models()).filter(({ kind }) => kind === "classification");
-  if (!list.length) {
-    at("#note").textContent = "No model here classifies. POST /v1/segment asks those that segment.";
-    return;
-  }
+  const list = await api.models();
   const picker = at("#model");
   const value = picker.value || linked.get("model");
-  picker.replaceChildren(...list.map(({ name }) => new Option(name)));
+  picker.replaceChildren(...list.map(({ name, kind: does }) =>
+    new Option(does === "segmentation" ? `${name} (${does})` : name, name)));
   if (list.some(({ name }) => name === value)) picker.value = value;
   await useModel(picker.value);
   at("#away").hidden = true;
 }
 
 async function useModel(name) {
-  const [fresh, detail] = [model === null, await api.model(name)];
+  const [fresh, detail] = [!model, await api.model(name)];
+  const other = detail.kind === "segmentation" && await import("./segmentation.js");
+  const cascades = detail.ladders.some(({ cascade }) => cascade.length) && await import("./cascade.js");
   if (at("#model").value !== name) return; // another one was picked since
-  model = detail;
+  [model, kind] = [detail, other || classification];
+  document.body.dataset.kind = model.kind;
   const several = at("#model").length > 1;
   at(".picker").hidden = !several;
   at("#about").textContent =
     `${several ? "" : `${name}: `}${model.architecture}, ${model.classes} classes`;
-  for (const lane of lanes) lane.useModel(model);
+  for (const lane of lanes) lane.useModel(model, kind);
   live.model = model;
   at(".evidence").hidden = false;
   evidence.model = model;
   if (fresh) first.restore(linked);
+  if (cascades) cascades.offer(lanes, fresh && linked);
   if (photo) askAll();
   else await photos.start(linked.get("sample"));
 }
@@ -145,7 +146,7 @@ first.addEventListener("answer", () => history.replaceState(null, "", `?${first.
 
 function compare() {
   const both = !second.root.hidden && first.answer && second.answer;
-  at("#verdict").textContent = both ? showDifferences(lanes) : "";
+  at("#verdict").textContent = both ? kind.showDifferences(lanes) : "";
 }
 
 // The theme: the system's, until another one is chosen here.

@@ -120,6 +120,7 @@ export class Evidence {
   }
 
   #count(answer) {
+    if (answer.rates.length > 1) return; // its time is of several
     const tookAt = this.#took.get(answer.ladder) ?? new Map();
     const took = tookAt.get(answer.rate) ?? [];
     tookAt.set(answer.rate, [...took, answer.timings_ms.inference].slice(-KEPT));

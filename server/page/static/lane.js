@@ -1,19 +1,20 @@
 /** One rate: its slider, its question to the server, and what came out of it. */
 
-import { classify } from "./api.js";
-import { element, percent, put, showAnswer, showCost } from "./answer.js";
-import { CALLS } from "./calls.js";
+import { ask } from "./api.js";
+import { element, percent, put, showCost, showRun } from "./answer.js";
+import { curl } from "./calls.js";
 import { wholes } from "./charts.js";
-import { MergeMap } from "./map.js";
 
 const SETTLE = 80; // ms without a move of the slider before the server is asked
-const TOP = 5;
 const FIRST_RATE = 8;
 
 export class Lane extends EventTarget {
   answer = null;
   ladder = null; // of the model's, the one that the rate is of
+  instead = null; // what is asked for in place of a rate
   #model = null;
+  #kind = null; // of model: the module that knows what is asked and shown
+  #views = new Map(); // by kind
   #photo = null;
   #timer = 0;
   #asking = null;
@@ -24,10 +25,11 @@ export class Lane extends EventTarget {
   /**
    * Build a lane of the page's template.
    * @param {string} name "A" or "B"
+   * @param {object} kind of the models, at first
    *
    * Fires "rate" when another rate is shown, "answer" when one came, "problem" when none did.
    */
-  constructor(name) {
+  constructor(name, kind) {
     super();
     this.name = name;
     this.root = document.getElementById("lane").content.cloneNode(true).firstElementChild;
@@ -36,7 +38,7 @@ export class Lane extends EventTarget {
     this.#at = (part) => this.root.querySelector(`.${part}`);
     this.#slider = this.#at("slider");
     put(this.root, "badge", name);
-    this.map = new MergeMap(this.#at("map"), (group, aloud) => this.#caption(group, aloud));
+    this.#useKind(kind);
     this.#slider.addEventListener("input", () => {
       this.rate = this.rate;
       this.ask(SETTLE);
@@ -69,7 +71,7 @@ export class Lane extends EventTarget {
   /** What an address must ask for to lead to the answer. */
   get link() {
     const query = new URLSearchParams(this.#asked);
-    for (const name of ["top_k", "merge_map"]) query.delete(name);
+    for (const name of Object.keys(this.#kind.extra(this.#model))) query.delete(name);
     const sample = this.#photo.sample?.match(/(\w+)\.jpg$/)[1];
     if (sample) query.set("sample", sample);
     return query;
@@ -88,14 +90,26 @@ export class Lane extends EventTarget {
   }
 
   /** Serve another model; rate and ladder stay where they can, if the ladder was chosen. */
-  useModel(model) {
+  useModel(model, kind) {
     this.#model = model;
+    if (kind !== this.#kind) this.#useKind(kind);
     const { ladders } = model;
     const chosen = this.#at("ladders").hidden ? "" : this.ladder.name;
     this.#at("ladder").replaceChildren(...ladders.map(({ name }) => new Option(name)));
     this.#at("ladders").hidden = ladders.length < 2;
     this.#useLadder(ladders.find(({ name }) => name === chosen) ?? ladders[0]);
     if (this.#photo) this.usePhoto(this.#photo);
+  }
+
+  #useKind(kind) {
+    this.#kind = kind;
+    const canvas = this.#at("map");
+    if (!this.#views.has(kind)) {
+      this.#views.set(kind, new kind.View(canvas.cloneNode(), (...what) => this.#caption(...what)));
+    }
+    this.map = this.#views.get(kind);
+    canvas.replaceWith(this.map.canvas);
+    this.#at("predictions").replaceChildren();
   }
 
   #useLadder(ladder) {
@@ -131,15 +145,16 @@ export class Lane extends EventTarget {
 
   /** Ask for another rate, and show nothing of it. */
   measure(rate, signal) {
-    return classify(this.#photo, this.#question(rate), signal);
+    return ask(this.#kind.path, this.#photo, this.#question({ rate }), signal);
   }
 
   async #send() {
     this.#asking = new AbortController();
     this.root.ariaBusy = "true";
-    const query = this.#question(this.#at("auto").checked ? "auto" : this.rate);
+    const rate = this.#at("auto").checked ? "auto" : this.rate;
+    const query = this.#question(this.instead ?? { rate });
     try {
-      this.answer = await classify(this.#photo, query, this.#asking.signal);
+      this.answer = await ask(this.#kind.path, this.#photo, query, this.#asking.signal);
       this.#asked = query;
       this.#show();
     } catch (problem) {
@@ -149,9 +164,9 @@ export class Lane extends EventTarget {
     this.root.ariaBusy = "false";
   }
 
-  #question(rate) {
-    const { name: model, classes, ladders } = this.#model;
-    const query = new URLSearchParams({ rate, model, top_k: Math.min(TOP, classes), merge_map: true });
+  #question(asked) {
+    const { name: model, ladders } = this.#model;
+    const query = new URLSearchParams({ ...asked, model, ...this.#kind.extra(this.#model) });
     if (ladders.length > 1) query.set("ladder", this.ladder.name);
     if (!this.#at("compensate").checked) query.set("compensate", "false");
     return query;
@@ -162,14 +177,18 @@ export class Lane extends EventTarget {
     this.root.classList.remove("none");
     this.#slider.value = this.answer.rate;
     this.#moved();
-    showAnswer(this.root, this.answer);
+    showRun(this.root, this.answer);
+    this.#kind.showAnswer(this.root, this.answer, this.#model);
     this.#showCall();
-    this.map.tokens = this.answer.merge_map;
+    this.map.answer = this.answer;
     this.dispatchEvent(new Event("answer"));
   }
 
-  #showCall() {
-    put(this.root, "call", CALLS[this.#at("language").value](this.#photo, this.#asked));
+  async #showCall() {
+    const { value: language } = this.#at("language");
+    const call = language === "curl" ? curl : (await import("./programs.js"))[language];
+    if (language !== this.#at("language").value) return; // another one was chosen since
+    put(this.root, "call", call(this.#photo, this.#asked, this.#kind));
   }
 
   /** Say what was wrong, and show nothing of another rate beside it. */
@@ -208,25 +227,11 @@ export class Lane extends EventTarget {
     return `token${rate > 1 ? "s" : ""} merged away in each block`;
   }
 
-  /** Say what is looked at: a group of patches, or the whole. */
-  #caption(group, aloud) {
-    const [, height, width] = this.#model.input_size;
-    const all = this.answer?.merge_map.tokens ?? [];
-    const left = all.filter((token) => token >= 0);
-    const groups = Object.values(Object.groupBy(left, (token) => token));
-    let text = `What the model sees: ${width} \u00d7 ${height} pixels`;
-    if (all.length) text += `, ${all.length} patches`;
-    if (groups.length < left.length) {
-      text += ` in ${groups.length} groups of up to ${Math.max(...groups.map((each) => each.length))}`;
-    }
-    if (left.length < all.length) text += `, ${all.length - left.length} dropped`;
-    if (group) {
-      const patches = `${group.patches.length} ${group.patches.length === 1 ? "patch" : "patches"}`;
-      text = group.dropped ? `${patches} dropped` : `${patches} \u2192 1 token`;
-    }
+  /** Say what is looked at, or what the whole is. */
+  #caption(text, looked, aloud) {
     if (this.#photo && !this.#photo.picture) text = `This browser cannot show ${this.#photo.name}.`;
     put(this.root, "caption", text);
-    this.#at("caption").classList.toggle("looked", Boolean(group));
+    this.#at("caption").classList.toggle("looked", looked);
     if (aloud) put(this.root, "spoken", text);
   }
 

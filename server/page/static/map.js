@@ -7,9 +7,9 @@ const VEIL = 0.62; // over all but the group that is looked at
 const DIM = 0.78; // over patches that were dropped
 
 export class MergeMap {
-  #canvas;
+  canvas;
   #context;
-  #noticed;
+  #say;
   #bitmap = null; // the whole photo
   #model = null;
   #map = null; // {grid, tokens} as the server sends it
@@ -22,11 +22,11 @@ export class MergeMap {
 
   /**
    * @param {HTMLCanvasElement} canvas
-   * @param {(group: ?{patches: number[], dropped: boolean}, aloud: boolean) => void} noticed called
-   *     with the group that is looked at, if any; aloud: by keyboard
+   * @param {(text: string, looked: boolean, aloud: boolean) => void} say what is looked at, or what
+   *     the whole is; aloud: by keyboard
    */
-  constructor(canvas, noticed) {
-    [this.#canvas, this.#context, this.#noticed] = [canvas, canvas.getContext("2d"), noticed];
+  constructor(canvas, say) {
+    [this.canvas, this.#context, this.#say] = [canvas, canvas.getContext("2d"), say];
     // A finger leaves and then clicks: what it touched stays.
     for (const kind of ["pointermove", "click"]) {
       canvas.addEventListener(kind, (event) => this.#look(this.#patchAt(event)));
@@ -42,17 +42,17 @@ export class MergeMap {
   show(bitmap, model) {
     [this.#bitmap, this.#model, this.#map, this.#patch] = [bitmap, model, null, null];
     const [, height, width] = model.input_size;
-    this.#canvas.style.aspectRatio = `${width} / ${height}`;
+    this.canvas.style.aspectRatio = `${width} / ${height}`;
     this.#resize();
-    this.#noticed(undefined, false);
+    this.#notice(false);
   }
 
   /** Show which patches became one token, as the server says it; they fade in. */
-  set tokens(map) {
+  set answer({ merge_map: map }) {
     this.#map = map;
     this.#group();
     this.#paint(true);
-    this.#noticed(this.#looked, false);
+    this.#notice(false);
   }
 
   /** "photo", "groups" or "outlines". */
@@ -67,9 +67,9 @@ export class MergeMap {
   }
 
   #resize() {
-    const { clientWidth, clientHeight } = this.#canvas;
+    const { clientWidth, clientHeight } = this.canvas;
     if (!this.#model || !clientWidth) return;
-    for (const canvas of [this.#canvas, this.#photo, this.#target]) {
+    for (const canvas of [this.canvas, this.#photo, this.#target]) {
       canvas.width = Math.round(clientWidth * devicePixelRatio);
       canvas.height = Math.round(clientHeight * devicePixelRatio);
     }
@@ -112,8 +112,8 @@ export class MergeMap {
     const still = !fade || matchMedia("(prefers-reduced-motion: reduce)").matches;
     const from = document.createElement("canvas");
     if (!still) {
-      [from.width, from.height] = [this.#canvas.width, this.#canvas.height];
-      from.getContext("2d").drawImage(this.#canvas, 0, 0);
+      [from.width, from.height] = [this.canvas.width, this.canvas.height];
+      from.getContext("2d").drawImage(this.canvas, 0, 0);
     }
     this.#compose(this.#target.getContext("2d"));
     const began = performance.now();
@@ -161,7 +161,7 @@ export class MergeMap {
 
   #present(from, part) {
     const [context, group] = [this.#context, this.#looked];
-    const { width, height } = this.#canvas;
+    const { width, height } = this.canvas;
     context.clearRect(0, 0, width, height);
     if (from.width) context.drawImage(from, 0, 0, width, height);
     context.globalAlpha = part;
@@ -179,7 +179,7 @@ export class MergeMap {
   }
 
   #colour(name) {
-    return getComputedStyle(this.#canvas).getPropertyValue(name);
+    return getComputedStyle(this.canvas).getPropertyValue(name);
   }
 
   get #looked() {
@@ -190,14 +190,33 @@ export class MergeMap {
     if (patch === this.#patch) return;
     this.#patch = patch;
     this.#paint(false);
-    this.#noticed(this.#looked, aloud);
+    this.#notice(aloud);
+  }
+
+  #notice(aloud) {
+    const [, height, width] = this.#model.input_size;
+    const all = this.#map?.tokens ?? [];
+    const left = all.filter((token) => token >= 0);
+    const groups = Object.values(Object.groupBy(left, (token) => token));
+    let text = `What the model sees: ${width} \u00d7 ${height} pixels`;
+    if (all.length) text += `, ${all.length} patches`;
+    if (groups.length < left.length) {
+      text += ` in ${groups.length} groups of up to ${Math.max(...groups.map((each) => each.length))}`;
+    }
+    if (left.length < all.length) text += `, ${all.length - left.length} dropped`;
+    const group = this.#looked;
+    if (group) {
+      const patches = `${group.patches.length} ${group.patches.length === 1 ? "patch" : "patches"}`;
+      text = group.dropped ? `${patches} dropped` : `${patches} \u2192 1 token`;
+    }
+    this.#say(text, Boolean(group), aloud);
   }
 
   #patchAt({ offsetX, offsetY }) {
     if (!this.#map) return null;
     const { grid: [rows, columns] } = this.#map;
-    const x = Math.floor((offsetX / this.#canvas.clientWidth) * columns);
-    const y = Math.floor((offsetY / this.#canvas.clientHeight) * rows);
+    const x = Math.floor((offsetX / this.canvas.clientWidth) * columns);
+    const y = Math.floor((offsetY / this.canvas.clientHeight) * rows);
     return clamp(y, rows) * columns + clamp(x, columns);
   }
 

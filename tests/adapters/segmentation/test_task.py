@@ -42,9 +42,9 @@ def info(**changes: Any) -> SegmentationInfo:
     return SegmentationInfo.model_validate(said | changes)
 
 
-def task(**changes: Any) -> SegmentationModel:
+def task(seed: int = 0, **changes: Any) -> SegmentationModel:
     said = info(**changes)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return SegmentationModel(
         said,
         {

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from server.models.pictures import prepare
 from server.models.served import Output, ServedModel
 from server.settings import ModelSettings, Settings
 from tests.server.conftest import picture, png, problem
-from tests.server.works import PATIENCE, Clock, controller, settle
-from tocom import ConfigError
+from tests.server.works import PATIENCE, Clock, Exact, controller, settle
+from tocom import ConfigError, RateError
 
 PHOTOS = [png(picture(seed)) for seed in range(12)]
 
@@ -234,26 +233,17 @@ def test_a_swapped_bank_ends_the_cascade(
     assert "served is none" in str(misfit(model.with_bank(None)))
 
 
+def test_a_wrong_rate_is_told_that_there_is_a_cascade(tiny: ModelSettings, path: Path) -> None:
+    model = load_model(tiny.model_copy(update={"cascade": str(path)}))
+    with pytest.raises(RateError, match="0 to 5, whole numbers, auto or cascade; got rate='99'"):
+        model.parse_rate("99")
+
+
 # In the engine, with works that need no model.
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(Exact):
     """Work whose answers lead by the image's value, a hundred times as much at rate 0."""
-
-    rate: int
-    controller: Any = field(compare=False, default_factory=controller)
-
-    @property
-    def low(self) -> int:
-        return self.rate
-
-    @property
-    def high(self) -> int:
-        return self.rate
-
-    def at(self, rate: int) -> "Said":
-        return self
 
     def __call__(self, images: Tensor) -> list[Output]:
         leads = images[:, 0, 0, 0] * (1 if self.rate else 100)
@@ -263,7 +253,9 @@ class Said:
 
 def climb(engine: Engine, values: list[float], deadline: float = math.inf) -> list[Future[Any]]:
     shared = controller()
-    work = CascadeWork(None, (Said(4, shared), Said(0, shared)), (0.5,))  # type: ignore[arg-type]
+    work = CascadeWork(
+        None, (Said(rate=4, controller=shared), Said(rate=0, controller=shared)), (0.5,)
+    )  # type: ignore[arg-type]
     images: list[Callable[[], Tensor]] = [
         lambda value=value: torch.full((3, 1, 1), value) for value in values
     ]

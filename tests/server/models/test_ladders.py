@@ -8,15 +8,15 @@ import torch
 from timm.models import save_for_hf
 
 from adapters import BackboneInfo, Bank, BankInfo
-from adapters.bank import ladder_entries, tensor_shapes
-from adapters.ladder import LadderInfo
+from adapters.bank import ladder_entries, learned_with, tensor_shapes
+from adapters.ladder import LadderInfo, write_ladder
 from server.models.loading import load_model
 from server.settings import ModelSettings
 from tests.server.conftest import MAX_RATE
 from tests.server.ladders import CLUSTERS, RINGS, UNEVEN, on_ladders
 from tests.tocom_models import small_model
 from tocom import TOME, ConfigError, Ladder, cost, forward, load_backbone
-from tocom.reduction import Pattern
+from tocom.reduction import DTEM, AroundMLP, Pattern
 
 
 @pytest.fixture
@@ -204,3 +204,46 @@ def test_a_backbone_that_cannot_have_the_method(tmp_path, monkeypatch):
     monkeypatch.setattr(Pattern, "refuse", lambda self, model: "the model is too odd for 'pattern'")
     with pytest.raises(ConfigError, match="model 'm': the model is too odd for 'pattern'"):
         load_model(on_ladders(settings, tmp_path, "rings"))
+
+
+def test_a_learned_metric_comes_with_its_bank(tiny, bank_of, images):
+    ladder = Ladder("learned", DTEM(channels=6), UNEVEN.rungs, UNEVEN.patches)
+    model = load_model(tiny.model_copy(update={"bank": bank_of(ladder)}))
+    assert model.ladder == ladder
+    for compensate in (False, True):
+        delta = model.delta(2) if compensate else None
+        learned = learned_with(model.backbone, model.bank)
+        expected = forward(model.backbone.model, images, 2, delta, ladder=ladder, learned=learned)
+        for traced in (False, True):
+            work = model.at(2, compensate, traced)
+            torch.testing.assert_close(logits(work, images), expected, atol=1e-4, rtol=1e-4)
+    tensors = {name: -x if "weight" in name else x for name, x in model.bank.tensors.items()}
+    other = Bank(model.bank.info.model_copy(update={"digest": ""}), tensors)
+    assert not torch.equal(
+        model.with_bank(other).learned.tensors["0.weight"], model.learned.tensors["0.weight"]
+    )
+    with pytest.raises(ConfigError, match="'dtem' runs with weights .* distil a bank"):
+        model.with_bank(None)
+
+
+def test_a_ladder_whose_metric_no_bank_has_is_refused(tiny, tmp_path):
+    ladder = Ladder("learned", DTEM(channels=6), UNEVEN.rungs, UNEVEN.patches)
+    path = write_ladder(LadderInfo.of(ladder), tmp_path / "ladder.json")
+    with pytest.raises(ConfigError, match="'tiny'.*'dtem' runs with weights .* distil a bank"):
+        load_model(tiny.model_copy(update={"ladders": ("tome", str(path))}))
+
+
+def test_around_mlp_is_named_and_is_its_papers_ladder(tiny, images):
+    settings = tiny.model_copy(update={"ladders": ("around-mlp", "tome"), "bank": None})
+    model = load_model(settings)
+    assert [each.ladder.name for each in model.ladders] == ["around-mlp", "tome"]
+    assert model.max_rate == AroundMLP.steps == 16
+    # All patches are there again at the end, for less.
+    assert model.costs[16].plan.tokens[-1] == model.costs[0].plan.tokens[-1]
+    assert model.costs[16].macs < model.costs[0].macs
+    stock = load_backbone(settings.backbone).model
+    expected = forward(stock, images, 16, ladder=model.ladder)
+    outputs = model.at(16, compensate=True)(images)
+    torch.testing.assert_close(
+        torch.stack([each.logits for each in outputs]), expected, rtol=1e-4, atol=1e-4
+    )

@@ -35,7 +35,7 @@ def test_what_was_measured_is_drawn(page):
     expect(page.locator(".latency .point.bank")).to_have_count(5)
 
     page.locator("#model").select_option("tiny")
-    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
+    expect(page.get_by_text("This model has no measured accuracy yet")).to_be_visible()
     answered(page, 3)
     expect(lane(page).locator(".caption")).to_contain_text("64 × 64 pixels, 16 patches")
 
@@ -74,7 +74,7 @@ def test_what_was_measured_is_shown_for_its_ladder_alone(page):
     page.route("**/v1/models/imagenet", of_another)
     page.reload()
     answered(page, 2)
-    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
+    expect(page.get_by_text("This model has no measured accuracy yet")).to_be_visible()
 
 
 @in_browser
@@ -177,7 +177,7 @@ def test_a_key_is_asked_for_and_sent(page):
 
     page.route("**/v1/classify*", guard)
     lane(page).get_by_role("slider").fill("3")
-    page.get_by_label("This server wants an API key").fill("a key")
+    page.get_by_label("This server needs an API key").fill("a key")
     page.keyboard.press("Enter")
     answered(page, 3)
     expect(lane(page).locator(".call")).to_contain_text('-H "X-API-Key: $KEY"')

@@ -48,6 +48,7 @@ def test_the_programs_ask_the_same(page, tmp_path, language):
     lane(page).get_by_label("Repair with the bank").uncheck()
     expect(lane(page).locator(".delta")).to_contain_text("left out")
     lane(page).get_by_label("Ask the same with").select_option(language)
+    expect(lane(page).locator(".call")).not_to_contain_text("curl")
     assert run_program(page, tmp_path, language) == shown(page)[0][0]
 
     photo = tmp_path / 'my "own" cat.jpg'
@@ -75,6 +76,7 @@ def test_a_call_is_copied_by_keyboard(page, address):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
     lane(page).get_by_label("Ask the same with").focus()
     page.keyboard.press("ArrowDown")
+    expect(lane(page).locator(".call")).to_contain_text("with Client")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(lane(page).get_by_role("button", name="Copied")).to_be_visible()

@@ -67,5 +67,29 @@ def test_nothing_comes_from_elsewhere():
     assert not re.search(r"@import|(src|href)=[\"']//|\bstyle=\"|\bon\w+=\"", text)
 
 
+def with_imports(*names: str) -> set[str]:
+    """Files, and those that they cannot do without."""
+    found, new = set[str](), set(names)
+    while new:
+        found |= new
+        text = "".join((PAGE / name).read_text("utf-8") for name in new)
+        new = set(re.findall(r'from "\./(.+?)"|(?:src|href)="page/([^/"]+)"', text))
+        new = {name for pair in new for name in pair if name} - found
+    return found
+
+
+def size(names: set[str]) -> int:
+    return sum((PAGE / name).stat().st_size for name in names)
+
+
 def test_the_page_is_light():
-    assert sum((PAGE / name).stat().st_size for name in FILES) < 72 * 1024
+    first = with_imports("index.html")
+    assert size(first) < 72 * 1024
+    # What is loaded when it is wanted:
+    segmentation = with_imports("segmentation.js", "segmentation.css") - first
+    programs = with_imports("programs.js") - first
+    cascade = with_imports("cascade.js") - first
+    assert size(segmentation) < 16 * 1024
+    assert size(programs) < 4 * 1024
+    assert size(cascade) < 4 * 1024
+    assert first | segmentation | programs | cascade == set(FILES)

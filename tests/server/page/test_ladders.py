@@ -69,7 +69,7 @@ def test_what_a_ladder_says_of_itself_is_drawn(page, address):
     slide(page, 3)
     expect(words).to_have_text("Rate 3: not measured.")
     lane(page).get_by_label("Ladder").select_option("tome")
-    expect(page.get_by_text("Nothing measured is attached")).to_be_visible()
+    expect(page.get_by_text("This model has no measured accuracy yet")).to_be_visible()
 
 
 @in_browser

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from PIL import Image
 from server.app import create_app
 from server.settings import Settings
 from tests.adapters.segmentation.test_task import COLOURS
-from tests.server.conftest import MAX_RATE, picture, png, problem
+from tests.server.conftest import picture, png, problem
 from tests.server.segmenters import streets
 
 SIZES = ((80, 64), (64, 90), (200, 70), (30, 30))
@@ -87,29 +85,6 @@ def test_a_model_says_that_it_segments(client):
     assert [each["kind"] for each in there] == ["classification", "segmentation"]
 
 
-def test_requests_of_all_sizes_and_rates_beside_others_are_answered_as_alone(client):
-    cases = [(i, rate) for i in range(len(PICTURES)) for rate in (0, 2, MAX_RATE)]
-    alone = {case: pixels(segment(client, PICTURES[case[0]], rate=case[1])) for case in cases}
-    asked = [(True, *case) for case in random.Random(0).choices(cases, k=30)]
-    asked += [(False, *case) for case in random.Random(1).choices(cases, k=10)]
-    random.Random(2).shuffle(asked)
-
-    def ask(segments: bool, index: int, rate: int) -> tuple[int, bool]:
-        if segments:
-            told = segment(client, PICTURES[index], rate=rate)
-            # Another rounding may decide a pixel between two classes that are as likely.
-            same = (pixels(told) == alone[index, rate]).mean() > 0.999
-            return told["batch_size"], bool(same)
-        answer = client.post(
-            "/v1/classify", params={"rate": rate}, files={"file": PICTURES[index]}
-        ).json()
-        return answer["batch_size"], answer["model"] == "tiny"
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda case: ask(*case), asked))
-    assert all(same for _, same in found)
-
-
 def test_several_pictures_are_answered_in_their_order(client):
     images = [base64.b64encode(data).decode() for data in (PICTURES[0], b"no picture", PICTURES[1])]
     answer = client.post("/v1/segment", json={"images": images})
@@ -155,12 +130,6 @@ def test_one_pixel_has_one_class(client):
     assert told["size"] == [1, 1]
     assert told["runs"] == [told["classes"][0]["index"], 1]
     assert told["classes"][0]["share"] == 1
-
-
-def test_the_other_protocol_says_where_it_is_asked(client):
-    answer = client.get("/v2/models/streets")
-    assert answer.status_code == 404
-    assert "'streets' is for segmentation" in problem(answer)
 
 
 def test_without_a_model_for_it_there_is_nothing_to_ask(settings):

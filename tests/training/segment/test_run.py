@@ -1,16 +1,19 @@
 """Segmenters are trained, written, tested, resumed and measured at every rung."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from adapters.segmentation import open_segmentation
+from adapters import Bank
+from adapters.segmentation import SegmentationModel, open_segmentation
 from tests.training.segment.conftest import NAMES, recipe
 from tocom import ConfigError, Ladder, Variant, cost, load_backbone
 from tocom.reduction import AroundMLP
+from training.attach import attach
 from training.config import DistillConfig
 from training.distill import distill
 from training.presets import read_recipe
@@ -166,6 +169,23 @@ def test_every_rung_is_measured_with_and_without_a_bank(
     assert rows[16]["gmacs"] == round(2 * (spent.macs - spent.head) / 1e9, 4)
     assert "| 16 |" in path.with_suffix(".md").read_text()
     assert evaluate_segment(config, tmp_path / "evaluation") == path  # not measured again
+    # Its folders can keep it, and stay what they are.
+    task = Path(shutil.copytree(run / "task", tmp_path / "task"))
+    assert attach(path, task) == task / "task.json"
+    assert open_segmentation(task).info.evaluation == result
+    assert open_segmentation(task).info.digest == open_segmentation(run / "task").info.digest
+    assert attach(path, bank) == bank / "bank.json"
+    assert Bank.load(bank).info.evaluation["results"] == [result]
+    with pytest.raises(ConfigError, match="is of the task"):
+        attach(path, other_task(task, tmp_path / "other"))
+
+
+def other_task(task: Path, folder: Path) -> Path:
+    """The same task with another class name, which is another one."""
+    model = open_segmentation(task)
+    names = ("other", *model.info.class_names[1:])
+    info = model.info.model_copy(update={"class_names": names, "digest": ""})
+    return SegmentationModel(info, model.tensors).save(folder)
 
 
 def test_a_stopped_measurement_goes_on_to_the_same_figures(
