@@ -106,8 +106,6 @@ def soft(variant: Variant, removed: tuple[int, ...], temperature: float) -> Vari
 def test_towards_no_temperature_soft_merging_is_hard_merging(
     kind: str, options: dict[str, object]
 ) -> None:
-    if options.get("importance") and kind == "no_prefix":
-        pytest.skip("there is no class token")
     model = small_model(kind)
     ladder = Ladder("soft", DTEM(**options, channels=8), ((0, 0, 0), (3, 2, 4)), 16)  # type: ignore[arg-type]
     variant = Variant(1, ladder=ladder, learned=drawn_weights(ladder, model))
