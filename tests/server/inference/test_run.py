@@ -63,8 +63,7 @@ def test_a_server_that_chooses_among_some_rates(settings, photo):
 def test_a_server_that_chooses_by_slackfit(settings, photo):
     other = settings.model_copy(update={"auto_policy": "slackfit"})
     with TestClient(create_app(other)) as client:
-        answer = ask(client, photo, rate="auto", deadline_ms=20_000).json()
-        assert (answer["rate"], answer["reason"]) == (0, "slack")
+        assert ask(client, photo, rate="auto").json()["reason"] == "slack"
 
 
 def test_a_deadline_of_the_request(client, photo):
