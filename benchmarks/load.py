@@ -18,6 +18,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 #: Seconds until an answer is given up; more than any server here allows itself.
@@ -81,6 +83,21 @@ def poisson_plan(steps: Sequence[Step], seed: int) -> list[float]:
             plan.append(now)
         start += step.seconds
     return plan
+
+
+def gamma_plan(seconds: float, rate: float, variation: float, seed: int) -> list[float]:
+    """Return when requests are to be sent that come in bursts: gaps are drawn from a gamma.
+
+    Args:
+        seconds: from the beginning to the end.
+        rate: requests a second in the mean, exactly: gaps are scaled so that all fit.
+        variation: standard deviation of the gaps over their mean; 1 would be a Poisson process.
+        seed: of the gaps.
+    """
+    count = round(seconds * rate)
+    gaps = np.random.default_rng(seed).gamma(variation**-2, size=count + 1)
+    times: list[float] = (seconds * gaps.cumsum() / gaps.sum())[:-1].tolist()
+    return times
 
 
 def form(image: bytes) -> bytes:

@@ -1,16 +1,26 @@
-"""What `rate=auto` is worth when load comes and goes: the same arrivals for auto and fixed rates.
+"""What `rate=auto` is worth when load comes and goes: the same arrivals for auto and all others.
 
     python -m benchmarks.serve_elastic --pictures eval.tar --folder runs/elastic
 
-First the capacity at rate 0 and at the highest is measured, by HTTP in a closed loop. Then open
-loops, a seeded Poisson process each: 50 % of the capacity at rate 0, a burst of 90 % of that at
-the highest rate, and back. Every arm gets the same pictures at the same times from the same
-server, each request with the same deadline: auto, fixed rates (whose requests the server refuses
-as soon as it knows that it cannot keep the deadline), and auto without the bank.
+First every picture is asked about once at every rate, by HTTP in a closed loop: that gives the
+capacity, and what each rate answers. Then open loops, two traces:
 
+- `steps`: a Poisson process at half of the capacity at rate 0, a burst of 90 % of that at the
+  highest rate, and back;
+- `bursts`: gaps drawn from a gamma whose standard deviation is several times their mean, at a share
+  of the capacity at rate 0 in the mean.
+
+Each round draws both anew, and every arm gets the same pictures at the same times, each request
+with the same deadline: auto, SlackFit (a second server, with that policy), and each fixed rate. The
+server refuses what it knows to be late, whatever the arm. The order of the arms changes from round
+to round.
+
+Effective accuracy is the share of all requests that were answered in time and rightly; effective
+agreement takes rate 0's answers for the right ones. The oracle's bound is computed from the same
+arrivals, the batch times that all arms had, and what each rate answers (`benchmarks/elastic`).
 Times are from when a request was to be sent; those that were refused, late or wrong stay in the
-denominator. An arm is void if the client was late itself. Writes `elastic.json`, `.md`, `.svg` and
-`.png`.
+denominator. An arm is void if the client was late itself. Forwards are not compiled unless it is
+asked for: compiling takes its part while arms run. Writes `elastic.json`, `.md`, `.svg` and `.png`.
 """
 
 import argparse
@@ -19,22 +29,25 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import machine, subject
-from benchmarks.elastic_plot import plot
-from benchmarks.estimates import Floats, interval, markdown, mean, percentile
+from benchmarks.elastic.arms import Arm, BatchTimes, Known, Scene, figures, read, series, usual
+from benchmarks.elastic.oracle import best
+from benchmarks.elastic.plot import plot
+from benchmarks.elastic.report import report
+from benchmarks.estimates import Floats, interval, mean
 from benchmarks.load import (
-    LATE,
     Exchange,
     Step,
     closed_loop,
     first_in_line,
     form,
+    gamma_plan,
     open_loop,
     poisson_plan,
     run_loop,
@@ -43,79 +56,55 @@ from benchmarks.load import (
 from benchmarks.served import Served, serving
 from benchmarks.subject import Subject
 
-#: Share of the capacity at rate 0 before and after the burst, of that at the highest rate in it.
-QUIET, BURST = 0.5, 0.9
-#: Seconds for which every answer must be at rate 0 for auto to be back there.
-BACK = 1.0
+#: Share of the capacity at rate 0 before and after the burst.
+QUIET = 0.5
+STEPS, BURSTS = "steps", "bursts"
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What every arm goes through.
-
-    Attributes:
-        steps: before, in and after the burst.
-        plan: when each request is sent.
-        pictures: which picture it has.
-        slo: seconds in which it is to be answered.
-        settle: seconds from the beginning of the burst in which auto may still be adjusting.
-    """
-
-    steps: tuple[Step, Step, Step]
-    plan: list[float]
-    pictures: list[int]
-    slo: float
-    settle: float
-
-    @property
-    def burst(self) -> tuple[float, float]:
-        """When the burst begins and ends."""
-        begins = self.steps[0].seconds
-        return begins, begins + self.steps[1].seconds
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What became of each request of a scene, in their order.
-
-    Attributes:
-        planned, sent, done: seconds since the beginning.
-        status: of the answers; 0: there was none.
-        rate: that ran; -1 where nothing did.
-        correct: whether the class was the picture's.
-    """
-
-    planned: Floats
-    sent: Floats
-    done: Floats
-    status: Floats
-    rate: Floats
-    correct: Floats
-
-    @property
-    def latency(self) -> Floats:
-        """Seconds from when each was to be sent."""
-        return self.done - self.planned
-
-
-def make_scene(capacities: dict[int, float], pictures: int, options: argparse.Namespace) -> Scene:
-    """Plan the arrivals; `capacities` are images a second by rate."""
-    quiet, burst = QUIET * capacities[0], BURST * capacities[max(capacities)]
+def steps(capacities: Sequence[float], options: argparse.Namespace) -> list[Step]:
+    """Return the load before, in and after the burst."""
     before, during, after = options.seconds
-    steps = Step(before, quiet), Step(during, burst), Step(after, quiet)
-    plan = poisson_plan(steps, options.seed)
-    chosen = random.Random(options.seed).choices(range(pictures), k=len(plan))
-    return Scene(steps, plan, chosen, options.slo_ms / 1000, options.settle)
+    quiet, burst = QUIET * capacities[0], options.burst * capacities[-1]
+    return [Step(before, quiet), Step(during, burst), Step(after, quiet)]
 
 
-def capacity(served: Served, forms: Sequence[bytes], rate: int, images: int) -> float:
-    """Return the images a second that the server does at a rate."""
+def make_scene(
+    trace: str, capacities: Sequence[float], pictures: int, options: argparse.Namespace, seed: int
+) -> Scene:
+    """Plan the arrivals of a trace; `capacities` are images a second, at index r at rate r."""
+    slo, burst = options.slo_ms / 1000, None
+    if trace == STEPS:
+        seconds = sum(options.seconds)
+        plan = poisson_plan(steps(capacities, options), seed)
+        burst = options.seconds[0], options.seconds[0] + options.seconds[1]
+    else:
+        seconds = options.bursts_seconds
+        plan = gamma_plan(seconds, options.load * capacities[0], options.variation, seed)
+    chosen = random.Random(seed).choices(range(pictures), k=len(plan))
+    return Scene(plan, chosen, seconds, slo, burst)
+
+
+def described(trace: str, capacities: Sequence[float], options: argparse.Namespace) -> str:
+    """Say what is offered."""
+    if trace == STEPS:
+        each = (f"{step.seconds:g} s of {step.rate:.1f}/s" for step in steps(capacities, options))
+        return ", ".join(each) + ", Poisson."
+    return (
+        f"{options.bursts_seconds:g} s of {options.load * capacities[0]:.1f}/s in the mean, gaps "
+        f"whose standard deviation is {options.variation:g} times their mean (gamma)."
+    )
+
+
+def ask_all(
+    served: Served, forms: Sequence[bytes], rate: int, images: int
+) -> tuple[float, list[Exchange]]:
+    """Ask about pictures in turn; return the images a second and the answers."""
     bodies = itertools.islice(itertools.cycle(forms), images)
     asked = (upload(f"/v1/classify?rate={rate}", body) for body in bodies)
     exchanges = closed_loop(served.port, asked, concurrency=64)
     if wrong := [each for each in exchanges if each.status != 200]:
         raise RuntimeError(f"{len(wrong)} requests failed: {wrong[0].status} {wrong[0].body!r}")
-    return images / max(each.done for each in exchanges)
+    return images / max(each.done for each in exchanges), exchanges
 
 
 def play(served: Served, scene: Scene, query: str, forms: Sequence[bytes]) -> list[Exchange]:
@@ -125,183 +114,112 @@ def play(served: Served, scene: Scene, query: str, forms: Sequence[bytes]) -> li
         return run_loop(open_loop(served.port, scene.plan, asked))
 
 
-def read(exchanges: Sequence[Exchange], scene: Scene, classes: Sequence[int] | None) -> Arm:
-    """Read the answers."""
-    rates, correct = [], []
-    for exchange, picture in zip(exchanges, scene.pictures, strict=True):
-        answer = exchange.json() if exchange.status == 200 else None
-        rates.append(answer["rate"] if answer else -1)
-        said = answer["predictions"][0]["index"] if answer else None
-        correct.append(classes is not None and said == classes[picture])
-    planned, sent, done, status = np.array(
-        [(each.planned, each.sent, each.done, each.status) for each in exchanges]
-    ).T
-    return Arm(planned, sent, done, status, np.array(rates, float), np.array(correct, float))
-
-
-def figures(arm: Arm, scene: Scene) -> dict[str, Any]:
-    """Return what an arm comes to; shares are of all that was offered."""
-    ok = arm.status == 200
-    in_time = ok & (arm.latency <= scene.slo)
-    begins, ends = scene.burst
-    burst = (arm.planned >= begins) & (arm.planned < ends)
-    settled = ok & ~((arm.planned >= begins) & (arm.planned < begins + scene.settle))
-    good = (in_time & (arm.correct > 0)).astype(np.float64)
-    late_client = float(np.percentile(arm.sent - arm.planned, 99))
-    return {
-        "offered": len(ok),
-        "refused": int((arm.status == 503).sum()),
-        "late": int((ok & ~in_time).sum() + (arm.status == 504).sum()),
-        "errors": int((~ok & (arm.status != 503) & (arm.status != 504)).sum()),
-        "p50_ms": 1000 * float(np.percentile(arm.latency[ok], 50)),
-        **_with_interval("p99_ms", 1000 * arm.latency[ok], percentile(99)),
-        **_with_interval("p99_settled_ms", 1000 * arm.latency[settled], percentile(99)),
-        "goodput": float(in_time.sum() / sum(step.seconds for step in scene.steps)),
-        "goodput_burst": float((in_time & burst).sum() / (ends - begins)),
-        **_with_interval("effective_accuracy", 100 * good, mean),
-        "accuracy_burst": 100 * float(arm.correct[burst & ok].mean()),
-        "rate_burst": float(arm.rate[burst & ok].mean()),
-        "client_late_ms": 1000 * late_client,
-        "void": late_client > LATE,
-    }
-
-
-def _with_interval(name: str, values: Floats, statistic: Any) -> dict[str, Any]:
-    return {name: float(statistic(values)), f"{name}_interval": interval(values, statistic)}
-
-
-def until_back(arm: Arm, ends: float) -> float | None:
-    """Return the seconds from the end of the burst until auto is at rate 0 to stay for `BACK`.
-
-    None: it never was.
-    """
-    after = (arm.planned >= ends) & (arm.status == 200)
-    planned, rates = arm.planned[after], arm.rate[after]
-    for start in planned[rates == 0]:
-        window = (planned >= start) & (planned < start + BACK)
-        if start + BACK <= planned[-1] and not rates[window].any():
-            return float(start - ends)
-    return None
-
-
-def series(arm: Arm, scene: Scene) -> dict[str, list[float | None]]:
-    """Return what a plot shows, by the second in which requests were to be sent."""
-    second = arm.planned.astype(int)
-    ok = arm.status == 200
-    in_time = ok & (arm.latency <= scene.slo)
-    seconds = range(int(sum(step.seconds for step in scene.steps)))
-
-    def each(values: Floats, of: Floats, take: Any) -> list[float | None]:
-        chosen = (values[(second == at) & of] for at in seconds)
-        return [round(float(take(some)), 4) if len(some) else None for some in chosen]
-
-    return {
-        "offered": [int((second == at).sum()) for at in seconds],
-        "good": [int(((second == at) & in_time).sum()) for at in seconds],
-        "rate": each(arm.rate, ok, np.mean),
-        "p50_ms": each(1000 * arm.latency, ok, np.median),
-        "worst_ms": each(1000 * arm.latency, ok, np.max),
-    }
-
-
-def ahead(arm: Arm, other: Arm, scene: Scene) -> tuple[float, tuple[float, float]]:
-    """Return by how many points of effective accuracy an arm leads another, and the interval."""
-    good = [
-        ((each.status == 200) & (each.latency <= scene.slo)).astype(np.float64) * each.correct
-        for each in (arm, other)
-    ]
-    difference = 100 * (good[0] - good[1])  # the same request in both
+def ahead(good: Sequence[Floats], other: Sequence[Floats]) -> tuple[float, tuple[float, float]]:
+    """Return by how many points an arm leads another over all rounds, and the interval."""
+    difference = 100 * (np.concatenate(good) - np.concatenate(other))  # the same request in both
     return float(difference.mean()), interval(difference, mean)
 
 
-def table(found: dict[str, dict[str, Any]], labelled: bool) -> str:
-    """Return a row for each arm."""
-    header = ["requests at", "errors", "refused", "late", "p50 ms", "p99 ms", "p99 ms, settled",
-              "good/s", "good/s in the burst", "mean rate in the burst"]  # fmt: skip
-    header += ["effective accuracy, %", "accuracy of answers in the burst, %"] * labelled
-    rows = []
-    for name, each in found.items():
-        share = [f"{100 * each[key] / each['offered']:.1f} %" for key in ("refused", "late")]
-        row = [name, each["errors"], *share, f"{each['p50_ms']:.0f}", _ranged(each, "p99_ms", 0),
-               _ranged(each, "p99_settled_ms", 0), f"{each['goodput']:.1f}",
-               f"{each['goodput_burst']:.1f}", f"{each['rate_burst']:.1f}"]  # fmt: skip
-        if labelled:
-            row += [_ranged(each, "effective_accuracy", 1), f"{each['accuracy_burst']:.1f}"]
-        rows.append(row)
-    return markdown(header, rows)
+class Measurement:
+    """Servers that have been warmed, what is known of their model, and how long batches took."""
+
+    def __init__(
+        self, what: Subject, servers: dict[str, Served], options: argparse.Namespace
+    ) -> None:
+        self.options = options
+        self.servers = servers
+        self.forms = [form(picture) for picture in what.pictures]
+        highest = what.load().max_rate
+        self.rates = range(highest + 1)
+        for served in servers.values():
+            for rate in self.rates:
+                ask_all(served, self.forms, rate, options.warm)
+        found = [ask_all(servers["auto"], self.forms, rate, len(self.forms)) for rate in self.rates]
+        self.capacities = [capacity for capacity, _ in found]
+        self.took: BatchTimes = {}
+        said = np.array([read(exchanges, self.took).said for _, exchanges in found])
+        classes = None if what.classes is None else np.array(what.classes, float)
+        self.known = Known(said, classes)
+        ask = f"deadline_ms={options.slo_ms - options.allowance_ms}"
+        self.queries = dict.fromkeys(servers, f"rate=auto&{ask}")
+        fixed = options.rates or self.rates
+        self.queries |= {f"rate {rate}": f"rate={rate}&{ask}" for rate in fixed}
+
+    def trace(self, name: str) -> dict[str, Any]:
+        """Return what all arms come to in all rounds of a trace."""
+        scenes, arms = [], {}
+        for number in range(self.options.repeats):
+            scene = make_scene(
+                name, self.capacities, len(self.forms), self.options, self.options.seed + number
+            )
+            scenes.append(scene)
+            order = list(self.queries)
+            random.Random(number).shuffle(order)
+            for arm in order:
+                served = self.servers.get(arm, self.servers["auto"])
+                exchanges = play(served, scene, self.queries[arm], self.forms)
+                arms[arm, number] = read(exchanges, self.took)
+                ok = int((arms[arm, number].status == 200).sum())
+                print(f"{name} {number + 1}, {arm}: {ok} of {len(scene.plan)}", flush=True)
+                time.sleep(self.options.pause)
+        return self._summary(name, scenes, arms)
+
+    def _summary(
+        self, name: str, scenes: list[Scene], arms: dict[tuple[str, int], Arm]
+    ) -> dict[str, Any]:
+        good = {
+            (what, arm): [
+                arms[arm, number].good(scene, self.known, what)
+                for number, scene in enumerate(scenes)
+            ]
+            for what in self.known.measures for arm in self.queries
+        }  # fmt: skip
+        return {
+            "described": described(name, self.capacities, self.options),
+            "burst": scenes[0].burst,
+            "arms": {
+                arm: [
+                    figures(arms[arm, number], scene, self.known)
+                    for number, scene in enumerate(scenes)
+                ]
+                for arm in self.queries
+            },
+            "ahead": {
+                what: {
+                    arm: ahead(good[what, "auto"], good[what, arm])
+                    for arm in self.queries if arm != "auto"
+                }
+                for what in self.known.measures
+            },
+            "oracle": {
+                what: [self.bound(scene, what) for scene in scenes] for what in self.known.measures
+            },
+            "series": {arm: series(arms[arm, 0], scenes[0]) for arm in self.queries},
+        }  # fmt: skip
+
+    def bound(self, scene: Scene, what: str) -> float:
+        """Return the oracle's effective accuracy or agreement in a scene, in percent."""
+        right = self.known.right(what)[:, scene.pictures]
+        largest = max(size for _, size in self.took)
+        times = partial(usual, self.took)
+        return 100 * best(scene.plan, scene.slo, right.mean(1).tolist(), times, largest)
 
 
-def _ranged(each: dict[str, Any], key: str, digits: int) -> str:
-    low, high = each[f"{key}_interval"]
-    return f"{each[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def report(result: dict[str, Any]) -> str:
-    """Return all that was found, in Markdown."""
-    arms, steps = result["arms"], result["steps"]
-    capacities = ", ".join(
-        f"{each:.1f} at rate {rate}" for rate, each in result["capacity"].items()
-    )
-    load = ", ".join(f"{step['seconds']:g} s of {step['rate']:.1f}/s" for step in steps)
-    lines = [
-        f"{result['machine']}.\n{result['subject']}.",
-        f"Capacity by HTTP, images/s: {capacities}. Offered: {load}; seed {result['seed']}. To be "
-        f"answered within {result['slo_ms']:g} ms.\n",
-        table(arms, result["labelled"]),
-        "\nIn brackets: 95 % intervals, block bootstrap.\n",
-    ]
-    gain = arms["auto"]["goodput"] / arms["rate 0"]["goodput"]
-    gain_burst = arms["auto"]["goodput_burst"] / arms["rate 0"]["goodput_burst"]
-    lines.append(f"- Goodput of auto over rate 0: {gain:.2f}; in the burst {gain_burst:.2f}.")
-    for name, (points, (low, high)) in result["ahead"].items():
-        lines.append(f"- Effective accuracy of auto, less that of {name}: {points:+.1f} points "
-                     f"({low:+.1f} to {high:+.1f}).")  # fmt: skip
-    back = result["back_after_s"]
-    lines.append(
-        f"- Back at rate 0 after the burst: {'never' if back is None else f'{back:.1f} s'}."
-    )
-    late = ", ".join(f"{name} {each['client_late_ms']:.1f}" for name, each in arms.items())
-    void = [name for name, each in arms.items() if each["void"]]
-    lines.append(f"- The client's own lateness, p99 in ms: {late}; void if above "
-                 f"{1000 * LATE:g}: {', '.join(void) or 'none'}.")  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def measure(what: Subject, served: Served, options: argparse.Namespace) -> dict[str, Any]:
-    """Return all that is found about a server."""
-    forms = [form(picture) for picture in what.pictures]
-    rates = sorted({0, *options.rates})
-    capacity(served, forms, rates[-1], options.images // 4)  # warms
-    capacities = {rate: capacity(served, forms, rate, options.images) for rate in (0, rates[-1])}
-    scene = make_scene(capacities, len(forms), options)
-    ask = f"deadline_ms={options.slo_ms - options.allowance_ms}"
-    queries = {
-        "auto": f"rate=auto&{ask}",
-        **{f"rate {rate}": f"rate={rate}&{ask}" for rate in rates},
-    }
-    if what.settings.bank:
-        queries["auto, no bank"] = f"rate=auto&compensate=false&{ask}"
-    arms = {}
-    for name, query in queries.items():
-        arms[name] = read(play(served, scene, query, forms), scene, what.classes)
-        print(f"{name}: {int((arms[name].status == 200).sum())} of {len(scene.plan)}", flush=True)
-        time.sleep(options.pause)
+def measure(
+    what: Subject, servers: dict[str, Served], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return all that is found about servers."""
+    measurement = Measurement(what, servers, options)
+    known = measurement.known
     return {
         "machine": machine.describe(),
         "subject": what.described,
-        "labelled": what.classes is not None,
         "slo_ms": options.slo_ms,
         "seed": options.seed,
-        "capacity": capacities,
-        "steps": [vars(step) for step in scene.steps],
-        "arms": {name: figures(arm, scene) for name, arm in arms.items()},
-        "ahead": {
-            name: ahead(arms["auto"], arm, scene)
-            for name, arm in arms.items()
-            if name != "auto" and what.classes
-        },
-        "back_after_s": until_back(arms["auto"], scene.burst[1]),
-        "series": {name: series(arm, scene) for name, arm in arms.items()},
+        "repeats": options.repeats,
+        "capacity": dict(enumerate(measurement.capacities)),
+        "known": {what: known.right(what).mean(1).tolist() for what in known.measures},
+        "traces": {name: measurement.trace(name) for name in options.traces},
     }
 
 
@@ -310,26 +228,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subject.add_arguments(parser)
     parser.add_argument("--folder", type=Path, default=Path("runs/elastic"))
-    parser.add_argument(
-        "--rates", type=int, nargs="+", default=[0, 4, 8, 12, 16], help="fixed ones"
-    )
-    parser.add_argument("--seconds", type=float, nargs=3, default=[20, 30, 20],
-                        metavar=("BEFORE", "BURST", "AFTER"))  # fmt: skip
+    parser.add_argument("--traces", nargs="+", choices=[STEPS, BURSTS], default=[STEPS, BURSTS])
+    parser.add_argument("--rates", type=int, nargs="+", help="fixed ones; default: all")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each trace")
+    parser.add_argument("--seconds", type=float, nargs=3, default=[2, 4, 3],
+                        metavar=("BEFORE", "BURST", "AFTER"), help="of the steps")  # fmt: skip
+    parser.add_argument("--burst", type=float, default=0.9,
+                        help="its load: share of the capacity at the highest rate")  # fmt: skip
+    parser.add_argument("--bursts-seconds", type=float, default=8, help="of the other trace")
+    parser.add_argument("--load", type=float, default=0.6,
+                        help="its mean load: share of the capacity at rate 0")  # fmt: skip
+    parser.add_argument("--variation", type=float, default=4,
+                        help="of its gaps: their standard deviation over their mean")  # fmt: skip
     parser.add_argument("--slo-ms", type=int, default=500)
     parser.add_argument("--allowance-ms", type=int, default=10,
                         help="by how much the deadline that is asked for is earlier")  # fmt: skip
-    parser.add_argument("--settle", type=float, default=2, help="seconds that auto may adjust")
-    parser.add_argument("--images", type=int, default=600, help="for each capacity")
-    parser.add_argument("--pause", type=float, default=3, help="seconds between two arms")
+    parser.add_argument("--warm", type=int, default=64, help="images at each rate at first")
+    parser.add_argument("--max-graphs", type=int, default=0, help="forwards that are compiled")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between two arms")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     what = subject.from_arguments(options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    with serving(options.folder / "server.log", models=what.served) as served:
-        result = measure(what, served, options)
+    given = {"models": what.served, "max_graphs": options.max_graphs}
+    with (
+        serving(options.folder / "server.log", **given) as ours,
+        serving(options.folder / "slackfit.log", auto_policy="slackfit", **given) as theirs,
+    ):
+        result = measure(what, {"auto": ours, "SlackFit": theirs}, options)
     (options.folder / "elastic.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.folder / "elastic.md").write_text(report(result))
-    plot(result, options.folder)
+    if STEPS in result["traces"]:
+        plot(result, options.folder)
     print(f"\n{report(result)}")
 
 

@@ -69,8 +69,8 @@ class ImageAnswer(BaseModel):
     reason: str = Field(
         description="`asked`, or why auto chose it: `quality` is the lowest allowed; a higher one "
         "was needed for the `deadline`, the `backlog` or the `load`, or shortly before "
-        "(`cooling`). Why a cascade ended there: the answer is `sure`, or none before was "
-        "(`unsure`), or there was no time for another run (`deadline`)"
+        "(`cooling`); `slack`, with SlackFit. Why a cascade ended there: the answer is `sure`, or "
+        "none before was (`unsure`), or there was no time for another run (`deadline`)"
     )
     source_rate: int = Field(
         description="rate that the model was tuned at; 0 if that was on another ladder"

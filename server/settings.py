@@ -196,6 +196,11 @@ class Settings(BaseSettings):
     auto_max_rate: int | None = Field(
         default=None, ge=0, description="highest rate that auto may choose; default: the model's"
     )
+    auto_policy: Literal["arrivals", "slackfit"] = Field(
+        default="arrivals",
+        description="how auto chooses: `arrivals`, by what waits and what arrives; `slackfit`, by "
+        "the time that the most urgent image has left, as SuperServe does: to be compared with",
+    )
     drain_delay_ms: int = Field(
         default=0,
         ge=0,

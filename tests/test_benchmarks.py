@@ -21,7 +21,6 @@ from PIL import Image
 from benchmarks import (
     estimates,
     gpu,
-    serve_elastic,
     serve_soak,
     serve_swap,
     serve_throughput,
@@ -209,87 +208,6 @@ def test_a_measurement_with_errors_is_none():
     assert serve_throughput.elapsed(late) == 3.0
     with pytest.raises(RuntimeError, match="1 of 3 requests were not answered, e.g. 503"):
         serve_throughput.elapsed([*late, Exchange(0, 0, 1, 503, b"full")])
-
-
-PLAN = [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.5]
-SCENE = serve_elastic.Scene(
-    steps=(Step(2, 1), Step(2, 2), Step(2, 1)), plan=PLAN, pictures=[0] * 7, slo=0.5, settle=0.4
-)
-
-
-def arm(latency, status, rate, correct) -> serve_elastic.Arm:
-    planned = np.array(PLAN)
-    values = (np.array(each, dtype=np.float64) for each in (status, rate, correct))
-    return serve_elastic.Arm(planned, planned, planned + latency, *values)
-
-
-def test_answers_are_read_with_their_pictures():
-    scene = serve_elastic.Scene(SCENE.steps, [0.0, 1.0, 2.0], [1, 0, 1], slo=0.5, settle=0)
-    right = {"rate": 8, "predictions": [{"index": 7}, {"index": 3}]}
-    exchanges = [
-        Exchange(0.0, 0.001, 0.1, 200, json.dumps(right).encode()),  # picture 1, of class 7
-        Exchange(1.0, 1.001, 1.1, 200, json.dumps(right).encode()),  # picture 0, of class 3
-        Exchange(2.0, 2.001, 2.1, 503, b"full"),
-    ]
-    found = serve_elastic.read(exchanges, scene, classes=[3, 7])
-    assert found.rate.tolist() == [8, 8, -1]
-    assert found.correct.tolist() == [1, 0, 0]
-    assert found.latency.tolist() == pytest.approx([0.1, 0.1, 0.1])
-    assert found.status.tolist() == [200, 200, 503]
-
-
-def test_figures_keep_what_was_refused_late_or_wrong_in_the_denominator():
-    found = serve_elastic.figures(
-        arm(
-            latency=[0.1, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1],
-            status=[200, 200, 200, 503, 200, 504, 0],
-            rate=[0, 0, 8, -1, 16, -1, -1],
-            correct=[1, 0, 1, 0, 1, 0, 0],
-        ),
-        SCENE,
-    )
-    assert found["offered"] == 7
-    assert (found["refused"], found["late"], found["errors"]) == (1, 2, 1)
-    assert found["goodput"] == pytest.approx(3 / 6)
-    assert found["goodput_burst"] == pytest.approx(1 / 2)
-    assert found["effective_accuracy"] == pytest.approx(100 * 2 / 7)
-    assert found["accuracy_burst"] == 100  # of the two answers in the burst, late or not
-    assert found["rate_burst"] == 12
-    # The late one came while auto may still have been adjusting.
-    assert found["p99_ms"] > 500
-    assert found["p99_settled_ms"] == pytest.approx(100)
-    assert not found["void"]
-
-
-def test_a_client_that_sends_late_makes_an_arm_void():
-    planned = np.array(PLAN)
-    ones = np.ones(7)
-    late = serve_elastic.Arm(planned, planned + 0.003, planned + 0.1, 200 * ones, 0 * ones, ones)
-    assert serve_elastic.figures(late, SCENE)["void"]
-
-
-def test_back_at_rate_0_is_back_to_stay():
-    planned = np.arange(0, 10, 0.25)
-    rate = np.where((planned < 2) | (planned >= 5), 0.0, 16.0)
-    rate[planned == 4.5] = 0  # one moment between two higher ones
-
-    def until(rate) -> float | None:
-        ones = np.ones(len(planned))
-        return serve_elastic.until_back(
-            serve_elastic.Arm(planned, planned, planned, 200 * ones, rate, ones), 4.0
-        )
-
-    assert until(rate) == 1.0
-    assert until(np.full(len(planned), 3.0)) is None
-
-
-def test_who_is_ahead_is_told_request_by_request():
-    slow = [0.1] * 6 + [0.9]
-    lead, (low, high) = serve_elastic.ahead(
-        arm([0.1] * 7, [200] * 7, [0] * 7, [1] * 7), arm(slow, [200] * 7, [0] * 7, [1] * 7), SCENE
-    )
-    assert lead == pytest.approx(100 / 7)
-    assert low <= lead <= high
 
 
 def test_answers_are_held_against_their_own_bank():

@@ -188,7 +188,6 @@ class Engine:
             self.check_room(len(prepares), priority)
             now = self.clock()
             due = deadline if due is None else due
-            unprepared = self._places.taken + len(prepares) - 1 - len(self._scheduler)
             if now >= deadline:
                 raise DeadlineError("the deadline passed before the images were there")
             late = deadline > due
@@ -199,7 +198,7 @@ class Engine:
                     f"{what} about {alone:.3g} s on this server even when nothing else waits, "
                     f"and {round(deadline - now, 3):g} s are left; allow more time or a higher rate"
                 )
-            wait = self._scheduler.wait(work, due, unprepared, late, priority)
+            wait = self._scheduler.wait(work, due, len(prepares), late, now, priority)
             if now + wait > deadline:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
@@ -209,9 +208,9 @@ class Engine:
             jobs: list[Future[Answer]] = []
             while prepares:
                 self._places.take(priority)
-                self._scheduler.arrived(work, now)
                 number = next(self._numbers)
                 job = Job(work, prepares.pop(0), deadline, due, number, now, priority)
+                self._scheduler.arrived(job, now)
                 job.add_done_callback(self._leave)
                 self._pool.add(job)
                 jobs.append(job)
@@ -236,14 +235,14 @@ class Engine:
                 raise UnavailableError("the engine is not running")
             now = self.clock()
             due = deadline if due is None else due
-            wait = self._scheduler.wait(work, due, 0, deadline > due, priority)
+            wait = self._scheduler.wait(work, due, 1, deadline > due, now, priority)
             if now + wait > deadline:
                 raise DeadlineError(
                     f"another run takes {wait:.3g} s, and {deadline - now:.3g} s are left"
                 )
             self._places.take(priority)
-            self._scheduler.arrived(work, now)
             job = Job(work, None, deadline, due, next(self._numbers), now, priority)
+            self._scheduler.arrived(job, now)
             job.hold(image)
             job.decode = 0.0
             job.add_done_callback(self._leave)
@@ -366,7 +365,7 @@ class Engine:
                 self._run(work, reason, [job])
             return
         spent = self.clock() - started
-        work.controller.times.measured(work.rate, len(jobs), spent)
+        self._scheduler.ran(work, len(jobs), spent)
         pace = spent / len(jobs)
         self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
         queued = [started - job.arrived - job.decode for job in jobs]

@@ -1,38 +1,42 @@
 """Which rate an image runs at when its request leaves that to the server (`rate=auto`).
 
-The lowest rate, which is the best answer, with which the most urgent image keeps its time, what
-waits is served in time, and no more work arrives than can be done. Up at once, down only when no
-higher rate was needed for a while. The idea of choosing by the slack of the most urgent request
-is SlackFit's (SuperServe, NSDI 2025).
+The lowest rate, which is the best answer, with which the most urgent image keeps its time, and
+what waits is served in time together with what will come in a moment. Arrivals are counted when
+images are asked for, over a short window and a longer one, so that a burst is met by the first
+batch that begins in it. Up at once, down when no higher rate was needed for a moment.
 
-Knows nothing of threads, clocks or models: times are arguments, in seconds.
+Choosing by what time is left is SlackFit's idea (SuperServe, NSDI 2025), which `slackfit` has as
+it was published. Knows nothing of threads, clocks or models: times are arguments, in seconds.
 """
 
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from server.engine.times import Flow, ServiceTimes, largest_batch
 
 #: Share of the time left that is planned with; the rest is for what cannot be foreseen.
 MARGIN = 0.8
-#: Share of the time that may be planned as busy: close to 1 queues grow without bound.
-LOAD = 0.9
+#: Share of an image's whole time for which arrivals are expected to go on as they do; no longer
+#: than the time over which they were counted.
+AHEAD = 0.2
 #: Seconds for which the highest rate that was needed is kept.
-HOLD = 1.0
+HOLD = 0.2
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The rate of a batch and why: `quality` is the lowest that is allowed.
 
     The others name what asked for a higher one: the `deadline` of the most urgent image, the
-    `backlog`, the `load` that arrives, or one of these a moment ago (`cooling`).
+    `backlog`, the `load` that arrives, or one of these a moment ago (`cooling`). `images` says how
+    many are to run; None: as many as the scheduler finds right.
     """
 
     rate: int
     reason: str
+    images: int | None = None
 
 
 class Controller:
@@ -53,7 +57,7 @@ class Controller:
         self.times = times
         self.max_batch = max_batch
         self.slo = slo
-        self.arrivals = Flow()
+        self._arrivals = Flow(), Flow()  # over a short window, and a longer one
         self.rate = 0  # the last one chosen
         self._needs: deque[tuple[float, int]] = deque()  # falling rates, the highest first
 
@@ -62,22 +66,32 @@ class Controller:
         """The highest rate that was needed of late."""
         return self._needs[0][1] if self._needs else 0
 
-    def window(self) -> float:
+    def windows(self) -> tuple[float, float]:
         """Return over how many seconds arrivals are counted: one image must not look like load."""
-        return max(0.5, 10 * self.times.batch(0, 1))
+        alone = self.times.batch(0, 1)
+        return max(0.1, 5 * alone), max(0.5, 10 * alone)
 
     def arrived(self, now: float) -> None:
         """Take note of an image that is to run at a rate of our choice."""
-        self.arrivals.add(1, now, self.window())
+        for flow, window in zip(self._arrivals, self.windows(), strict=True):
+            flow.add(1, now, window)
+
+    def pace(self, now: float) -> float:
+        """Return how many images arrive a second, by the window that has more of them."""
+        flows = zip(self._arrivals, self.windows(), strict=True)
+        return max(flow.rate(now, window) for flow, window in flows)
 
     def load(self, rate: int, now: float) -> float:
         """Return the share of the time that what arrives for us takes at `rate`."""
-        return self.arrivals.rate(now, self.window()) * self.seconds(rate, self.max_batch)
+        return self.pace(now) * self.seconds(rate, self.max_batch)
+
+    def size(self, rate: int, waiting: int) -> int:
+        """Return of how many images the batches are that so many make."""
+        return largest_batch(self.times, rate, waiting, self.max_batch, self.slo, self.slo)
 
     def seconds(self, rate: int, waiting: int) -> float:
         """Return the seconds to expect of an image where so many wait, in the batches they make."""
-        size = largest_batch(self.times, rate, waiting, self.max_batch, self.slo, self.slo)
-        return self.times.image(rate, size)
+        return self.times.image(rate, self.size(rate, waiting))
 
     def choose(
         self,
@@ -86,6 +100,7 @@ class Controller:
         waiting: Sequence[tuple[float, float]],
         elsewhere: "Elsewhere",
         now: float,
+        coming: Sequence[tuple[float, float]] = (),
     ) -> Decision:
         """Choose the rate of the next batch.
 
@@ -94,11 +109,14 @@ class Controller:
             waiting: when each image that waits arrived and is due, the most urgent first.
             elsewhere: what else the device has to do.
             now: the time.
+            coming: as `waiting`, of those that were asked for and are not prepared yet.
         """
-        dues = [due for _, due in waiting]
-        needed, reason = self._needed(low, high, dues, elsewhere, now)
-        usual = [max(due, arrived + self.slo) for arrived, due in waiting]
-        self._remember(self._needed(0, high, usual, elsewhere, now)[0], now)
+        needed, reason = self._needed(low, high, waiting, coming, elsewhere, now)
+        usual, usually_coming = (
+            [(arrived, max(due, arrived + self.slo)) for arrived, due in images]
+            for images in (waiting, coming)
+        )
+        self._remember(self._needed(0, high, usual, usually_coming, elsewhere, now)[0], now)
         held = min(high, self.need)
         self.rate = max(needed, held)
         return Decision(self.rate, reason if held <= needed else "cooling")
@@ -111,18 +129,29 @@ class Controller:
             self._needs.popleft()
 
     def _needed(
-        self, low: int, high: int, dues: Sequence[float], elsewhere: "Elsewhere", now: float
+        self,
+        low: int,
+        high: int,
+        waiting: Sequence[tuple[float, float]],
+        coming: Sequence[tuple[float, float]],
+        elsewhere: "Elsewhere",
+        now: float,
     ) -> tuple[int, str]:
         """Return the lowest rate in the range that will do, and why `low` will not."""
-        first, last = (MARGIN * (due - now) for due in (dues[0], max(dues[0], dues[-1])))
-        waiting = len(dues)
+        images = [*waiting, *coming]
+        arrived, due = max(images, key=lambda image: image[1])
+        first, last, whole = (
+            MARGIN * seconds for seconds in (waiting[0][1] - now, due - now, due - arrived)
+        )
+        ahead = min(self.windows()[0], AHEAD * (due - arrived))
         reason = "quality"
         for rate in range(low, high + 1):
+            seconds = elsewhere.seconds + len(images) * self.seconds(rate, len(images))
             if self.times.batch(rate, 1) > first:
                 why = "deadline"
-            elif elsewhere.seconds + waiting * self.seconds(rate, waiting) > last:
+            elif seconds > last:
                 why = "backlog"
-            elif elsewhere.load + self.load(rate, now) > LOAD:
+            elif seconds + ahead * (elsewhere.load + self.load(rate, now)) > whole:
                 why = "load"
             else:
                 return rate, reason

@@ -8,9 +8,9 @@ lock, tests by a simulated clock.
 """
 
 import math
-from bisect import bisect_right, insort
+from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -113,10 +113,13 @@ class Scheduler:
         self.max_batch = max_batch
         self.slo = slo
         self._queues: dict[Alike, list[Any]] = {}
+        # Asked for and not yet prepared: by their work, then their number.
+        self._coming: dict[Work, dict[int, Waiting]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
         self._turns = Turns(share)
         self._waiting: Counter[int] = Counter()  # images, by their priority
+        self._ends = -math.inf  # when the batch that runs is to end, or the last one was
 
     def __len__(self) -> int:
         """Return how many images wait."""
@@ -142,23 +145,27 @@ class Scheduler:
             found[work] += len(queue)
         return found
 
-    def arrived(self, work: Work, now: float) -> None:
+    def arrived(self, job: Waiting, now: float) -> None:
         """Take note that an image was asked for; it is added when it is prepared."""
+        work = job.work
+        self._coming.setdefault(work, {})[job.number] = job
         controller = work.controller
         if work.rate is None:
             self._controllers.add(controller)
             controller.arrived(now)
         else:
             seconds = controller.seconds(work.rate, self.max_batch)
-            self._exact.add(seconds, now, controller.window())
+            self._exact.add(seconds, now, controller.windows()[1])
 
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""
+        self._came(job)
         insort(self._queues.setdefault((job.work, job.shape), []), job, key=urgency)
         self._waiting[job.priority] += 1
 
     def discard(self, job: Waiting) -> None:
-        """Let an image wait no longer, if it does."""
+        """Let an image wait no longer, if it does, and expect it no longer."""
+        self._came(job)
         # Not by its shape, which it has only once it is prepared.
         for alike, queue in self._queues.items():
             if alike[0] == job.work and job in queue:
@@ -167,6 +174,11 @@ class Scheduler:
                 if not queue:
                     del self._queues[alike]
                 return
+
+    def _came(self, job: Waiting) -> None:
+        coming = self._coming.get(job.work, {})
+        if coming.pop(job.number, None) is not None and not coming:
+            del self._coming[job.work]
 
     def take(self, now: float) -> Batch | None:
         """Take the next batch out of its queue; None if nothing waits."""
@@ -183,21 +195,30 @@ class Scheduler:
         work, queue = alike[0], self._queues[alike]
         if len(priorities) > 1:
             queue = sorted(queue, key=lambda job: (job.priority != turn, job.priority))
-        rate, reason = work.rate, "asked"
+        rate, reason, size = work.rate, "asked", None
         if rate is None:
             waiting = [(job.arrived, job.due) for job in queue]
+            coming = [
+                (job.arrived, job.due)
+                for job in self._coming.get(work, {}).values()
+                if job.priority <= turn
+            ]
             elsewhere = self._elsewhere(alike, now, turn)
-            decision = work.controller.choose(work.low, work.high, waiting, elsewhere, now)
-            rate, reason = decision.rate, decision.reason
-        size = largest_batch(
-            work.controller.times,
-            rate,
-            waiting=len(queue),
-            limit=self.max_batch,
-            budget=min(self.slo, head.due - head.arrived),
-            slack=head.due - now,
-        )
-        self._turns.ran(turn, work.controller.times.batch(rate, size), priorities)
+            rate, reason, size = work.controller.choose(
+                work.low, work.high, waiting, elsewhere, now, coming
+            )
+        if size is None:
+            size = largest_batch(
+                work.controller.times,
+                rate,
+                waiting=len(queue),
+                limit=self.max_batch,
+                budget=min(self.slo, head.due - head.arrived),
+                slack=head.due - now,
+            )
+        seconds = work.controller.times.batch(rate, size)
+        self._ends = now + seconds
+        self._turns.ran(turn, seconds, priorities)
         batch, rest = queue[:size], queue[size:]
         self._waiting.subtract(job.priority for job in batch)
         if rest:
@@ -206,22 +227,34 @@ class Scheduler:
             del self._queues[alike]
         return Batch(work.at(rate), reason, batch)
 
+    def ran(self, work: Runnable, images: int, seconds: float) -> None:
+        """Take note that a batch is over, and what it took."""
+        self._ends = -math.inf
+        work.controller.times.measured(work.rate, images, seconds)
+
     def wait(
-        self, work: Work, due: float, unprepared: int, late: bool, priority: int = NORMAL
+        self, work: Work, due: float, images: int, late: bool, now: float, priority: int = NORMAL
     ) -> float:
-        """Return the seconds until one more image could be done, at its cheapest.
+        """Return the seconds until some more images could be done, at their cheapest.
 
         Args:
-            work: the image's.
-            due: when it is due; what is due later does not keep it waiting.
-            unprepared: images that were taken and do not wait here, since they are decoded, or
-                run: they count as this one.
-            late: whether it is wanted after that, too.
-            priority: the image's; what is of a lower one does not keep it waiting either.
+            work: the images'.
+            due: when they are due; what is due later does not keep them waiting.
+            images: how many.
+            late: whether they are wanted after that, too.
+            now: the time.
+            priority: theirs; what is of a lower one does not keep them waiting either.
         """
         same = {alike for alike in self._queues if alike[0] == work}
-        own = sum(_ahead(self._queues[alike], due, priority) for alike in same) + unprepared + 1
-        return self._backlog(same, due, priority) + self.alone(work, own, late)
+        ahead = sum(_ahead(self._queues[alike], due, priority) for alike in same)
+        ahead += _ahead(self._coming.get(work, {}).values(), due, priority)
+        seconds = max(0.0, self._ends - now) + self._backlog(work, same, due, priority)
+        total = ahead + images
+        if not late:
+            # What comes later fills the last batch up: by half of what it has room for, say.
+            room = -total % work.controller.size(work.high, total)
+            seconds += room / 2 * work.controller.seconds(work.high, total)
+        return seconds + self.alone(work, total, late)
 
     def alone(self, work: Work, images: int, late: bool) -> float:
         """Return the seconds that images take at their cheapest if nothing else waits.
@@ -236,29 +269,33 @@ class Scheduler:
             each = min(each, work.controller.times.image(work.high, min(images, self.max_batch)))
         return images * each
 
-    def _backlog(self, without: Collection[Alike], due: float, priority: int) -> float:
-        """Return the seconds of what goes before an image, some queues left out."""
-        total = 0.0
+    def _backlog(self, own: Work, without: Collection[Alike], due: float, priority: int) -> float:
+        """Return the seconds of what goes before an image of `own` work, some queues left out."""
+        images: Counter[Work] = Counter()
         for alike, queue in self._queues.items():
-            if alike not in without and (images := _ahead(queue, due, priority)):
-                other = alike[0]
-                rate = min(max(other.low, other.controller.need), other.high)
-                total += images * other.controller.seconds(rate, images)
+            if alike not in without:
+                images[alike[0]] += _ahead(queue, due, priority)
+        for work, coming in self._coming.items():
+            if work != own:
+                images[work] += _ahead(coming.values(), due, priority)
+        total = 0.0
+        for work, ahead in (+images).items():
+            rate = min(max(work.low, work.controller.need), work.high)
+            total += ahead * work.controller.seconds(rate, ahead)
         return total
 
     def _elsewhere(self, alike: Alike, now: float, priority: int) -> Elsewhere:
         work = alike[0]
-        load = self._exact.rate(now, work.controller.window())
+        load = self._exact.rate(now, work.controller.windows()[1])
         for other in self._controllers - {work.controller}:
             load += other.load(other.need, now)
-        return Elsewhere(self._backlog([alike], self._queues[alike][-1].due, priority), load)
+        due = self._queues[alike][-1].due
+        return Elsewhere(self._backlog(work, [alike], due, priority), load)
 
 
-def _ahead(queue: Sequence[Waiting], due: float, priority: int) -> int:
-    """Return how many images of a queue go before one: of a higher priority, or due no later."""
-    until = bisect_right(queue, due, key=lambda job: job.due)
-    ahead = sum(job.priority <= priority for job in queue[:until])
-    return ahead + sum(job.priority < priority for job in queue[until:])
+def _ahead(images: Iterable[Waiting], due: float, priority: int) -> int:
+    """Return how many images go before one: of higher priority, or of the same and due no later."""
+    return sum((image.priority, image.due) <= (priority, due) for image in images)
 
 
 def urgency(job: Waiting) -> tuple[float, int]:

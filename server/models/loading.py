@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from adapters import Store, TaskModel, open_bank, open_task
 from adapters.schema import first_fault
 from adapters.segmentation import SegmentationModel, is_segmentation, open_segmentation
 from server.engine.rates import Controller
+from server.engine.slackfit import SlackFit
 from server.engine.threads import available_processors, set_torch_threads
 from server.engine.times import ServiceTimes
 from server.int8.calibration import Calibration
@@ -30,6 +31,9 @@ from server.settings import ModelSettings, Settings
 from tocom import Backbone, ConfigError, Ladder, cost
 
 logger = logging.getLogger(__name__)
+
+#: How rates are chosen where requests leave that to the server, by the setting's names.
+POLICIES: Mapping[str, type[Controller]] = {"arrivals": Controller, "slackfit": SlackFit}
 
 
 def load_models(settings: Settings, tell: Tell = tell_nobody) -> list[ServedModel]:
@@ -64,7 +68,7 @@ def load_models(settings: Settings, tell: Tell = tell_nobody) -> list[ServedMode
     models = []
     for each in settings.models:
         tell(Progress(each.name))
-        models.append(load_model(each, backbones, batch, slo, store))
+        models.append(load_model(each, backbones, batch, slo, store, settings.auto_policy))
     return models
 
 
@@ -89,6 +93,7 @@ def load_model(
     max_batch: int = 16,
     slo: float = math.inf,
     store: Store | None = None,
+    policy: str = "arrivals",
 ) -> ServedModel:
     """Load a model, its task and its bank.
 
@@ -98,6 +103,7 @@ def load_model(
         max_batch: images in a forward, which its controller plans with.
         slo: seconds in which answers are wanted, likewise.
         store: where references to published banks are looked up.
+        policy: how its controller chooses rates: a key of `POLICIES`.
 
     Raises:
         TocomError: if one cannot be loaded or they do not fit together.
@@ -147,7 +153,7 @@ def load_model(
             bank=None,
             source=source if are_same(each.ladder, tuned_on) else 0,
             transform=transform,
-            controller=_controller(backbone, size, each.ladder, max_batch, slo),
+            controller=POLICIES[policy](_times(backbone, size, each.ladder), max_batch, slo),
             deltas=deltas,
             graphs=backbones.graphs,
             task=task.info if task is not None else None,
@@ -163,11 +169,8 @@ def load_model(
     return model
 
 
-def _controller(
-    backbone: Backbone, size: tuple[int, int], ladder: Ladder, max_batch: int, slo: float
-) -> Controller:
-    times = ServiceTimes(lambda rate: cost(backbone.model, rate, size, ladder=ladder).macs)
-    return Controller(times, max_batch, slo)
+def _times(backbone: Backbone, size: tuple[int, int], ladder: Ladder) -> ServiceTimes:
+    return ServiceTimes(lambda rate: cost(backbone.model, rate, size, ladder=ladder).macs)
 
 
 def _evaluation(name: str, backbone: Backbone) -> Evaluation | None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.rates import HOLD, LOAD, MARGIN, Controller, Decision, Elsewhere
+from server.engine.rates import HOLD, MARGIN, Controller, Decision, Elsewhere
 from tests.server.works import controller
 
 IDLE = Elsewhere()
@@ -53,20 +53,59 @@ def test_work_for_others_counts_as_backlog():
     assert timed().choose(0, 16, waiting(2.5), Elsewhere(seconds=1.3), now=0.0).reason == "backlog"
 
 
-def test_arrivals_ask_for_a_rate_that_keeps_up_with_them():
-    made = timed(0.1)
+def test_what_will_come_in_a_moment_is_to_be_served_in_time_too():
+    made = timed(0.01, slo=0.5)
+    short, _ = made.windows()
     for i in range(1000):
-        made.arrived(i / 12)
-    decision = made.choose(0, 16, waiting(math.inf), IDLE, now=1000 / 12)
+        made.arrived(i / 500)
+    now = 1000 / 500
+    assert made.pace(now) == pytest.approx(500, rel=0.06)
+    decision = made.choose(0, 16, [(now, now + 0.5)], IDLE, now)
     assert decision.reason == "load"
-    assert made.load(decision.rate, 1000 / 12) <= LOAD < made.load(decision.rate - 1, 1000 / 12)
-    assert made.arrivals.rate(1000 / 12, made.window()) == pytest.approx(12, rel=0.06)
+    assert decision.rate > 0
+
+    def seconds(rate: int) -> float:
+        return made.seconds(rate, 1) + short * made.load(rate, now)
+
+    assert seconds(decision.rate) <= MARGIN * 0.5 < seconds(decision.rate - 1)
+
+
+def test_the_arrivals_of_others_count_as_load():
+    made = timed(0.01, slo=0.5)
+    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=3.8), now=0.0).rate == 0
+    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=3.95), now=0.0).reason == "load"
+
+
+def test_a_burst_is_met_by_its_first_batch():
+    made = timed(0.03, slo=0.5)
+    for i in range(20):
+        made.arrived(i / 10)
+    assert made.choose(0, 16, [(2.0, 2.5)], IDLE, now=2.0).rate == 0
+    for _ in range(24):
+        made.arrived(2.0)  # only one of them is prepared when the batch begins
+    first = made.choose(0, 16, [(2.0, 2.5)], IDLE, now=2.0)
+    assert first.reason == "load"
+    assert first.rate > 4
+
+
+def test_images_that_are_not_prepared_count_as_backlog():
+    made = timed(0.05, slo=0.5)
+    decision = made.choose(0, 16, waiting(0.5), IDLE, 0.0, coming=waiting(*[0.5] * 9))
+    assert (decision.rate, decision.reason) == (7, "backlog")
+
+
+def test_a_quiet_moment_does_not_hide_that_much_arrives():
+    made = timed(0.01)
+    for i in range(1000):
+        made.arrived(i / 100)
+    short, longer = made.windows()
+    assert made.pace(10.0 + short) == pytest.approx(100 * math.exp(-short / longer), rel=0.1)
 
 
 def test_one_image_is_no_load_however_slow_the_model():
-    made = timed(60)
+    made = timed(60, slo=100)
     made.arrived(0.0)
-    assert made.choose(0, 16, waiting(math.inf), IDLE, now=0.0).rate == 0
+    assert made.choose(0, 16, waiting(160), IDLE, now=0.0).rate == 0
 
 
 def test_what_cannot_be_kept_runs_at_the_highest_rate_allowed():
@@ -80,7 +119,7 @@ def test_up_at_once_and_down_after_a_while():
     up = made.choose(0, 16, waiting(*[5.0] * 8), IDLE, now=0.1)
     assert up.rate > 0
     assert up.reason == "backlog"
-    held = made.choose(0, 16, waiting(10.0), IDLE, now=HOLD)
+    held = made.choose(0, 16, waiting(10.0), IDLE, now=0.05 + HOLD)
     assert (held.rate, held.reason) == (up.rate, "cooling")
     later = made.choose(0, 16, waiting(20.0), IDLE, now=0.2 + HOLD)
     assert (later.rate, later.reason) == (0, "quality")

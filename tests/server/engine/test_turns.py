@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.elastic.simulated import Image
 from server.engine.places import Places
 from server.engine.scheduler import Scheduler
 from server.engine.turns import HIGH, LOW, NORMAL, Turns
 from server.errors import QueueFullError
-from tests.server.engine.test_elastic import Image
 from tests.server.works import PATIENCE, Exact, controller, image, settle
 
 SHARE = 0.1
@@ -153,7 +153,7 @@ def test_what_is_of_lower_priority_keeps_nobody_waiting():
         *(Image(b, 0, due=9, number=i, priority=HIGH) for i in range(4, 6)),
     )
     seconds = {
-        priority: waiting.wait(a, due=5, unprepared=0, late=False, priority=priority)
+        priority: waiting.wait(a, due=5, images=1, late=False, now=0, priority=priority)
         for priority in (HIGH, NORMAL, LOW)
     }
     assert seconds == {HIGH: 1, NORMAL: 1 + 2, LOW: 5 + 2}

@@ -60,6 +60,12 @@ def test_a_server_that_chooses_among_some_rates(settings, photo):
         assert "chooses among 1 to 3" in problem(answer)
 
 
+def test_a_server_that_chooses_by_slackfit(settings, photo):
+    other = settings.model_copy(update={"auto_policy": "slackfit"})
+    with TestClient(create_app(other)) as client:
+        assert ask(client, photo, rate="auto").json()["reason"] == "slack"
+
+
 def test_a_deadline_of_the_request(client, photo):
     assert ask(client, photo, deadline_ms=60_000).status_code == 200
     assert "deadline_ms" in problem(ask(client, photo, deadline_ms=0))

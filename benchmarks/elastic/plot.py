@@ -1,4 +1,4 @@
-"""A plot of what `serve_elastic` measured: load, rate and latency over time."""
+"""A plot of what `serve_elastic` measured in its steps: load, rate and latency over time."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 
 
 def plot(result: dict[str, Any], folder: Path) -> None:
-    """Write `elastic.svg` and `.png`."""
-    auto, stock = result["series"]["auto"], result["series"]["rate 0"]
-    begins = result["steps"][0]["seconds"]
-    ends = begins + result["steps"][1]["seconds"]
+    """Write `elastic.svg` and `.png`, of the first round."""
+    trace = result["traces"]["steps"]
+    auto, stock = trace["series"]["auto"], trace["series"]["rate 0"]
+    begins, ends = trace["burst"]
     seconds = range(len(auto["offered"]))
     figure, (load, rate, latency) = plt.subplots(
         3, 1, figsize=(8, 7), sharex=True, layout="constrained"
@@ -23,7 +23,8 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     load.plot(seconds, auto["offered"], color="0.6", label="offered")
     load.plot(seconds, auto["good"], color="C0", label="in time, auto")
     load.plot(seconds, stock["good"], color="C1", label="in time, rate 0")
-    for at, capacity in result["capacity"].items():
+    for at in (0, max(result["capacity"])):
+        capacity = result["capacity"][at]
         load.axhline(capacity, color="0.4", lw=0.8, ls=":")
         load.annotate(f"capacity at rate {at}", (0, capacity), fontsize=8, va="bottom")
     load.set(ylabel="images/s", ylim=(0, 1.3 * max(auto["offered"])))
