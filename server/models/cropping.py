@@ -9,9 +9,12 @@ than one pixel of a hundred. All other pictures go through the transform as it i
 
 from typing import Any, cast
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Resize
 
 #: How often the resized long side holds what is kept of it. No camera's panorama is that long,
@@ -23,16 +26,35 @@ LONG = 8
 MARGIN = 4
 
 
-def transformed(image: Image.Image, transform: Any) -> Tensor:
-    """Return the image [3, H, W] that a transform of timm makes of an RGB picture."""
+def transformed(image: Image.Image, transform: Any, fast: bool = False) -> Tensor:
+    """Return the image [3, H, W] that a transform of timm makes of an RGB picture.
+
+    Args:
+        image: the picture.
+        transform: what timm makes for a model.
+        fast: whether torch resizes instead of Pillow.
+    """
     steps = getattr(transform, "transforms", [])
     if len(steps) > 1 and isinstance(steps[1], CenterCrop):
-        middle = _resized_middle(image, steps[0], steps[1])
-        if middle is not None:
+        resized = _resized_middle(image, steps[0], steps[1])
+        if resized is None and fast:
+            resized = _resized_by_torch(image, steps[0])
+        if resized is not None:
             for step in steps[1:]:
-                middle = step(middle)
-            return cast("Tensor", middle)
+                resized = step(resized)
+            return cast("Tensor", resized)
     return cast("Tensor", transform(image))
+
+
+def _resized_by_torch(image: Image.Image, resize: Any) -> Image.Image | None:
+    """Return the resized picture; None: torch does not resize as the transform says."""
+    size = _resized_size(image, resize)
+    mode = getattr(resize.interpolation, "value", None)
+    if size is None or mode not in ("bilinear", "bicubic"):
+        return None
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    made = interpolate(pixels[None], (size[1], size[0]), mode=mode, antialias=True)[0]
+    return Image.fromarray(made.permute(1, 2, 0).numpy())
 
 
 def _resized_middle(image: Image.Image, resize: Any, crop: CenterCrop) -> Image.Image | None:

@@ -46,7 +46,7 @@ def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> 
     """
     least_side = model.least_side if settings.reduce_jpegs else None
     with decoding(data, settings.max_pixels, least_side) as picture:
-        return transformed(picture, model.transform)
+        return transformed(picture, model.transform, settings.fast_resize)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from timm.data import create_transform
 
 from server.models.cropping import transformed
 from server.models.pictures import prepare
+from server.settings import Settings
 from tests.server.conftest import png
 
 
@@ -97,3 +98,29 @@ def test_a_long_upload_makes_few_pixels(size, served, settings, resized):
     assert max(math.prod(made) for made in resized) < 2 * 74**2
     assert torch.equal(image, served.transform(noise(*size)))
     assert max(math.prod(made) for made in resized) > 70 * 74**2
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (226, 224), (100, 60), (1600, 1200)])
+def test_torch_resizes_as_pillow_does_but_for_rounding(size, interpolation, resized):
+    steps, image = transform(interpolation=interpolation), noise(*size)
+    whole = steps(image).int()
+    del resized[:]
+    fast = transformed(image, steps, fast=True).int()
+    assert not resized
+    difference = (fast - whole).abs()
+    assert difference.max() <= 2
+    assert difference.count_nonzero() < 0.01 * difference.numel()
+
+
+@pytest.mark.parametrize("arguments", [{"interpolation": "lanczos"}, {"crop_mode": "squash"}])
+def test_what_torch_cannot_resize_alike_is_left_to_pillow(arguments):
+    steps, image = transform(**arguments), noise(500, 375)
+    assert torch.equal(transformed(image, steps, fast=True), steps(image))
+
+
+def test_a_server_resizes_as_its_settings_say(served):
+    data, sure = png(noise(300, 200)), Settings()
+    fast = prepare(data, served, sure.model_copy(update={"fast_resize": True}))
+    assert not torch.equal(fast, prepare(data, served, sure))
+    torch.testing.assert_close(fast, prepare(data, served, sure), atol=0.03, rtol=0)
