@@ -43,7 +43,7 @@ _FREE = {
 #: The length of a run, which may grow.
 _LENGTHS = ("loop.steps", "loop.epochs")
 #: What a run makes at its end.
-_RESULTS = ("bank", "model", "task", "result.json")
+_RESULTS = ("bank", "model", "task", "result.json", "test-after.json")
 _LONGEST_VALUE = 60  # characters of a value in a message
 _log = logging.getLogger(__name__)
 

@@ -42,8 +42,9 @@ def test_a_task_is_served_at_every_rung(alone, tmp_path, method):
     both = load_model(settings.model_copy(update={"ladders": (_file(ladder, tmp_path), "tome")}))
     assert [each.ladder.name for each in both.ladders] == ["learned", "tome"]
     early = Ladder("early", method, ((0,) * depth, (9,) * depth), ladder.patches)
+    ladders = _file(early, tmp_path), _file(ladder, tmp_path)
     with pytest.raises(ConfigError, match="has learned nothing for block 0, only for 1, 2"):
-        load_model(settings.model_copy(update={"ladders": (_file(early, tmp_path), "tome")}))
+        load_model(settings.model_copy(update={"ladders": ladders}))
 
 
 def test_a_stock_model_has_no_weights_for_it(alone, tmp_path):

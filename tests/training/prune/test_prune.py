@@ -85,6 +85,19 @@ def test_a_resumed_run_is_the_same(pictures: Path, model_folder: Path, tmp_path:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_longer_run_tests_what_itself_made(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    prune(recipe(pictures, model_folder), tmp_path / "run")
+    tested = tmp_path / "run" / "test-after.json"
+    stale = json.loads(tested.read_text())
+    stale["sums"][0] = -1000.0  # what would be seen if it counted again
+    tested.write_text(json.dumps(stale))
+    longer = prune(recipe(pictures, model_folder, loop={"steps": 6}), tmp_path / "run")
+    assert json.loads((longer / "config.json").read_text())["training"]["after"]["top1"] >= 0
+    assert tested.with_name("test-after-4-steps.json").exists()
+
+
 def test_a_task_with_branches_comes_out_beside_its_model(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
