@@ -117,6 +117,12 @@ def test_it_has_no_classes(client, photo, path):
     )
 
 
+def test_no_cascade_can_be_calibrated_for_it(client, photo):
+    answer = client.post("/v1/embed", params={"rate": "cascade"}, files={"file": photo})
+    assert answer.status_code == 422
+    assert problem(answer).endswith("and the model 'clip' has no classes")
+
+
 def test_who_names_no_model_is_answered_by_one_with_classes(client, photo):
     assert client.post("/v1/classify", files={"file": photo}).json()["model"] == "tiny"
 
