@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 #: What models do: name what a picture shows, or say it of every pixel.
-Kind: TypeAlias = Literal["classification", "segmentation"]
+Kind: TypeAlias = Literal["classification", "embedding", "segmentation"]
 
 
 class Prediction(BaseModel):
@@ -132,7 +132,10 @@ class Segmentations(BaseModel):
 class Embedding(ImageAnswer):
     """The answer to a request for the features of an image."""
 
-    embedding: list[float] = Field(description="pooled features: what the model's head reads")
+    embedding: list[float] = Field(
+        description="pooled features: what the model's head reads; of a CLIP image tower, what "
+        "it projects them to"
+    )
     normalized: bool = Field(description="whether its length was made 1")
 
 
@@ -222,6 +225,9 @@ class ModelSummary(BaseModel):
     backbone: str
     architecture: str
     classes: int
+    dimensions: int | None = Field(
+        default=None, description="numbers of an embedding; null: it is not for embedding"
+    )
     source_rate: int
     max_rate: int
     bank: BankSummary | None = Field(description="for one of its ladders")

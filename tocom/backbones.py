@@ -91,6 +91,20 @@ class Backbone:
             )
         return channels, height, width
 
+    @cached_property
+    def projects(self) -> bool:
+        """Whether its head is no classifier but CLIP's projection: what it gives is the embedding.
+
+        timm has the width of the projection as the number of classes. So it is one if weights of
+        the architecture that timm knows have as many, and nobody names classes: towers that were
+        tuned to classify have ImageNet's, or those of their folder or task.
+        """
+        count = self.model.num_classes
+        if "_clip_" not in self.architecture or self.class_names != _unnamed(count):
+            return False
+        known = timm.list_pretrained(f"{self.architecture}.*")
+        return any(timm.get_pretrained_cfg(name).num_classes == count for name in known)
+
     @property
     def max_rate(self) -> int:
         """The highest rate where no bank says one: all patches, shared among the blocks."""
@@ -347,4 +361,9 @@ def _class_names(model: VisionTransformer) -> tuple[str, ...]:
     if model.num_classes > 1 and (subset := infer_imagenet_subset(model)):
         info = ImageNetInfo(subset)
         return tuple(info.index_to_description(i) for i in range(model.num_classes))
-    return tuple(f"class {i}" for i in range(model.num_classes))
+    return _unnamed(model.num_classes)
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """Return what classes are called that nobody names."""
+    return tuple(f"class {i}" for i in range(count))

@@ -70,6 +70,10 @@ def cascade_work(model: ServedModel, query: RateQuery, trace: bool) -> CascadeWo
 
 def _cascade(model: ServedModel) -> Cascade:
     whose = f"the model {model.name!r}{model.of_ladder}"
+    if model.backbone.projects:
+        raise ParameterError(
+            f"rate=cascade goes by how sure a classification is, and {whose} has no classes"
+        )
     if model.cascade is None:
         raise ParameterError(f"{whose} has no calibration for rate=cascade: {_HOW}")
     if (other := misfit(model)) is not None:

@@ -23,7 +23,17 @@ from tocom import TOME, TocomError
 #: What may be done with an image.
 AnyWork: TypeAlias = RateWork | AutoWork | CascadeWork
 #: Where models of a kind are asked.
-ROUTES: Mapping[Kind, str] = {"classification": "/v1/classify", "segmentation": "/v1/segment"}
+ROUTES: Mapping[Kind, str] = {
+    "classification": "/v1/classify",
+    "embedding": "/v1/embed",
+    "segmentation": "/v1/segment",
+}
+#: Which models may be asked: those that classify have features, too.
+_ANSWERING: Mapping[Kind, tuple[Kind, ...]] = {
+    "classification": ("classification",),
+    "embedding": ("classification", "embedding"),
+    "segmentation": ("segmentation",),
+}
 
 
 class Deadline:
@@ -123,18 +133,18 @@ def noted(work: AnyWork) -> dict[str, str | int]:
 
 
 def model_of(kind: Kind, name: str | None, models: Registry) -> ServedModel:
-    """Return the model of a name; without one, the first of a kind.
+    """Return the model of a name; without one, the first that is for this kind of question.
 
     Raises:
         UnknownModelError: naming those that there are, if no model has the name.
-        ParameterError: if it is of another kind.
+        ParameterError: if it is for another kind.
     """
-    of_kind = [model for model in models.all() if model.kind == kind]
-    if name is None and of_kind:
-        return of_kind[0]
+    answering = [model for model in models.all() if model.kind in _ANSWERING[kind]]
+    if name is None and answering:
+        return answering[0]
     model = models.get(name)
-    if model.kind != kind:
-        there = ", ".join(each.name for each in of_kind) or "none"
+    if model.kind not in _ANSWERING[kind]:
+        there = ", ".join(each.name for each in answering) or "none"
         raise ParameterError(
             f"the model {model.name!r} is for {model.kind} ({ROUTES[model.kind]}), and this is for "
             f"{kind}; models for that: {there}"

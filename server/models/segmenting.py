@@ -6,7 +6,7 @@ one costs goes by its size, too.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -32,10 +32,13 @@ class ServedSegmenter(ServedModel):
         segmenter: its encoder is the backbone.
     """
 
-    kind: ClassVar[Kind] = "segmentation"
-
     segmenter: Segmenter
     _costs: dict[tuple[int, Size], Cost] = field(init=False, default_factory=dict, repr=False)
+
+    @property
+    def kind(self) -> Kind:
+        """What it does."""
+        return "segmentation"
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,6 @@ class ServedModel:
         BankError: if the bank is for another backbone.
     """
 
-    kind: ClassVar[Kind] = "classification"
-
     name: str
     backbone: Backbone
     bank: Bank | None
@@ -101,9 +99,25 @@ class ServedModel:
         return self.bank.info.max_rate if self.bank else self.backbone.max_rate
 
     @property
+    def kind(self) -> Kind:
+        """What it does."""
+        return "embedding" if self.backbone.projects else "classification"
+
+    @property
     def class_names(self) -> Sequence[str]:
         """Names of the classes that it tells apart."""
-        return self.backbone.class_names
+        return () if self.backbone.projects else self.backbone.class_names
+
+    @property
+    def dimensions(self) -> int:
+        """How many numbers an embedding has."""
+        model = self.backbone.model
+        size: int = model.num_classes if self.backbone.projects else model.num_features
+        return size
+
+    def embedding(self, output: "Output") -> Tensor:
+        """Return the embedding [D] of an image: what the head projects to, or else reads."""
+        return output.logits if self.backbone.projects else output.features
 
     @property
     def ladders(self) -> tuple["ServedModel", ...]:
@@ -289,7 +303,7 @@ class ServedModel:
 class Output(NamedTuple):
     """What a model says of one image; all on the CPU."""
 
-    logits: Tensor  # [C] fp32
+    logits: Tensor  # [C] fp32, what the head gives
     features: Tensor  # [D] fp32, what the head reads
     source: Tensor | None  # [N] final token that holds each input token, -1: none; None: no trace
 

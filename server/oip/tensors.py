@@ -1,7 +1,8 @@
 """What a served model takes and gives in the tensors of the Open Inference Protocol.
 
 Takes `image`, encoded pictures, or `pixels`, ready for the model; gives `logits`,
-`probabilities` and `features`. A model of segmentation takes `image` and gives `classes`.
+`probabilities` and `features`. A CLIP image tower gives `features` alone; a model of segmentation
+takes `image` and gives `classes`.
 """
 
 import math
@@ -52,8 +53,9 @@ def outputs(model: ServedModel) -> Tensors:
     """Return what it gives."""
     if isinstance(model, ServedSegmenter):
         return {CLASSES: ("UINT8", [FREE, FREE])}
-    classes = len(model.backbone.class_names)
-    shapes = {LOGITS: classes, PROBABILITIES: classes, FEATURES: model.backbone.model.num_features}
+    classes = len(model.class_names)
+    scored = {LOGITS: classes, PROBABILITIES: classes} if classes else {}
+    shapes = {**scored, FEATURES: model.dimensions}
     return {name: ("FP32", [size]) for name, size in shapes.items()}
 
 
@@ -194,10 +196,12 @@ def _class_maps(
 
 
 def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> OutputTensor:
-    attribute = FEATURES if asked.name == FEATURES else LOGITS
-    values = torch.stack([getattr(answer.output, attribute) for answer in answers])
     work = answers[0].work
     assert isinstance(work, RateWork)
+    outputs = [answer.output for answer in answers]
+    values = torch.stack(
+        [work.model.embedding(each) if asked.name == FEATURES else each.logits for each in outputs]
+    )
     if asked.name == PROBABILITIES:
         values = work.model.backbone.scores(values)
     found = values.numpy()

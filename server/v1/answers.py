@@ -66,13 +66,14 @@ def classification(
 
 def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str) -> Embedding:
     """Describe the features of one image; arguments as of `classification`."""
-    features = answer.output.features
+    ran = Ran.of(answer)
+    features = ran.model.embedding(answer.output)
     if query.normalize:
         features = F.normalize(features, dim=0)
     return Embedding(
         embedding=features.tolist(),
         normalized=query.normalize,
-        **_common(Ran.of(answer), query, seconds, request_id),
+        **_common(ran, query, seconds, request_id),
     )
 
 
@@ -160,6 +161,7 @@ def summary(model: ServedModel) -> ModelSummary:
         backbone=model.backbone.name,
         architecture=model.backbone.architecture,
         classes=len(model.class_names),
+        dimensions=None if isinstance(model, ServedSegmenter) else model.dimensions,
         source_rate=model.source,
         max_rate=model.max_rate,
         bank=_bank(model.repaired),

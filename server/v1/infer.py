@@ -65,7 +65,7 @@ async def embed(
 
     Images are sent and answered as those to classify are.
     """
-    model = model_of("classification", query.model, serving.models)
+    model = model_of("embedding", query.model, serving.models)
 
     def describe(answer: Answer, seconds: float) -> Embedding:
         return answers.embedding(answer, query, seconds, request.state.request_id)

@@ -78,7 +78,7 @@ async def embeddings(
     arrived = serving.engine.clock()
     serving.engine.check_room()  # before the body is read: what cannot be taken need not be sent
     question = await _read(request, serving)
-    model = model_of("classification", question.model, serving.models)
+    model = model_of("embedding", question.model, serving.models)
     _check_dimensions(question.dimensions, model)
     work = asked_for(request, serving, model, question)
     deadline = Deadline(serving.engine, question.deadline_ms, serving.settings, arrived)
@@ -106,16 +106,16 @@ async def _read(request: Request, serving: Serving) -> EmbeddingsRequest:
 
 
 def _check_dimensions(asked: int | None, model: ServedModel) -> None:
-    there: int = model.backbone.model.num_features
-    if asked not in (None, there):
+    if asked not in (None, model.dimensions):
         raise ParameterError(
-            f"features of the model {model.name!r} have {there} dimensions and cannot be cut "
-            f"short, got dimensions={asked}"
+            f"embeddings of the model {model.name!r} have {model.dimensions} dimensions and cannot "
+            f"be cut short, got dimensions={asked}"
         )
 
 
 def _item(index: int, answer: Answer, question: EmbeddingsRequest) -> EmbeddingItem:
-    ran, features = Ran.of(answer), answer.output.features
+    ran = Ran.of(answer)
+    features = ran.model.embedding(answer.output)
     if question.normalize:
         features = F.normalize(features, dim=0)
     numbers = features.numpy()
