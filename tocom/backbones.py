@@ -118,6 +118,16 @@ class Backbone:
         """
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
+    @property
+    def dimensions(self) -> int:
+        """How many numbers an embedding has."""
+        size: int = self.model.num_classes if self.projects else self.model.num_features
+        return size
+
+    def embedding(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Return the embedding [..., D]: what the head reads, or what it projects to."""
+        return logits if self.projects else features
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights as fp32, whatever precision they were stored in."""

@@ -109,17 +109,6 @@ class ServedModel:
         return () if self.backbone.projects else self.backbone.class_names
 
     @property
-    def dimensions(self) -> int:
-        """How many numbers an embedding has."""
-        model = self.backbone.model
-        size: int = model.num_classes if self.backbone.projects else model.num_features
-        return size
-
-    def embedding(self, output: "Output") -> Tensor:
-        """Return the embedding [D] of an image: what the head projects to, or else reads."""
-        return output.logits if self.backbone.projects else output.features
-
-    @property
     def ladders(self) -> tuple["ServedModel", ...]:
         """It on all of its ladders, the default one first."""
         return self, *self.others

@@ -55,7 +55,7 @@ def outputs(model: ServedModel) -> Tensors:
         return {CLASSES: ("UINT8", [FREE, FREE])}
     classes = len(model.class_names)
     scored = {LOGITS: classes, PROBABILITIES: classes} if classes else {}
-    shapes = {**scored, FEATURES: model.dimensions}
+    shapes = {**scored, FEATURES: model.backbone.dimensions}
     return {name: ("FP32", [size]) for name, size in shapes.items()}
 
 
@@ -198,12 +198,13 @@ def _class_maps(
 def _result(asked: RequestedOutput, binary: bool, answers: Sequence[Answer]) -> OutputTensor:
     work = answers[0].work
     assert isinstance(work, RateWork)
-    outputs = [answer.output for answer in answers]
-    values = torch.stack(
-        [work.model.embedding(each) if asked.name == FEATURES else each.logits for each in outputs]
-    )
+    backbone = work.model.backbone
+    values = torch.stack([answer.output.logits for answer in answers])
+    if asked.name == FEATURES:
+        features = torch.stack([answer.output.features for answer in answers])
+        values = backbone.embedding(features, values)
     if asked.name == PROBABILITIES:
-        values = work.model.backbone.scores(values)
+        values = backbone.scores(values)
     found = values.numpy()
     if asked.parameters.classification:
         found = _classified(values, asked.parameters.classification, work.model)

@@ -66,8 +66,8 @@ def classification(
 
 def embedding(answer: Answer, query: EmbedQuery, seconds: float, request_id: str) -> Embedding:
     """Describe the features of one image; arguments as of `classification`."""
-    ran = Ran.of(answer)
-    features = ran.model.embedding(answer.output)
+    ran, output = Ran.of(answer), answer.output
+    features = ran.model.backbone.embedding(output.features, output.logits)
     if query.normalize:
         features = F.normalize(features, dim=0)
     return Embedding(
@@ -161,7 +161,7 @@ def summary(model: ServedModel) -> ModelSummary:
         backbone=model.backbone.name,
         architecture=model.backbone.architecture,
         classes=len(model.class_names),
-        dimensions=None if isinstance(model, ServedSegmenter) else model.dimensions,
+        dimensions=None if isinstance(model, ServedSegmenter) else model.backbone.dimensions,
         source_rate=model.source,
         max_rate=model.max_rate,
         bank=_bank(model.repaired),

@@ -106,16 +106,17 @@ async def _read(request: Request, serving: Serving) -> EmbeddingsRequest:
 
 
 def _check_dimensions(asked: int | None, model: ServedModel) -> None:
-    if asked not in (None, model.dimensions):
+    there = model.backbone.dimensions
+    if asked not in (None, there):
         raise ParameterError(
-            f"embeddings of the model {model.name!r} have {model.dimensions} dimensions and cannot "
-            f"be cut short, got dimensions={asked}"
+            f"embeddings of the model {model.name!r} have {there} dimensions and cannot be cut "
+            f"short, got dimensions={asked}"
         )
 
 
 def _item(index: int, answer: Answer, question: EmbeddingsRequest) -> EmbeddingItem:
-    ran = Ran.of(answer)
-    features = ran.model.embedding(answer.output)
+    ran, output = Ran.of(answer), answer.output
+    features = ran.model.backbone.embedding(output.features, output.logits)
     if question.normalize:
         features = F.normalize(features, dim=0)
     numbers = features.numpy()
