@@ -210,7 +210,7 @@ def test_every_setting_is_an_option_with_its_help(capsys):
     told = capsys.readouterr().out
     options = {name.replace("_", "-") for name in Settings.model_fields}
     options -= {"models", "admin-key", "api-keys"}
-    negated = {"no-auto", "no-cache-shared", "no-otel", "no-reduce-jpegs"}
+    negated = {"no-auto", "no-cache-shared", "no-fast-resize", "no-otel", "no-reduce-jpegs"}
     assert set(re.findall(r"--([a-z][\w-]*)", told)) == {
         *options, *negated, "help", "version", "completion", "config", "model",
     }  # fmt: skip
