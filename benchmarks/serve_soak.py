@@ -1,20 +1,23 @@
 """Whether a server that runs for long under all kinds of requests keeps its memory and its temper.
 
-    python -m benchmarks.serve_soak --pictures eval.tar --minutes 10
+    python -m benchmarks.serve_soak --pictures eval.tar --minutes 120 --folder out
 
-Some clients ask for classifications at all rates and `auto`, several images at once, features,
-streams and what the server tells of itself; one request in ten is bad: damaged and falsely
-declared images, parameters that do not exist, clients that leave. Each must get a status that its
-kind may get: no bad request may be a fault of the server's, and 503 and 504 mean overload.
+Some clients ask for classifications at all rates, `auto` and `cascade`, several images at once,
+features (also as OpenAI's clients do), labels as Hugging Face's do, streams and what the server
+tells of itself; one request in ten is bad: damaged and falsely declared images, parameters that do
+not exist, clients that leave. Meanwhile the model's bank changes every two minutes. Each request
+must get a status that its kind may get: no bad request may be a fault of the server's, and 503 and
+504 mean overload.
 
-Resident memory is read every second. Its slope is that of the second half, when everything has
-been used once.
+Resident memory, threads and open files are read every second. Slopes are those of the second half,
+when everything has been used once.
 """
 
 import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import random
 import statistics
@@ -22,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from PIL import Image
 
 from benchmarks import machine, subject
 from benchmarks.estimates import markdown, slope
+from benchmarks.serve_swap import KEY, publish, variants
 from benchmarks.served import Served, serving
 
 JPEG = {"Content-Type": "image/jpeg"}
@@ -40,6 +44,10 @@ LINES = {"Content-Type": "application/x-ndjson"}
 OVERLOAD = (503, 504)
 #: Share of requests that are bad; seconds after which a client leaves that does not wait.
 BAD, PATIENCE = 0.1, 0.01
+#: Seconds between two changes of the bank; bytes of answers that the server keeps.
+SWAP, KEPT = 120.0, 2**20
+#: What is read of the server every second.
+READ = ("MiB", "threads", "open files")
 
 
 @dataclass(frozen=True)
@@ -64,24 +72,29 @@ class Traffic:
         self._bomb = written.getvalue()
         self._good: list[Callable[[], Ask]] = [
             self._form, self._form, self._form, self._body, self._body, self._several,
-            self._encoded, self._features, self._stream, self._state,
+            self._encoded, self._features, self._openai, self._hugging_face, self._stream,
+            self._state,
         ]  # fmt: skip
 
     def next(self) -> Ask:
         """Return any request."""
         if self._chance.random() < BAD:
             return self._chance.choice(self._bad())
-        return self._chance.choice(self._good)()
+        ask = self._chance.choice(self._good)()
+        # A cascade is refused while a bank is served that it was not calibrated for.
+        return replace(ask, allowed=(200, 422)) if "rate=cascade" in ask.target else ask
 
     def _picture(self) -> bytes:
         return self._chance.choice(self.pictures)
 
     def _rate(self) -> str:
-        return self._chance.choice([str(self._chance.randint(0, self.highest)), "auto"])
+        rate = str(self._chance.randint(0, self.highest))
+        return self._chance.choice([rate, rate, "auto", "cascade"])
 
     def _form(self) -> Ask:
         options = self._chance.choice(("", "&logits=true", "&merge_map=true", "&compensate=false"))
-        target = f"/v1/classify?rate={self._rate()}{options}"
+        rate = self._chance.choice([self._chance.randint(0, self.highest), "auto"])
+        target = f"/v1/classify?rate={rate}{options}"
         return Ask("form", target, {"files": {"file": self._picture()}})
 
     def _body(self) -> Ask:
@@ -101,6 +114,15 @@ class Traffic:
     def _features(self) -> Ask:
         target = f"/v1/embed?rate={self._rate()}&normalize=true"
         return Ask("features", target, {"files": {"file": self._picture()}})
+
+    def _openai(self) -> Ask:
+        image = f"data:image/jpeg;base64,{base64.b64encode(self._picture()).decode()}"
+        content = json.dumps({"model": "benchmark", "input": [image], "encoding_format": "base64"})
+        return Ask("OpenAI", "/v1/embeddings", {"content": content, "headers": JSON})
+
+    def _hugging_face(self) -> Ask:
+        target = f"/models/benchmark?rate={self._rate()}"
+        return Ask("Hugging Face", target, {"content": self._picture(), "headers": JPEG})
 
     def _stream(self) -> Ask:
         images = [base64.b64encode(self._picture()).decode() for _ in range(6)]
@@ -142,12 +164,14 @@ class Found:
     Attributes:
         answers: by (kind, status); status 0: the client left or the connection broke.
         wrong: answers that their kind may not get, as text.
-        memory: (seconds, MiB) of the server.
+        state: seconds, and of the server then what `READ` names.
+        swaps: statuses of the changes of the bank.
     """
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    state: list[tuple[float, float, int, int]] = field(default_factory=list)
+    swaps: Counter[int] = field(default_factory=Counter)
 
     def add(self, ask: Ask, status: int, text: str) -> None:
         """Take note of an answer."""
@@ -158,8 +182,10 @@ class Found:
             self.wrong.append(f"{ask.kind}: {status} {text[:200]}")
 
 
-async def soak(served: Served, traffic: Traffic, seconds: float, clients: int) -> Found:
-    """Let clients ask one request after the other for some seconds."""
+async def soak(
+    served: Served, traffic: Traffic, seconds: float, clients: int, digests: Sequence[str] = ()
+) -> Found:
+    """Let clients ask one request after the other for some seconds, while the bank changes."""
     found = Found()
     began = time.monotonic()
 
@@ -177,13 +203,22 @@ async def soak(served: Served, traffic: Traffic, seconds: float, clients: int) -
 
     async def watch() -> None:
         while True:
-            found.memory.append((time.monotonic() - began, served.memory()))
+            state = served.memory(), served.threads(), served.open_files()
+            found.state.append((time.monotonic() - began, *state))
             await asyncio.sleep(1)
 
-    watching = asyncio.create_task(watch())
+    async def swap(client: httpx.AsyncClient) -> None:
+        for digest in itertools.cycle(digests):
+            await asyncio.sleep(SWAP)
+            address, key = "/v1/models/benchmark/bank", {"X-API-Key": KEY}
+            answer = await client.put(address, json={"bank": digest}, headers=key, timeout=60)
+            found.swaps[answer.status_code] += 1
+
     async with httpx.AsyncClient(base_url=served.url) as client:
+        beside = [asyncio.create_task(watch()), asyncio.create_task(swap(client))]
         await asyncio.gather(*(work(client) for _ in range(clients)))
-    watching.cancel()
+        for each in beside:
+            each.cancel()
     return found
 
 
@@ -192,27 +227,58 @@ def report(found: Found) -> str:
     statuses: Counter[int] = Counter()
     for (_, status), count in found.answers.items():
         statuses[status] += count
-    half = found.memory[len(found.memory) // 2 :]
-    times, sizes = zip(*half, strict=True)
-    grows, error = (60 * each for each in slope(times, sizes))
-    quarter = len(half) // 2
-    growth = statistics.median(sizes[quarter:]) - statistics.median(sizes[:quarter])
     faults = sum(n for status, n in statuses.items() if status >= 500 and status not in OVERLOAD)
-    header = ["requests", "2xx", "4xx", "503, 504", "other 5xx", "left", "not as expected",
-              "MiB at the start", "at half", "at the end", "MiB a minute, second half",
-              "third to fourth quarter, MiB"]  # fmt: skip
+    header = ["requests", "2xx", "4xx", "503, 504", "other 5xx", "left", "not as expected", "swaps"]
     row = [
         statuses.total(),
         sum(n for status, n in statuses.items() if 200 <= status < 300),
         sum(n for status, n in statuses.items() if 400 <= status < 500),
         sum(statuses[status] for status in OVERLOAD), faults, statuses[0], len(found.wrong),
-        f"{found.memory[0][1]:.0f}", f"{sizes[0]:.0f}", f"{sizes[-1]:.0f}",
-        f"{grows:+.2f} ± {1.96 * error:.2f}", f"{growth:+.1f}",
+        ", ".join(f"{n} x {status}" for status, n in found.swaps.items()),
     ]  # fmt: skip
     kinds = [[kind, status, count] for (kind, status), count in sorted(found.answers.items())]
-    lines = [markdown(header, [row]), "", markdown(["kind", "status", "requests"], kinds)]
+    lines = [markdown(header, [row]), "", grown(found), "",
+             markdown(["kind", "status", "requests"], kinds)]  # fmt: skip
     lines += ["", *(f"- {each}" for each in found.wrong[:20])]
     return "\n".join(lines)
+
+
+def grown(found: Found) -> str:
+    """Return what became of memory, threads and files, in Markdown."""
+    half = found.state[len(found.state) // 2 :]
+    times = [each[0] for each in half]
+    rows = []
+    for number, what in enumerate(READ, 1):
+        values = [each[number] for each in half]
+        grows, error = (3600 * each for each in slope(times, values))
+        quarter = len(half) // 2
+        growth = statistics.median(values[quarter:]) - statistics.median(values[:quarter])
+        rows.append([what, f"{found.state[0][number]:.0f}", f"{values[0]:.0f}",
+                     f"{values[-1]:.0f}", f"{max(each[number] for each in found.state):.0f}",
+                     f"{grows:+.1f} ± {1.96 * error:.1f}", f"{growth:+.1f}"])  # fmt: skip
+    header = ["", "at the start", "at half", "at the end", "most", "an hour, second half",
+              "third to fourth quarter"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def plot(found: Found, folder: Path) -> None:
+    """Write `soak.svg` and `.png`: memory, threads and open files over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no display is needed
+
+    import matplotlib.pyplot as plt
+
+    minutes = [each[0] / 60 for each in found.state]
+    figure, axes = plt.subplots(3, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for number, (axis, what) in enumerate(zip(axes, READ, strict=True), 1):
+        axis.plot(minutes, [each[number] for each in found.state], lw=0.8)
+        axis.set(ylabel=what, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[-1].set(xlabel="minutes")
+    for suffix in ("svg", "png"):
+        figure.savefig(folder / f"soak.{suffix}", dpi=130)
+    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,18 +288,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to write report and plot")
     options = parser.parse_args(argv)
     what = subject.from_arguments(options)
+    bank = what.load().bank
+    if bank is None:
+        raise SystemExit("a soak changes the bank, so it needs a --bank")
     print(f"{machine.describe()}.\n\n{what.described}; {options.clients} clients, "
           f"{options.minutes:g} minutes.\n")  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder) / "log", models=what.served) as served,
-    ):
+        serving(
+            Path(folder) / "log", models=what.served, store=str(Path(folder) / "store"),
+            admin_key=KEY, cache_bytes=KEPT,
+        ) as served,
+    ):  # fmt: skip
+        banks = variants(bank)
+        publish(served, banks[1:], Path(folder))
         highest = httpx.get(f"{served.url}/v1/models/benchmark").json()["max_rate"]
         traffic = Traffic(what.pictures, highest, options.seed)
-        found = asyncio.run(soak(served, traffic, 60 * options.minutes, options.clients))
+        digests = [each.info.digest for each in (*banks[1:], banks[0])]
+        found = asyncio.run(soak(served, traffic, 60 * options.minutes, options.clients, digests))
     print(report(found))
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        (options.folder / "soak.md").write_text(report(found) + "\n")
+        plot(found, options.folder)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,14 @@ class Served:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
+    def threads(self) -> int:
+        """Return how many threads it has."""
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/task").iterdir())
+
+    def open_files(self) -> int:
+        """Return how many file descriptors it has, connections among them."""
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
+
 
 @contextmanager
 def serving(log: Path, **settings: Any) -> Iterator[Served]:
