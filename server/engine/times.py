@@ -7,16 +7,20 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 #: A batch takes at most this share of its most urgent image's whole time: requests that arrive
 #: while it runs still have most of theirs.
 SLICE = 1 / 3
 
 
+_Cell: TypeAlias = tuple[int, int]  # rate, bucket of images
+
+
 class _Table(NamedTuple):
-    cells: Mapping[tuple[int, int], float]  # (rate, bucket of images): seconds at pace 1
+    cells: Mapping[_Cell, float]  # seconds at pace 1
     pace: float
+    nearest: dict[_Cell, _Cell]  # found so far for cells that are not there
 
 
 class ServiceTimes:
@@ -38,36 +42,38 @@ class ServiceTimes:
         """
         # Counting them walks through a whole model, and every image that arrives asks for them.
         self._macs = cache(macs)
-        self._table = _Table({}, 1.0)
+        self._table = _Table({}, 1.0, {})
 
     def measured(self, rate: int, images: int, seconds: float) -> None:
         """Take note of a batch that ran."""
         if seconds <= 0:  # too short for the clock: says nothing of the ratio
             return
-        cells, pace = self._table
+        cells, pace, nearest = self._table
         key = rate, _bucket(images)
         # A bucket's cell is for a full one.
         seconds *= key[1] / images
         if key not in cells:
-            self._table = _Table({**cells, key: seconds / pace}, pace)
+            self._table = _Table({**cells, key: seconds / pace}, pace, {})
             return
         ratio = seconds / (cells[key] * pace)
-        self._table = _Table({**cells, key: cells[key] * ratio**0.1}, pace * ratio**0.2)
+        changed = {**cells, key: cells[key] * ratio**0.1}
+        self._table = _Table(changed, pace * ratio**0.2, nearest)
 
     def settle(self, rates: Sequence[int], sizes: Sequence[int]) -> None:
         """Keep what is expected of batches that were not measured.
 
         From now on it does not follow from another rate, which may become faster by itself.
         """
-        cells, pace = self._table
+        cells, pace, _ = self._table
         keys = [(rate, _bucket(images)) for rate, images in itertools.product(rates, sizes)]
-        self._table = _Table({**cells, **{key: self._cell(*key) / pace for key in keys}}, pace)
+        settled = {key: self._cell(*key) / pace for key in keys}
+        self._table = _Table({**cells, **settled}, pace, {})
 
     def forget(self, rate: int) -> list[int]:
         """Forget a rate, which has become faster by itself; return the sizes that were known."""
-        cells, pace = self._table
+        cells, pace, _ = self._table
         others = {key: seconds for key, seconds in cells.items() if key[0] != rate}
-        self._table = _Table(others, pace)
+        self._table = _Table(others, pace, {})
         return [size for known, size in cells if known == rate]
 
     @property
@@ -85,14 +91,17 @@ class ServiceTimes:
         return self.batch(rate, batch) / batch
 
     def _cell(self, rate: int, bucket: int) -> float:
-        cells, pace = self._table
+        cells, pace, nearest = self._table
         if not cells:
             return 0.0
-        found = cells.get((rate, bucket))
+        asked = rate, bucket
+        found = cells.get(asked)
         if found is None:
-            other, size = min(
-                cells, key=lambda cell: (abs(math.log2(cell[1] / bucket)), abs(cell[0] - rate))
-            )
+            if asked not in nearest:
+                nearest[asked] = min(
+                    cells, key=lambda cell: (abs(math.log2(cell[1] / bucket)), abs(cell[0] - rate))
+                )
+            other, size = nearest[asked]
             scale = bucket * self._macs(rate) / (size * self._macs(other))
             found = cells[other, size] * scale
         return found * pace

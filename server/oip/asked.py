@@ -14,7 +14,7 @@ MODEL = "/v2/models/{name}"
 VERSIONED = MODEL + "/versions/{version}"
 
 
-def asked_model(request: Request, name: str, serving: ServingDep) -> ServedModel:
+async def asked_model(request: Request, name: str, serving: ServingDep) -> ServedModel:
     """Return the model that an address names, with or without its version."""
     model = serving.models.get(name)
     asked = request.path_params.get("version", VERSION)

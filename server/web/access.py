@@ -135,7 +135,7 @@ class Access:
         return caller
 
 
-get_access = held("access", Access)
+AccessDep = Annotated[Access, Depends(held("access", Access))]
 
 
 async def _key(
@@ -148,19 +148,19 @@ async def _key(
 GivenKey = Annotated[str | None, Depends(_key)]
 
 
-async def require_admin(request: Request, key: GivenKey) -> None:
+async def require_admin(access: AccessDep, key: GivenKey) -> None:
     """Let only requests with the admin key pass (see `Access.check_admin`)."""
-    get_access(request).check_admin(key)
+    access.check_admin(key)
 
 
-async def require_api_key(request: Request, key: GivenKey) -> None:
+async def require_api_key(request: Request, access: AccessDep, key: GivenKey) -> None:
     """Let only requests with an API key pass, if there are any (see `Access.admit`)."""
-    request.state.caller = get_access(request).admit(key)
+    request.state.caller = access.admit(key)
 
 
-async def require_known_key(request: Request, key: GivenKey) -> None:
+async def require_known_key(access: AccessDep, key: GivenKey) -> None:
     """Let only requests with an API key pass, if there are any, and charge them nothing."""
-    get_access(request).identify(key)
+    access.identify(key)
 
 
 def caller_of(request: Request) -> Caller | None:

@@ -1,7 +1,7 @@
 """What the application holds for its routes, and how they get it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -18,10 +18,11 @@ from server.web.middleware import Budget
 T = TypeVar("T")
 
 
-def held(name: str, kind: type[T]) -> Callable[[Request], T]:
+def held(name: str, kind: type[T]) -> Callable[[Request], Awaitable[T]]:
     """Return the dependency of a route on what its application's state holds under a name."""
 
-    def get(request: Request) -> T:
+    # A coroutine, though it never waits: FastAPI calls plain functions in a thread.
+    async def get(request: Request) -> T:
         found = getattr(request.app.state, name)
         assert isinstance(found, kind)
         return found

@@ -3,6 +3,8 @@ import sys
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.engine.times import Flow, ServiceTimes, largest_batch
 from tests.server.engine.test_rates import timed
@@ -50,6 +52,26 @@ def test_what_is_settled_no_longer_follows_another_rate():
     assert times.forget(0) == [4]
     times.measured(0, 4, 0.1)
     assert times.batch(10, 4) == pytest.approx(expected)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 5, 8, 32]), st.floats(0.01, 1)),
+        max_size=12,
+    )
+)
+def test_who_asks_in_between_changes_nothing(batches):
+    asked, quiet = ServiceTimes(lambda rate: 9 - rate), ServiceTimes(lambda rate: 9 - rate)
+    for rate, images, seconds in batches:
+        for times in (asked, quiet):
+            if seconds > 0.9:
+                times.forget(rate)
+            times.measured(rate, images, seconds)
+        for at in range(5):
+            asked.batch(at, 8)
+    for at in range(5):
+        for images in (1, 3, 8, 64):
+            assert asked.batch(at, images) == quiet.batch(at, images)
 
 
 def test_a_machine_that_slows_down_does_so_at_every_rate():
