@@ -160,7 +160,7 @@ class Engine:
 
         Returns:
             The answer to come. Cancelling it gives the place free at once; a forward that
-            runs already is not stopped. Raises DeadlineError if inference did not start in time.
+            runs already is not stopped. Raises DeadlineError if inference had too little time.
 
         Raises:
             DeadlineError: if the deadline has passed.
@@ -168,8 +168,7 @@ class Engine:
             ShortDeadlineError: if the deadline is too near even for an idle engine.
             UnavailableError: if the engine is stopping.
         """
-        (job,) = self.submit_all(work, [prepare], deadline, due, priority)
-        return job
+        return self.submit_all(work, [prepare], deadline, due, priority)[0]
 
     def submit_all(
         self,
@@ -244,7 +243,6 @@ class Engine:
             job = Job(work, None, deadline, due, next(self._numbers), now, priority)
             self._scheduler.arrived(job, now)
             job.hold(image)
-            job.decode = 0.0
             job.add_done_callback(self._leave)
             self._scheduler.add(job)
             self._wake.notify()
@@ -334,7 +332,10 @@ class Engine:
                     lambda: self._scheduler or self._calls or self._drained, timeout=BEAT
                 )
                 self._wait_for_company()
-            return self._scheduler.take(self.clock())
+            now = self.clock()
+            for job in self._scheduler.give_up(now):
+                self._miss(job, "queue")
+            return self._scheduler.take(now)
 
     def _wait_for_company(self) -> None:
         """Let the first images of an idle worker wait for more, as long as all can spare it."""
@@ -388,10 +389,12 @@ class Engine:
                     self.observer.missed(work, "inference")
 
     def _expire(self, job: Job, stage: str) -> bool:
-        """Fail a job that has not begun and is past its deadline; whether it was."""
-        if self.clock() < job.deadline:
-            return False
-        error = DeadlineError("the deadline passed before inference began")
+        """Fail a job that has not begun and is past its deadline; return whether it was."""
+        if late := self.clock() >= job.deadline:
+            self._miss(job, stage)
+        return late
+
+    def _miss(self, job: Job, stage: str) -> None:
+        error = DeadlineError("too little time was left for inference before the deadline")
         if job.fail(error) and self.observer:
             self.observer.missed(job.work, stage)
-        return True

@@ -51,7 +51,7 @@ class Job(Future[Answer]):
     # Set once the image is prepared.
     image: Tensor
     shape: tuple[int, ...]
-    decode: float
+    decode = 0.0
 
     def __init__(
         self,

@@ -1,9 +1,11 @@
 """Which rate an image runs at when its request leaves that to the server (`rate=auto`).
 
-The lowest rate, which is the best answer, with which the most urgent image keeps its time, and
-what waits is served in time together with what will come in a moment. Arrivals are counted when
-images are asked for, over a short window and a longer one, so that a burst is met by the first
-batch that begins in it. Up at once, down when no higher rate was needed for a moment.
+The lowest rate, which is the best answer, with which the most urgent image keeps its time, what
+waits is served in time, and what waits soon, if images go on to arrive as they do, will be well
+within its time. A higher rate costs an answer little and being late costs all of it, so rates rise
+while there still is time left. Arrivals are counted when images are asked for, so that a burst is
+met by the first batch that begins in it. Up at once, down when no higher rate was needed for a
+moment.
 
 Choosing by what time is left is SlackFit's idea (SuperServe, NSDI 2025), which `slackfit` has as
 it was published. Knows nothing of threads, clocks or models: times are arguments, in seconds.
@@ -18,10 +20,13 @@ from typing import NamedTuple
 from server.engine.times import Flow, ServiceTimes, largest_batch
 
 #: Share of the time left that is planned with; the rest is for what cannot be foreseen.
-MARGIN = 0.8
-#: Share of an image's whole time for which arrivals are expected to go on as they do; no longer
-#: than the time over which they were counted.
-AHEAD = 0.2
+MARGIN = 0.6
+#: Share of the time that arrivals may take; by what they take beyond it, what waits grows.
+FULL = 0.9
+#: Whole times of an image for which arrivals are expected to go on as they do.
+AHEAD = 1.0
+#: Share of its whole time in which an image that comes then is to be served.
+AIM = 0.4
 #: Seconds for which the highest rate that was needed is kept.
 HOLD = 0.2
 
@@ -57,7 +62,7 @@ class Controller:
         self.times = times
         self.max_batch = max_batch
         self.slo = slo
-        self._arrivals = Flow(), Flow()  # over a short window, and a longer one
+        self._arrivals = Flow()
         self.rate = 0  # the last one chosen
         self._needs: deque[tuple[float, int]] = deque()  # falling rates, the highest first
 
@@ -66,24 +71,18 @@ class Controller:
         """The highest rate that was needed of late."""
         return self._needs[0][1] if self._needs else 0
 
-    def windows(self) -> tuple[float, float]:
-        """Return over how many seconds arrivals are counted: one image must not look like load."""
-        alone = self.times.batch(0, 1)
-        return max(0.1, 5 * alone), max(0.5, 10 * alone)
+    @property
+    def window(self) -> float:
+        """Over how many seconds arrivals are counted: one image must not look like load."""
+        return max(0.25, 10 * self.times.batch(0, 1))
 
     def arrived(self, now: float) -> None:
         """Take note of an image that is to run at a rate of our choice."""
-        for flow, window in zip(self._arrivals, self.windows(), strict=True):
-            flow.add(1, now, window)
-
-    def pace(self, now: float) -> float:
-        """Return how many images arrive a second, by the window that has more of them."""
-        flows = zip(self._arrivals, self.windows(), strict=True)
-        return max(flow.rate(now, window) for flow, window in flows)
+        self._arrivals.add(1, now, self.window)
 
     def load(self, rate: int, now: float) -> float:
         """Return the share of the time that what arrives for us takes at `rate`."""
-        return self.pace(now) * self.seconds(rate, self.max_batch)
+        return self._arrivals.rate(now, self.window) * self.seconds(rate, self.max_batch)
 
     def size(self, rate: int, waiting: int) -> int:
         """Return of how many images the batches are that so many make."""
@@ -140,18 +139,16 @@ class Controller:
         """Return the lowest rate in the range that will do, and why `low` will not."""
         images = [*waiting, *coming]
         arrived, due = max(images, key=lambda image: image[1])
-        first, last, whole = (
-            MARGIN * seconds for seconds in (waiting[0][1] - now, due - now, due - arrived)
-        )
-        ahead = min(self.windows()[0], AHEAD * (due - arrived))
+        first, last, whole = waiting[0][1] - now, due - now, due - arrived
         reason = "quality"
         for rate in range(low, high + 1):
             seconds = elsewhere.seconds + len(images) * self.seconds(rate, len(images))
-            if self.times.batch(rate, 1) > first:
+            grows = max(0.0, elsewhere.load + self.load(rate, now) - FULL)
+            if self.times.batch(rate, 1) > MARGIN * first:
                 why = "deadline"
-            elif seconds > last:
+            elif seconds > MARGIN * last:
                 why = "backlog"
-            elif seconds + ahead * (elsewhere.load + self.load(rate, now)) > whole:
+            elif grows and seconds + AHEAD * whole * grows > AIM * whole:
                 why = "load"
             else:
                 return rate, reason

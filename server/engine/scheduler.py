@@ -65,11 +65,15 @@ class Runnable(Work, Protocol):
 
 
 class Waiting(Protocol):
-    """An image that waits: its work, when it came and is due, its number, priority and shape."""
+    """An image that waits: its work, when it came and is due, its number, priority and shape.
+
+    After its deadline it is of no more use.
+    """
 
     work: Work
     arrived: float
     due: float
+    deadline: float
     number: int
     priority: int
 
@@ -155,7 +159,7 @@ class Scheduler:
             controller.arrived(now)
         else:
             seconds = controller.seconds(work.rate, self.max_batch)
-            self._exact.add(seconds, now, controller.windows()[1])
+            self._exact.add(seconds, now, controller.window)
 
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""
@@ -179,6 +183,20 @@ class Scheduler:
         coming = self._coming.get(job.work, {})
         if coming.pop(job.number, None) is not None and not coming:
             del self._coming[job.work]
+
+    def give_up(self, now: float) -> list[Any]:
+        """Take out the images that no batch can answer by their deadlines.
+
+        In a batch they would be late, and so would those that wait for it. The last one of a queue
+        stays: only what runs tells how long it takes.
+        """
+        hopeless = []
+        for (work, _), queue in self._queues.items():
+            ends = now + work.controller.times.batch(work.high, 1)
+            hopeless += [job for job in queue[:-1] if job.deadline < ends]
+        for job in hopeless:
+            self.discard(job)
+        return hopeless
 
     def take(self, now: float) -> Batch | None:
         """Take the next batch out of its queue; None if nothing waits."""
@@ -286,7 +304,7 @@ class Scheduler:
 
     def _elsewhere(self, alike: Alike, now: float, priority: int) -> Elsewhere:
         work = alike[0]
-        load = self._exact.rate(now, work.controller.windows()[1])
+        load = self._exact.rate(now, work.controller.window)
         for other in self._controllers - {work.controller}:
             load += other.load(other.need, now)
         due = self._queues[alike][-1].due

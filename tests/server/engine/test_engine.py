@@ -116,7 +116,7 @@ def test_what_is_late_is_dropped_before_inference(make, work, clock):
     settle(engine)
     clock.now += 5
     engine.start()
-    with pytest.raises(DeadlineError, match="before inference began"):
+    with pytest.raises(DeadlineError, match="too little time was left for inference"):
         late.result(PATIENCE)
     assert value(in_time) == 4
     assert work.ran == [("work", [2])]

@@ -171,6 +171,7 @@ class Shaped:
     shape: tuple[int, ...]
     arrived: float = 0.0
     due: float = 10.0
+    deadline: float = math.inf
     priority: int = NORMAL
 
 
@@ -184,3 +185,32 @@ def test_images_of_one_shape_run_together():
     assert [each.number for each in scheduler.take(0.0).jobs] == [0, 4]
     assert [each.number for each in scheduler.take(0.0).jobs] == [1, 3, 5]
     assert scheduler.take(0.0) is None
+
+
+def test_what_cannot_be_in_time_makes_nobody_late():
+    scheduler, work = Scheduler(max_batch=8), Exact(name="one")
+    work.controller.times.measured(0, 1, 2.0)
+    due = (4.0, 5.0, 7.0, 9.0)
+    for number, at in enumerate(due):
+        scheduler.add(Shaped(work, number, (3, 8, 8), due=at, deadline=at))
+    scheduler.add(Shaped(work, 4, (3, 8, 8), due=4.0))  # wanted afterwards, too
+    assert [each.number for each in scheduler.give_up(4.0)] == [0, 1]
+    assert scheduler.queued() == {work: 3}
+    # The last one runs all the same: who knows how long it takes today.
+    assert [each.number for each in scheduler.give_up(8.0)] == [2]
+    assert scheduler.take(8.0).jobs[-1].number == 3
+
+
+def test_who_is_given_up_is_told_and_the_others_are_in_time(make, clock):
+    engine = make()
+    work = Exact(lambda images: images.flatten(1))
+    work.controller.times.measured(0, 1, 2.0)
+    late = submit(engine, work, 1, clock.now + 2.5)
+    in_time = submit(engine, work, 2, clock.now + 5)
+    settle(engine)
+    clock.now += 1
+    engine.start()
+    with pytest.raises(DeadlineError, match="too little time was left for inference"):
+        late.result(PATIENCE)
+    assert in_time.result(PATIENCE).batch_size == 1
+    assert engine.load().taken == 0

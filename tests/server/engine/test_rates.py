@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.rates import HOLD, MARGIN, Controller, Decision, Elsewhere
+from server.engine.rates import AHEAD, AIM, FULL, HOLD, MARGIN, Controller, Decision, Elsewhere
 from tests.server.works import controller
 
 IDLE = Elsewhere()
@@ -53,27 +53,35 @@ def test_work_for_others_counts_as_backlog():
     assert timed().choose(0, 16, waiting(2.5), Elsewhere(seconds=1.3), now=0.0).reason == "backlog"
 
 
-def test_what_will_come_in_a_moment_is_to_be_served_in_time_too():
+def test_what_waits_soon_is_to_be_well_within_its_time():
     made = timed(0.01, slo=0.5)
-    short, _ = made.windows()
     for i in range(1000):
-        made.arrived(i / 500)
-    now = 1000 / 500
-    assert made.pace(now) == pytest.approx(500, rel=0.06)
+        made.arrived(i / 150)
+    now = 1000 / 150
     decision = made.choose(0, 16, [(now, now + 0.5)], IDLE, now)
     assert decision.reason == "load"
-    assert decision.rate > 0
 
-    def seconds(rate: int) -> float:
-        return made.seconds(rate, 1) + short * made.load(rate, now)
+    def soon(rate: int) -> float:
+        grows = max(0.0, made.load(rate, now) - FULL)
+        return made.seconds(rate, 1) + AHEAD * 0.5 * grows
 
-    assert seconds(decision.rate) <= MARGIN * 0.5 < seconds(decision.rate - 1)
+    assert soon(decision.rate) <= AIM * 0.5 < soon(decision.rate - 1)
+
+
+def test_arrivals_that_can_be_kept_up_with_ask_for_nothing():
+    made = timed(0.01, slo=0.5)
+    for i in range(1000):
+        made.arrived(i / 80)
+    now = 1000 / 80
+    assert made.load(0, now) == pytest.approx(0.8, rel=0.03)
+    assert made.choose(0, 16, [(now, now + 0.5)], IDLE, now) == Decision(0, "quality")
 
 
 def test_the_arrivals_of_others_count_as_load():
     made = timed(0.01, slo=0.5)
-    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=3.8), now=0.0).rate == 0
-    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=3.95), now=0.0).reason == "load"
+    others = FULL + AIM / AHEAD
+    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=others - 0.03), now=0.0).rate == 0
+    assert made.choose(0, 16, waiting(0.5), Elsewhere(load=others), now=0.0).reason == "load"
 
 
 def test_a_burst_is_met_by_its_first_batch():
@@ -91,15 +99,15 @@ def test_a_burst_is_met_by_its_first_batch():
 def test_images_that_are_not_prepared_count_as_backlog():
     made = timed(0.05, slo=0.5)
     decision = made.choose(0, 16, waiting(0.5), IDLE, 0.0, coming=waiting(*[0.5] * 9))
-    assert (decision.rate, decision.reason) == (7, "backlog")
+    assert (decision.rate, decision.reason) == (13, "backlog")
 
 
 def test_a_quiet_moment_does_not_hide_that_much_arrives():
     made = timed(0.01)
     for i in range(1000):
         made.arrived(i / 100)
-    short, longer = made.windows()
-    assert made.pace(10.0 + short) == pytest.approx(100 * math.exp(-short / longer), rel=0.1)
+    later = 10.0 + made.window / 4
+    assert made.load(0, later) == pytest.approx(math.exp(-1 / 4), rel=0.1)
 
 
 def test_one_image_is_no_load_however_slow_the_model():
