@@ -149,7 +149,7 @@ def _cpu_times() -> Counter[str]:
 def _role(thread: threading.Thread) -> str:
     if thread is threading.main_thread():
         return "HTTP"
-    role = thread.name.partition("_")[0]
+    role = thread.name.partition("-")[0]
     return role if role in ("decode", "forward") else "other"
 
 

@@ -121,6 +121,7 @@ class Simulation:
         heapq.heappush(self._events, event)
 
     def _arrive(self, image: Image, now: float) -> None:
+        self._scheduler.asked(self._work, 1, now)
         if now + self._scheduler.wait(self._work, image.due, 1, False, now) > image.due:
             return  # refused
         self._scheduler.arrived(image, now)

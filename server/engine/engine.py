@@ -184,8 +184,8 @@ class Engine:
         that its upload is not kept by it.
         """
         with self._wake:
+            self._scheduler.asked(work, len(prepares), now := self.clock())
             self.check_room(len(prepares), priority)
-            now = self.clock()
             due = deadline if due is None else due
             if now >= deadline:
                 raise DeadlineError("the deadline passed before the images were there")

@@ -24,7 +24,7 @@ MARGIN = 0.6
 #: Share of the time that arrivals may take; by what they take beyond it, what waits grows.
 FULL = 0.9
 #: Whole times of an image for which arrivals are expected to go on as they do.
-AHEAD = 1.0
+AHEAD = 2.0
 #: Share of its whole time in which an image that comes then is to be served.
 AIM = 0.4
 #: Seconds for which the highest rate that was needed is kept.
@@ -76,9 +76,9 @@ class Controller:
         """Over how many seconds arrivals are counted: one image must not look like load."""
         return max(0.25, 10 * self.times.batch(0, 1))
 
-    def arrived(self, now: float) -> None:
-        """Take note of an image that is to run at a rate of our choice."""
-        self._arrivals.add(1, now, self.window)
+    def arrived(self, images: int, now: float) -> None:
+        """Take note of images that were to run at a rate of our choice."""
+        self._arrivals.add(images, now, self.window)
 
     def load(self, rate: int, now: float) -> float:
         """Return the share of the time that what arrives for us takes at `rate`."""

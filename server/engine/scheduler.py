@@ -149,17 +149,23 @@ class Scheduler:
             found[work] += len(queue)
         return found
 
+    def asked(self, work: Work, images: int, now: float) -> None:
+        """Take note that images were asked for, whether they will be let in or not.
+
+        Were those that are refused not counted, the others would seem to be few enough for the
+        rate at which there is no room for all.
+        """
+        if work.rate is None:
+            self._controllers.add(work.controller)
+            work.controller.arrived(images, now)
+
     def arrived(self, job: Waiting, now: float) -> None:
-        """Take note that an image was asked for; it is added when it is prepared."""
+        """Take note that an image was let in; it is added when it is prepared."""
         work = job.work
         self._coming.setdefault(work, {})[job.number] = job
-        controller = work.controller
-        if work.rate is None:
-            self._controllers.add(controller)
-            controller.arrived(now)
-        else:
-            seconds = controller.seconds(work.rate, self.max_batch)
-            self._exact.add(seconds, now, controller.window)
+        if work.rate is not None:
+            seconds = work.controller.seconds(work.rate, self.max_batch)
+            self._exact.add(seconds, now, work.controller.window)
 
     def add(self, job: Waiting) -> None:
         """Let a prepared image wait."""

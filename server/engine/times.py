@@ -143,7 +143,7 @@ def largest_batch(
         allowed = min(allowed, slack)
     size = min(waiting, limit)
     while size > 1 and times.batch(rate, size) > allowed:
-        size = max(1, size // 2)
+        size -= 1
     return size
 
 

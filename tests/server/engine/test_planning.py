@@ -214,3 +214,14 @@ def test_who_is_given_up_is_told_and_the_others_are_in_time(make, clock):
         late.result(PATIENCE)
     assert in_time.result(PATIENCE).batch_size == 1
     assert engine.load().taken == 0
+
+
+def test_who_is_refused_counts_as_arriving(make, clock):
+    engine = make(max_queue=1)
+    work = Open(function=lambda images: images.flatten(1), controller=controller())
+    work.controller.times.measured(0, 1, 2.0)
+    submit(engine, work, 1)
+    once = work.controller.load(0, clock.now)
+    with pytest.raises(QueueFullError, match="1 of 1 places"):
+        submit(engine, work, 2)
+    assert work.controller.load(0, clock.now) == pytest.approx(2 * once)

@@ -56,7 +56,7 @@ def test_work_for_others_counts_as_backlog():
 def test_what_waits_soon_is_to_be_well_within_its_time():
     made = timed(0.01, slo=0.5)
     for i in range(1000):
-        made.arrived(i / 150)
+        made.arrived(1, i / 150)
     now = 1000 / 150
     decision = made.choose(0, 16, [(now, now + 0.5)], IDLE, now)
     assert decision.reason == "load"
@@ -71,7 +71,7 @@ def test_what_waits_soon_is_to_be_well_within_its_time():
 def test_arrivals_that_can_be_kept_up_with_ask_for_nothing():
     made = timed(0.01, slo=0.5)
     for i in range(1000):
-        made.arrived(i / 80)
+        made.arrived(1, i / 80)
     now = 1000 / 80
     assert made.load(0, now) == pytest.approx(0.8, rel=0.03)
     assert made.choose(0, 16, [(now, now + 0.5)], IDLE, now) == Decision(0, "quality")
@@ -87,10 +87,10 @@ def test_the_arrivals_of_others_count_as_load():
 def test_a_burst_is_met_by_its_first_batch():
     made = timed(0.03, slo=0.5)
     for i in range(20):
-        made.arrived(i / 10)
+        made.arrived(1, i / 10)
     assert made.choose(0, 16, [(2.0, 2.5)], IDLE, now=2.0).rate == 0
     for _ in range(24):
-        made.arrived(2.0)  # only one of them is prepared when the batch begins
+        made.arrived(1, 2.0)  # only one of them is prepared when the batch begins
     first = made.choose(0, 16, [(2.0, 2.5)], IDLE, now=2.0)
     assert first.reason == "load"
     assert first.rate > 4
@@ -105,14 +105,14 @@ def test_images_that_are_not_prepared_count_as_backlog():
 def test_a_quiet_moment_does_not_hide_that_much_arrives():
     made = timed(0.01)
     for i in range(1000):
-        made.arrived(i / 100)
+        made.arrived(1, i / 100)
     later = 10.0 + made.window / 4
     assert made.load(0, later) == pytest.approx(math.exp(-1 / 4), rel=0.1)
 
 
 def test_one_image_is_no_load_however_slow_the_model():
     made = timed(60, slo=100)
-    made.arrived(0.0)
+    made.arrived(1, 0.0)
     assert made.choose(0, 16, waiting(160), IDLE, now=0.0).rate == 0
 
 

@@ -134,7 +134,7 @@ def test_a_flow_forgets():
         (1, 8, 0.1, 0.1, 1),  # something always runs
         (20, 8, math.inf, math.inf, 8),
         (3, 8, math.inf, math.inf, 3),
-        (20, 8, 12.0, 12.0, 4),  # a third of the most urgent one's time
+        (20, 8, 15.0, 15.0, 5),  # a third of the most urgent one's time
         (20, 8, math.inf, 2.5, 2),  # the most urgent one keeps its time
         (20, 8, math.inf, 0.5, 8),  # it is late already: others need not be
         (20, 8, math.inf, -1.0, 8),
