@@ -13,9 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+
+import server.process
+from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,3 +143,13 @@ def test_a_second_signal_ends_a_process_at_once(processes, photo):
         assert ask(client, photo) == 200
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=300) == 128 + signal.SIGINT
+
+
+def test_what_is_loaded_is_not_looked_through_for_garbage_again(monkeypatch):
+    done = []
+    for name in ("collect", "freeze"):
+        monkeypatch.setattr(server.process.gc, name, lambda name=name: done.append(name))
+    serving = object()
+    made = server.process._Server(Settings(), lambda: None, done.append)
+    made._is_ready(SimpleNamespace(state=SimpleNamespace(serving=serving)))
+    assert done == ["collect", "freeze", serving]
