@@ -193,6 +193,7 @@ def warm_up(serving: Serving, tell: Tell) -> None:
             prepare = partial(work.warm_up, sizes) if is_run else work.make_delta
             serving.engine.call(prepare).result()
         # Where batches run, as graphs may already measure there.
-        serving.engine.call(partial(model.controller.times.settle, every, sizes)).result()
+        expected = range(1, serving.settings.max_batch + 1)
+        serving.engine.call(partial(model.controller.times.settle, every, expected)).result()
         logger.info("%s", Progress(model.name, model.ladder.name, len(rates), len(rates)))
     serving.warm.set()

@@ -15,12 +15,13 @@ SLICE = 1 / 3
 
 
 _Cell: TypeAlias = tuple[int, int]  # rate, bucket of images
+_Sum: TypeAlias = list[tuple[_Cell, float]]  # cells and their weights
 
 
 class _Table(NamedTuple):
     cells: Mapping[_Cell, float]  # seconds at pace 1
     pace: float
-    nearest: dict[_Cell, _Cell]  # found so far for cells that are not there
+    estimates: dict[_Cell, _Sum]  # found so far for cells that are not there
 
 
 class ServiceTimes:
@@ -37,8 +38,8 @@ class ServiceTimes:
         """Know nothing yet but what an image costs.
 
         Args:
-            macs: returns the multiply-adds of an image at a rate, always the same. What was never
-                measured is taken from what was, in proportion to them.
+            macs: returns the multiply-adds of an image at a rate, always the same. A rate that was
+                never measured takes its times from the nearest one, in proportion to them.
         """
         # Counting them walks through a whole model, and every image that arrives asks for them.
         self._macs = cache(macs)
@@ -48,7 +49,7 @@ class ServiceTimes:
         """Take note of a batch that ran."""
         if seconds <= 0:  # too short for the clock: says nothing of the ratio
             return
-        cells, pace, nearest = self._table
+        cells, pace, estimates = self._table
         key = rate, _bucket(images)
         # A bucket's cell is for a full one.
         seconds *= key[1] / images
@@ -57,7 +58,7 @@ class ServiceTimes:
             return
         ratio = seconds / (cells[key] * pace)
         changed = {**cells, key: cells[key] * ratio**0.1}
-        self._table = _Table(changed, pace * ratio**0.2, nearest)
+        self._table = _Table(changed, pace * ratio**0.2, estimates)
 
     def settle(self, rates: Sequence[int], sizes: Sequence[int]) -> None:
         """Keep what is expected of batches that were not measured.
@@ -91,20 +92,34 @@ class ServiceTimes:
         return self.batch(rate, batch) / batch
 
     def _cell(self, rate: int, bucket: int) -> float:
-        cells, pace, nearest = self._table
+        cells, pace, estimates = self._table
         if not cells:
             return 0.0
         asked = rate, bucket
-        found = cells.get(asked)
-        if found is None:
-            if asked not in nearest:
-                nearest[asked] = min(
-                    cells, key=lambda cell: (abs(math.log2(cell[1] / bucket)), abs(cell[0] - rate))
-                )
-            other, size = nearest[asked]
-            scale = bucket * self._macs(rate) / (size * self._macs(other))
-            found = cells[other, size] * scale
-        return found * pace
+        if asked in cells:
+            return cells[asked] * pace
+        if asked not in estimates:
+            estimates[asked] = self._estimate(asked, cells)
+        return pace * sum(weight * cells[cell] for cell, weight in estimates[asked])
+
+    def _estimate(self, asked: _Cell, cells: Mapping[_Cell, float]) -> _Sum:
+        """Return what a cell that was not measured follows from.
+
+        A batch has a part of its own and one for each image, so between two sizes that were
+        measured its time is on the line through both.
+        """
+        rate, bucket = asked
+        known = min((other for other, _ in cells), key=lambda other: (abs(other - rate), other))
+        scale = self._macs(rate) / self._macs(known)
+        sizes = [size for other, size in cells if other == known]
+        below = max((size for size in sizes if size <= bucket), default=None)
+        above = min((size for size in sizes if size >= bucket), default=None)
+        if below is None or above is None or below == above:
+            size = below or above
+            assert size is not None  # a rate is known by a size
+            return [((known, size), scale * bucket / size)]
+        share = (bucket - below) / (above - below)
+        return [((known, below), scale * (1 - share)), ((known, above), scale * share)]
 
 
 class Flow:

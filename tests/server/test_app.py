@@ -129,7 +129,7 @@ def test_the_engine_runs_warm_while_the_application_does(settings):
         tiny = app.state.serving.models.get("tiny")
         assert list(tiny._made) == [5, 4, 3, 2, 1]
         times = tiny.controller.times
-        assert times.known == {(rate, size) for rate in range(6) for size in (1, 16)}
+        assert times.known == {(rate, size) for rate in range(6) for size in (1, 2, 4, 8, 16)}
         assert times.batch(4, 16) > times.batch(4, 1) > 0
     assert not engine.running
 

@@ -32,6 +32,17 @@ def test_times_that_were_not_measured_follow_the_multiply_adds():
     assert times.batch(0, 8) == 16
 
 
+def test_a_size_between_two_that_were_measured_is_on_the_line():
+    times = ServiceTimes(lambda rate: 32 - rate)
+    times.measured(0, 1, 3.0)
+    times.measured(0, 16, 33.0)  # 1 for the batch and 2 for each image
+    assert [times.batch(0, size) for size in (1, 2, 4, 8, 16)] == [3, 5, 9, 17, 33]
+    assert times.batch(16, 4) == 4.5
+    assert times.batch(0, 32) == 66
+    times.measured(16, 16, 20.0)  # the nearest rate is now another
+    assert times.batch(12, 16) == pytest.approx(25)
+
+
 def test_multiply_adds_are_counted_once_for_each_rate():
     counted = []
     times = ServiceTimes(lambda rate: counted.append(rate) or 32 - rate)
