@@ -22,11 +22,11 @@ from server.engine.times import Flow, ServiceTimes, largest_batch
 #: Share of the time left that is planned with; the rest is for what cannot be foreseen.
 MARGIN = 0.6
 #: Share of the time that arrivals may take; by what they take beyond it, what waits grows.
-FULL = 0.9
+FULL = 0.85
 #: Whole times of an image for which arrivals are expected to go on as they do.
 AHEAD = 2.0
 #: Share of its whole time in which an image that comes then is to be served.
-AIM = 0.4
+AIM = 0.3
 #: Seconds for which the highest rate that was needed is kept.
 HOLD = 0.2
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from server.engine.rates import Controller, Elsewhere
-from server.engine.times import Flow, largest_batch
+from server.engine.times import DELAY, Flow, largest_batch
 from server.engine.turns import NORMAL, Turns
 
 
@@ -198,7 +198,7 @@ class Scheduler:
         """
         hopeless = []
         for (work, _), queue in self._queues.items():
-            ends = now + work.controller.times.batch(work.high, 1)
+            ends = now + DELAY * work.controller.times.batch(work.high, 1)
             hopeless += [job for job in queue[:-1] if job.deadline < ends]
         for job in hopeless:
             self.discard(job)

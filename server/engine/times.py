@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeAlias
 #: A batch takes at most this share of its most urgent image's whole time: requests that arrive
 #: while it runs still have most of theirs.
 SLICE = 1 / 3
+#: So many times as long as expected a batch may well take.
+DELAY = 1.2
 
 
 _Cell: TypeAlias = tuple[int, int]  # rate, bucket of images
@@ -154,8 +156,8 @@ def largest_batch(
     if slack <= 0:
         return min(waiting, limit)
     allowed = SLICE * budget
-    if slack > times.batch(rate, 1):
-        allowed = min(allowed, slack)
+    if slack > DELAY * times.batch(rate, 1):
+        allowed = min(allowed, slack / DELAY)
     size = min(waiting, limit)
     while size > 1 and times.batch(rate, size) > allowed:
         size -= 1
