@@ -102,7 +102,7 @@ def test_auto_is_ahead_of_every_fixed_rate_and_of_slackfit_where_a_rate_costs_ac
     assert auto > played(SlackFit, None)
     for rate in range(len(simulated.IMAGE)):
         assert auto > played(Controller, rate)
-    bounds = [100 * best(plan, 0.5, simulated.TOP_1, simulated.usual, 16, 0.02) for plan in plans]
+    bounds = [100 * best(plan, 0.5, simulated.TOP_1, simulated.usual, 16, 0.004) for plan in plans]
     assert 0.95 < auto / (sum(bounds) / len(bounds)) <= 1
 
 
