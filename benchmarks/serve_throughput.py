@@ -8,8 +8,8 @@ threads and, for each measurement, in the batches that the server has just made,
 size. Both take turns; ratios are of neighbours in time. CPU time is what the processor counted
 for the server's threads and for this process while it was only the client.
 
-Other ways to serve the model at rate 0 (`benchmarks/peers`) take turns with ours likewise;
-each is tried with several settings, and the best of each kind counts.
+Other ways to serve the model (`benchmarks/peers`) take turns with ours likewise, each at one rate;
+each is tried with several settings at rate 0, and the best of each kind counts.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from server.models.served import ServedModel
 from server.settings import Settings
 from tocom.allocator import keep_freed_memory
 
-RATES = (0, 8, 16)
 #: The parts that CPU time goes to.
 PARTS = ("decode", "forward", "HTTP", "other", "client")
 #: Settings of each kind of peer that are tried.
@@ -120,6 +119,7 @@ class Bench:
         self.forms = [form(picture) for picture in what.pictures]
         self.pipeline = Pipeline(what.load(), settings)
         self.highest = self.pipeline.model.max_rate
+        self.measured = sorted({0, (self.highest + 1) // 2, self.highest})
         self.images: int = arguments.images
         self.concurrency: int = arguments.concurrency
         self._chance = random.Random(0)
@@ -176,7 +176,7 @@ def batch_sizes(exchanges: Sequence[Exchange]) -> list[tuple[int, int]]:
 
 def throughput(bench: Bench, rounds: int) -> None:
     """Print images a second of each load, and where the CPU time went."""
-    loads = [str(rate) for rate in RATES if rate <= bench.highest] + ["mix", "sorted"]
+    loads = [*map(str, bench.measured), "mix", "sorted"]
     found = {load: Measured() for load in loads}
     bench.by_http("mix", Measured())  # warms what the server's own warming does not reach
     bench.pipeline.run([(rate, bench.pictures[:1]) for rate in range(bench.highest + 1)], 1)
@@ -211,7 +211,7 @@ def name_of(load: str) -> str:
 def latency(bench: Bench, rounds: int, requests: int) -> None:
     """Print what a server adds to the time of a single image, one at a time."""
     rows = []
-    for rate in (rate for rate in RATES if rate <= bench.highest):
+    for rate in bench.measured:
         medians: dict[str, list[float]] = {"http": [], "alone": []}
         for _ in range(rounds):
             asked = bench.requests([rate] * requests)
@@ -240,28 +240,36 @@ def beside_peers(bench: Bench, what: Subject, kinds: Sequence[str], rounds: int,
         tried = {}
         for options in PEERS[kind]:
             name = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
-            tried[name] = beside(bench, what, kind, options, 1, log)
+            tried[name] = beside(bench, what, kind, options, 0, 1, log)
         best = min(tried, key=lambda name: tried[name][0][0] / tried[name][1][0])
-        rows += [[name, *cells(*both)] for name, both in tried.items() if name != best]
+        rows += [[name, 0, *cells(*both)] for name, both in tried.items() if name != best]
         options = PEERS[kind][list(tried).index(best)]
-        rows.append([f"**{best}**", *cells(*beside(bench, what, kind, options, rounds, log))])
-    header = ["peer, rate 0", "ours, images/s", "peer, images/s", "ours / peer"]
+        for rate in bench.measured:
+            both = beside(bench, what, kind, options, rate, rounds, log)
+            rows.append([f"**{best}**", rate, *cells(*both)])
+    header = ["peer", "rate", "ours, images/s", "peer, images/s", "ours / peer"]
     print(f"Beside others; the best of each kind in bold:\n\n{markdown(header, rows)}\n")
 
 
 def beside(
-    bench: Bench, what: Subject, kind: str, options: dict[str, float], rounds: int, log: Path
+    bench: Bench,
+    what: Subject,
+    kind: str,
+    options: dict[str, float],
+    rate: int,
+    rounds: int,
+    log: Path,
 ) -> tuple[list[float], list[float]]:
     """Return images a second of ours and of a peer, in turns: one works while the other is not."""
     ours, theirs = [], []
     for _ in range(rounds):
         measured = Measured()
-        bench.by_http("0", measured)
+        bench.by_http(str(rate), measured)
         ours += measured.http
         port = free_port()
-        command = command_of(kind, port, what, options)
+        command = command_of(kind, port, what, {"rate": rate, **options})
         with running(command, f"http://127.0.0.1:{port}/health", log):
-            warm, rates = [0] * bench.concurrency, bench.rates("0")
+            warm, rates = [rate] * bench.concurrency, bench.rates(str(rate))
             closed_loop(port, bench.requests(warm), bench.concurrency)
             exchanges = closed_loop(port, bench.requests(rates), bench.concurrency)
         theirs.append(len(exchanges) / elapsed(exchanges))

@@ -1,8 +1,8 @@
-"""Other ways to serve the same model at rate 0, to be measured beside ours.
+"""Other ways to serve the same model, to be measured beside ours.
 
 Each takes the same request, an image as the form field `file` of a POST to /v1/classify, decodes
-and transforms it by the same functions, runs the same stock timm model in the same precision and
-answers with the five most likely classes:
+and transforms it by the same functions, runs the same model in the same precision, at one rate for
+all (at rate 0 the stock model of timm), and answers with the five most likely classes:
 
     plain      FastAPI and one thread, which decodes and runs image after image
     batching   FastAPI; decodes in a pool on arrival; one thread runs what has gathered
@@ -33,10 +33,11 @@ Answer = dict[str, Any]
 
 
 class Model:
-    """A stock timm model with its transform."""
+    """A model at a rate, with its transform."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, rate: int) -> None:
         self.served: ServedModel = load_model(settings)
+        self.rate = rate
         self.max_pixels = Settings().max_pixels
 
     def prepare(self, data: bytes) -> Tensor:
@@ -47,8 +48,11 @@ class Model:
     def run(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W]."""
         with torch.inference_mode():
-            logits: Tensor = self.served.backbone.model(images)
-            return logits
+            if self.rate == 0:
+                logits: Tensor = self.served.backbone.model(images)
+                return logits
+            outputs = self.served.at(self.rate, compensate=True)(images)
+            return torch.stack([output.logits for output in outputs])
 
     def describe(self, logits: Tensor) -> Answer:
         """Return the answer to one image."""
@@ -136,11 +140,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=["plain", "batching"])
     parser.add_argument("port", type=int)
     parser.add_argument("model", metavar="JSON", help="settings of the model")
+    parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=0.0, help="seconds to wait for a batch")
     parser.add_argument("--decoders", type=int, default=2, help="threads that decode")
     options = parser.parse_args(argv)
-    model = Model(ModelSettings.model_validate_json(options.model))
+    model = Model(ModelSettings.model_validate_json(options.model), options.rate)
     if options.kind == "plain":
         app = plain(model)
     else:

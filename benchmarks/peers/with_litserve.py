@@ -18,14 +18,16 @@ from server.settings import ModelSettings
 class Classify(litserve.LitAPI):  # type: ignore[misc]
     """What a worker does; LitServe calls it."""
 
-    def __init__(self, model: ModelSettings, threads: int, max_batch: int, timeout: float) -> None:
+    def __init__(
+        self, model: ModelSettings, rate: int, threads: int, max_batch: int, timeout: float
+    ) -> None:
         super().__init__(max_batch_size=max_batch, batch_timeout=timeout, api_path=PATH)
-        self.settings, self.threads = model, threads
+        self.settings, self.rate, self.threads = model, rate, threads
 
     def setup(self, device: str) -> None:
         """Load the model; `device` is the CPU."""
         torch.set_num_threads(self.threads)
-        self.model = Model(self.settings)
+        self.model = Model(self.settings, self.rate)
 
     def decode_request(self, request: Request) -> Tensor:
         """Return the image of a form: LitServe has parsed it."""
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=["litserve"])
     parser.add_argument("port", type=int)
     parser.add_argument("model", metavar="JSON", help="settings of the model")
+    parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=0.0, help="seconds to wait for a batch")
     parser.add_argument("--workers", type=int, default=1)
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = max(1, torch.get_num_threads() // options.workers)
     model = ModelSettings.model_validate_json(options.model)
     server = litserve.LitServer(
-        Classify(model, threads, options.max_batch, options.timeout),
+        Classify(model, options.rate, threads, options.max_batch, options.timeout),
         accelerator="cpu",
         workers_per_device=options.workers,
         fast_queue=True,
