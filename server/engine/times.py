@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeAlias
 SLICE = 1 / 3
 #: So many times as long as expected a batch may well take.
 DELAY = 1.2
+#: More than so many times as long as expected, or as short, counts as this.
+SWAY = 2.0
 
 
 _Cell: TypeAlias = tuple[int, int]  # rate, bucket of images
@@ -58,7 +60,8 @@ class ServiceTimes:
         if key not in cells:
             self._table = _Table({**cells, key: seconds / pace}, pace, {})
             return
-        ratio = seconds / (cells[key] * pace)
+        # One batch that was held up says little of the next one.
+        ratio = min(max(seconds / (cells[key] * pace), 1 / SWAY), SWAY)
         changed = {**cells, key: cells[key] * ratio**0.1}
         self._table = _Table(changed, pace * ratio**0.2, estimates)
 

@@ -85,6 +85,13 @@ def test_who_asks_in_between_changes_nothing(batches):
             assert asked.batch(at, images) == quiet.batch(at, images)
 
 
+def test_a_batch_that_is_held_up_does_not_say_that_all_will_be():
+    times = ServiceTimes(lambda rate: 1)
+    times.measured(0, 1, 1.0)
+    times.measured(0, 1, 50.0)
+    assert times.batch(0, 1) < 1.3
+
+
 def test_a_machine_that_slows_down_does_so_at_every_rate():
     times = ServiceTimes(lambda rate: 1)
     for rate in (0, 8, 16):
