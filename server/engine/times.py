@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 SLICE = 1 / 3
 #: So many times as long as expected a batch may well take.
 DELAY = 1.2
-#: More than so many times as long as expected, or as short, counts as this.
+#: More than so many times as long as expected counts as this.
 SWAY = 2.0
 
 
@@ -60,8 +60,8 @@ class ServiceTimes:
         if key not in cells:
             self._table = _Table({**cells, key: seconds / pace}, pace, {})
             return
-        # One batch that was held up says little of the next one.
-        ratio = min(max(seconds / (cells[key] * pace), 1 / SWAY), SWAY)
+        # By accident a batch is held up, and none is fast.
+        ratio = min(seconds / (cells[key] * pace), SWAY)
         changed = {**cells, key: cells[key] * ratio**0.1}
         self._table = _Table(changed, pace * ratio**0.2, estimates)
 
