@@ -9,8 +9,7 @@ Which answers are sure is calibrated: see `adapters.cascade`.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -197,13 +196,14 @@ class Climbing(Future[Answer]):
     def _settle(self, error: BaseException | None, reason: str = "deadline") -> None:
         """End with the answer of the last run, or with an error."""
         self._image = None
-        with suppress(InvalidStateError):  # it was given up meanwhile
-            if error is not None:
-                self.set_exception(error)
-                return
-            self.set_result(_whole(self._done, reason))
-            if self._engine.observer:
-                self._engine.observer.passed([each.work for each in self._done], reason)
+        if not self.set_running_or_notify_cancel():  # it was given up meanwhile
+            return
+        if error is not None:
+            self.set_exception(error)
+            return
+        if self._engine.observer:  # first, for who has the answer may ask for the counts
+            self._engine.observer.passed([each.work for each in self._done], reason)
+        self.set_result(_whole(self._done, reason))
 
 
 def _whole(runs: tuple[Answer, ...], reason: str) -> Answer:
