@@ -88,7 +88,7 @@ def test_a_plan_of_bursts_is_the_seed_s():
 
 @pytest.mark.parametrize("trace", ["steps", "4"])
 def test_auto_is_ahead_of_every_fixed_rate_and_of_slackfit_where_a_rate_costs_accuracy(trace):
-    plans = simulated.plans(trace, 6)
+    plans = simulated.plans(trace, 12)
 
     def played(kind: type[Controller], rate: int | None) -> float:
         machines = [simulated.uneven(seed) for seed in range(len(plans))]
