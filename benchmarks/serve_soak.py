@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to write report and plot")
+    parser.add_argument("--folder", type=Path, help="where to write report, plot and log")
     options = parser.parse_args(argv)
     what = subject.from_arguments(options)
     bank = what.load().bank
@@ -296,22 +296,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("a soak changes the bank, so it needs a --bank")
     print(f"{machine.describe()}.\n\n{what.described}; {options.clients} clients, "
           f"{options.minutes:g} minutes.\n")  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(
-            Path(folder) / "log", models=what.served, store=str(Path(folder) / "store"),
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        with serving(
+            folder / "server.log", models=what.served, store=str(Path(temporary) / "store"),
             admin_key=KEY, cache_bytes=KEPT,
-        ) as served,
-    ):  # fmt: skip
-        banks = variants(bank)
-        publish(served, banks[1:], Path(folder))
-        highest = httpx.get(f"{served.url}/v1/models/benchmark").json()["max_rate"]
-        traffic = Traffic(what.pictures, highest, options.seed)
-        digests = [each.info.digest for each in (*banks[1:], banks[0])]
-        found = asyncio.run(soak(served, traffic, 60 * options.minutes, options.clients, digests))
+        ) as served:  # fmt: skip
+            banks = variants(bank)
+            publish(served, banks[1:], Path(temporary))
+            highest = httpx.get(f"{served.url}/v1/models/benchmark").json()["max_rate"]
+            traffic = Traffic(what.pictures, highest, options.seed)
+            digests = [each.info.digest for each in (*banks[1:], banks[0])]
+            seconds = 60 * options.minutes
+            found = asyncio.run(soak(served, traffic, seconds, options.clients, digests))
     print(report(found))
     if options.folder is not None:
-        options.folder.mkdir(parents=True, exist_ok=True)
         (options.folder / "soak.md").write_text(report(found) + "\n")
         plot(found, options.folder)
 

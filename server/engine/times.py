@@ -136,14 +136,15 @@ class Flow:
 
     def add(self, amount: float, now: float, window: float) -> None:
         """Take note of an arrival; it counts less and less over some `window` seconds."""
-        self._amount = self._left(now, window) + amount
+        self._amount = self.total(now, window) + amount
         self._at = now
 
     def rate(self, now: float, window: float) -> float:
         """Return the amount a second."""
-        return self._left(now, window) / window
+        return self.total(now, window) / window
 
-    def _left(self, now: float, window: float) -> float:
+    def total(self, now: float, window: float) -> float:
+        """Return the amount of the last `window` seconds, or so."""
         return self._amount * math.exp((self._at - now) / window)
 
 

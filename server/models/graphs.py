@@ -1,6 +1,6 @@
 """Compiled graphs: made of the forwards that are worth it, used where they are faster.
 
-A forward runs eagerly at first. Once that has taken longer than compiling does, a thread compiles
+A forward runs eagerly at first. Once that takes longer than compiling does, a thread compiles
 a graph beside the service; where batches run, it is tried and kept if it is faster. A graph is for
 one rate of a ladder and one number of images: a batch is cut into pieces of those numbers. Who
 waits for an answer meanwhile should not notice: one graph is made at a time, with pauses, and
@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
@@ -25,16 +25,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from server.engine.threads import Team
+from server.engine.times import Flow
 from server.errors import UnavailableError
 from tocom import TOME, Delta, FoldedWeights, Variant
+from tocom.allocator import return_freed_memory
 from tocom.vit import Outputs, embed, outputs
 
 logger = logging.getLogger(__name__)
 
 #: Images that graphs are made for, the largest first. More at once are hardly faster an image.
 SIZES = (16, 8, 4, 1)
-#: Seconds that a forward runs eagerly before it is worth a graph, which takes half a second.
+#: Seconds that a forward runs eagerly before it is worth a graph, which takes a second to make and
+#: 100 MB as long as it is there.
 WORTH = 2.0
+#: Over how many seconds that is counted: what runs rarely would be worth one some day, too.
+WINDOW = 300.0
 #: Seconds after which a graph that did not run may have to give way to another.
 IDLE = 30.0
 #: The pause after a graph was made, in times of what that took.
@@ -86,7 +91,7 @@ Measure: TypeAlias = Callable[[Any, Forward], Mapping[str, tuple[float, float]]]
 class _Cell:
     """What is known of the forwards that share a graph."""
 
-    spent: float = 0.0  # seconds that they ran eagerly
+    spent: Flow = field(default_factory=Flow)  # seconds that they ran eagerly
     seconds: float = math.inf  # the least that its number of images took
     used: float = 0.0  # when the graph ran last
     graph: Callable[..., Outputs] | None = None
@@ -166,7 +171,7 @@ class Graphs:
                 with self.team:
                     done.append(forward(rest))
                 took = self._clock() - began
-                cell.spent += took
+                cell.spent.add(took, self._clock(), WINDOW)
                 cell.seconds = min(cell.seconds, took * size / len(rest))
                 if forward.is_folded and self._is_worth_it(cell):
                     self._make(forward, size, cell, faster)
@@ -188,18 +193,19 @@ class Graphs:
 
     def _is_worth_it(self, cell: _Cell) -> bool:
         """Return whether a graph is to be made; another may have given way to it then."""
-        if self._engine is None or cell.eager or cell.spent < WORTH:
+        now = self._clock()
+        if self._engine is None or cell.eager or now < self._pause:
             return False
-        if self._clock() < self._pause:
+        if cell.spent.total(now, WINDOW) < WORTH:
             return False
         taken = [cell for cell in self._cells.values() if cell.graph is not None]
         if len(taken) < self._limit:
             return True
-        idle = [cell for cell in taken if self._clock() - cell.used > IDLE]
+        idle = [cell for cell in taken if now - cell.used > IDLE]
         if not idle:
             return False
         oldest = min(idle, key=lambda cell: cell.used)
-        oldest.graph, oldest.spent = None, 0.0
+        oldest.graph, oldest.spent = None, Flow()
         return True
 
     def _make(self, forward: Forward, size: int, cell: _Cell, faster: Faster) -> None:
@@ -237,6 +243,7 @@ class Graphs:
             logger.exception("%s runs eagerly: its graph cannot be had", forward.name)
             cell.eager = True
         finally:
+            return_freed_memory()  # what compiling took, and a graph that gave way
             self._pause = self._clock() + PAUSE * (self._clock() - began)
 
     def _try(self, forward: Forward, size: int, graph: Callable[..., Outputs]) -> float:

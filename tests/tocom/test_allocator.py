@@ -31,6 +31,33 @@ def test_freed_memory_is_not_asked_for_again() -> None:
     assert faults("keep") < 0.05 * pages
 
 
+RETURNED = """
+from pathlib import Path
+from tocom.allocator import keep_freed_memory, return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+keep_freed_memory()
+blocks = [bytearray(2**20) for _ in range(200)]
+full = resident()
+del blocks
+kept = resident()
+return_freed_memory()
+print(full, kept, resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's alone")
+def test_freed_memory_can_be_returned() -> None:
+    printed = subprocess.check_output([sys.executable, "-c", RETURNED])
+    full, kept, returned = map(int, printed.split())
+    page = resource.getpagesize()
+    assert (full - kept) * page < 20 * 2**20
+    assert (full - returned) * page > 180 * 2**20
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     allocator.keep_freed_memory()
+    allocator.return_freed_memory()
