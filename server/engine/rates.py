@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 from server.engine.times import Flow, ServiceTimes, largest_batch
 
-#: Share of the time left that is planned with; the rest is for what cannot be foreseen.
+#: Share of the time left that one batch may take; the rest is for what cannot be foreseen.
 MARGIN = 0.6
+#: Share of the time left that all that waits may take; the rest is for what comes meanwhile, too.
+CROWD = 0.4
 #: Share of the time that arrivals may take; by what they take beyond it, what waits grows.
 FULL = 0.85
 #: Whole times of an image for which arrivals are expected to go on as they do.
@@ -140,13 +142,14 @@ class Controller:
         images = [*waiting, *coming]
         arrived, due = max(images, key=lambda image: image[1])
         first, last, whole = waiting[0][1] - now, due - now, due - arrived
+        alone = len(images) == 1 and not elsewhere.seconds
         reason = "quality"
         for rate in range(low, high + 1):
             seconds = elsewhere.seconds + len(images) * self.seconds(rate, len(images))
             grows = max(0.0, elsewhere.load + self.load(rate, now) - FULL)
             if self.times.batch(rate, 1) > MARGIN * first:
                 why = "deadline"
-            elif seconds > MARGIN * last:
+            elif not alone and seconds > CROWD * last:
                 why = "backlog"
             elif grows and seconds + AHEAD * whole * grows > AIM * whole:
                 why = "load"

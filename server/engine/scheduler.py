@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from server.engine.rates import Controller, Elsewhere
-from server.engine.times import DELAY, Flow, largest_batch
+from server.engine.rates import Controller, Decision, Elsewhere
+from server.engine.times import DELAY, Flow, largest_batch, sacrificed
 from server.engine.turns import NORMAL, Turns
 
 
@@ -219,37 +219,47 @@ class Scheduler:
         work, queue = alike[0], self._queues[alike]
         if len(priorities) > 1:
             queue = sorted(queue, key=lambda job: (job.priority != turn, job.priority))
-        rate, reason, size = work.rate, "asked", None
-        if rate is None:
-            waiting = [(job.arrived, job.due) for job in queue]
-            coming = [
-                (job.arrived, job.due)
-                for job in self._coming.get(work, {}).values()
-                if job.priority <= turn
-            ]
-            elsewhere = self._elsewhere(alike, now, turn)
-            rate, reason, size = work.controller.choose(
-                work.low, work.high, waiting, elsewhere, now, coming
-            )
+        rate, reason, size = self._decide(alike, queue, turn, now)
+        first = 0
         if size is None:
-            size = largest_batch(
-                work.controller.times,
-                rate,
-                waiting=len(queue),
-                limit=self.max_batch,
-                budget=min(self.slo, head.due - head.arrived),
-                slack=head.due - now,
-            )
+            first, size = self._cut(work, rate, queue, turn, now)
         seconds = work.controller.times.batch(rate, size)
         self._ends = now + seconds
         self._turns.ran(turn, seconds, priorities)
-        batch, rest = queue[:size], queue[size:]
+        batch, rest = queue[first : first + size], queue[:first] + queue[first + size :]
         self._waiting.subtract(job.priority for job in batch)
         if rest:
             self._queues[alike] = sorted(rest, key=urgency)
         else:
             del self._queues[alike]
         return Batch(work.at(rate), reason, batch)
+
+    def _decide(self, alike: Alike, queue: Sequence[Waiting], turn: int, now: float) -> Decision:
+        """Return the rate of the next batch of a queue: what was asked for or is chosen."""
+        work = alike[0]
+        if work.rate is not None:
+            return Decision(work.rate, "asked")
+        waiting = [(job.arrived, job.due) for job in queue]
+        coming = [
+            (job.arrived, job.due)
+            for job in self._coming.get(work, {}).values()
+            if job.priority <= turn
+        ]
+        elsewhere = self._elsewhere(alike, now, turn)
+        return work.controller.choose(work.low, work.high, waiting, elsewhere, now, coming)
+
+    def _cut(
+        self, work: Work, rate: int, queue: Sequence[Waiting], turn: int, now: float
+    ) -> tuple[int, int]:
+        """Return which images of a queue to run: the first and how many."""
+        times, limit = work.controller.times, self.max_batch
+        head = queue[0]
+        budget = min(self.slo, head.due - head.arrived)
+        # For what only rides along nobody stays behind.
+        dues = [job.due for job in queue if job.priority == turn]
+        first = sacrificed(times, rate, dues, limit, budget, now)
+        slack = dues[first] - now
+        return first, largest_batch(times, rate, len(queue) - first, limit, budget, slack)
 
     def ran(self, work: Runnable, images: int, seconds: float) -> None:
         """Take note that a batch is over, and what it took."""

@@ -168,6 +168,43 @@ def largest_batch(
     return size
 
 
+def sacrificed(
+    times: ServiceTimes, rate: int, dues: Sequence[float], limit: int, budget: float, now: float
+) -> int:
+    """Return how many of the most urgent images the next batch is to leave behind.
+
+    None, unless they have so little time left that only small batches would answer them, in which
+    all images take too long for the last to be in time. Then as many as it takes for most of them
+    to be, where time is worth as many answers as full batches give in it. Nexus (SOSP 2019) drops
+    images early for the same reason.
+
+    Args:
+        times, rate: of the batches.
+        dues: when the images that wait are due, in their order.
+        limit: images in a batch.
+        budget: the most urgent one's whole time.
+        now: the time.
+    """
+    full = largest_batch(times, rate, len(dues), limit, budget, budget)
+    size = largest_batch(times, rate, len(dues), limit, budget, dues[0] - now)
+    if size >= full or len(dues) * times.image(rate, size) <= dues[-1] - now:
+        return 0
+    seen = dues[: 2 * limit]  # enough to compare, and it takes no longer however many wait
+
+    def worth(left: int) -> float:
+        """Return how many would be in time, less what full batches answer in as much time."""
+        first, ends, answered = left, now, 0
+        while first < len(seen):
+            if (slack := seen[first] - ends) < DELAY * times.batch(rate, 1):
+                first += 1
+                continue
+            size = largest_batch(times, rate, len(seen) - first, limit, budget, slack)
+            first, ends, answered = first + size, ends + times.batch(rate, size), answered + size
+        return answered - (ends - now) / times.image(rate, full)
+
+    return max(range(min(len(seen), limit)), key=worth)
+
+
 def _bucket(images: int) -> int:
     """Return the power of two that a batch is counted under."""
     return 1 << (images - 1).bit_length()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from benchmarks.elastic import simulated
 from benchmarks.elastic.simulated import Image, Machine, Simulation
-from server.engine.rates import HOLD
+from benchmarks.load import Step, poisson_plan
+from server.engine.rates import HOLD, Controller
 from server.engine.scheduler import Scheduler
 from tests.server.works import Exact, Open, controller
 
@@ -139,6 +141,15 @@ def test_more_than_any_rate_can_do_runs_at_the_highest():
     assert mean_rate(between(images, 1, 10)) > 15.9
 
 
+@pytest.mark.parametrize("rate", [None, 0, 4])
+@pytest.mark.parametrize("load", [1.2, 2.0])
+def test_with_too_much_to_do_as_much_is_answered_in_time_as_can_be(rate, load):
+    possible = simulated.capacity(4 if rate is None else rate)
+    arrivals = poisson_plan([Step(8.0, load * possible)], seed=1)
+    images = simulated.serve(Controller, rate, arrivals, 0.5, simulated.uneven(1))
+    assert sum(image.in_time for image in images) > 0.9 * 8.0 * possible
+
+
 def test_exact_rates_are_kept_beside_open_ones():
     shared = controller(BATCH, slo=SLO)
     exact, left = Exact(rate=3, controller=shared), Open(controller=shared)
@@ -176,7 +187,7 @@ def beside(*exact: Image) -> tuple[int, str]:
 
 def test_exact_rates_count_whether_they_are_prepared_or_not():
     exact = Exact(rate=0, controller=controller(BATCH, slo=SLO))
-    assert beside(*(Image(exact, 0.0, SLO, i) for i in range(6)))[0] == 0
+    assert beside(*(Image(exact, 0.0, SLO, i) for i in range(3)))[0] == 0
     rate, reason = beside(*(Image(exact, 0.0, SLO, i) for i in range(10)))
     assert (rate > 0, reason) == (True, "backlog")
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.rates import AHEAD, AIM, FULL, HOLD, MARGIN, Controller, Decision, Elsewhere
+from server.engine.rates import (
+    AHEAD,
+    AIM,
+    CROWD,
+    FULL,
+    HOLD,
+    MARGIN,
+    Controller,
+    Decision,
+    Elsewhere,
+)
 from tests.server.works import controller
 
 IDLE = Elsewhere()
@@ -41,7 +51,7 @@ def test_a_deadline_asks_for_the_lowest_rate_that_keeps_it():
 
 def test_a_backlog_asks_for_a_rate_that_serves_all_in_time():
     made = timed()
-    decision = made.choose(0, 16, [(0.0, 7.5 / MARGIN)] * 10, IDLE, now=0.0)
+    decision = made.choose(0, 16, [(0.0, 7.5 / CROWD)] * 10, IDLE, now=0.0)
     assert decision.reason == "backlog"
     assert 10 * made.times.image(decision.rate, 8) <= 7.5 < 10 * made.times.image(0, 8)
     assert 10 * made.times.image(decision.rate - 1, 8) > 7.5
@@ -49,8 +59,8 @@ def test_a_backlog_asks_for_a_rate_that_serves_all_in_time():
 
 def test_work_for_others_counts_as_backlog():
     made = timed()
-    assert made.choose(0, 16, waiting(2.5), Elsewhere(seconds=0.5), now=0.0).rate == 0
-    assert timed().choose(0, 16, waiting(2.5), Elsewhere(seconds=1.3), now=0.0).reason == "backlog"
+    assert made.choose(0, 16, waiting(4.0), Elsewhere(seconds=0.5), now=0.0).rate == 0
+    assert timed().choose(0, 16, waiting(4.0), Elsewhere(seconds=1.3), now=0.0).reason == "backlog"
 
 
 def test_what_waits_soon_is_to_be_well_within_its_time():
@@ -97,8 +107,8 @@ def test_a_burst_is_met_by_its_first_batch():
 
 
 def test_images_that_are_not_prepared_count_as_backlog():
-    made = timed(0.05, slo=0.5)
-    decision = made.choose(0, 16, waiting(0.5), IDLE, 0.0, coming=waiting(*[0.5] * 9))
+    made = timed(0.05, slo=0.75)
+    decision = made.choose(0, 16, waiting(0.75), IDLE, 0.0, coming=waiting(*[0.75] * 9))
     assert (decision.rate, decision.reason) == (13, "backlog")
 
 

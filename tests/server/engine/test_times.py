@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.times import Flow, ServiceTimes, largest_batch
+from server.engine.times import Flow, ServiceTimes, largest_batch, sacrificed
 from tests.server.engine.test_rates import timed
 
 
@@ -161,3 +161,32 @@ def test_a_flow_forgets():
 def test_the_size_of_a_batch(waiting, limit, budget, slack, size):
     times = timed().times
     assert largest_batch(times, 0, waiting, limit, budget, slack) == size
+
+
+def behind() -> ServiceTimes:
+    """Batches take 100 ms, and 20 ms for each image."""
+    made = ServiceTimes(lambda rate: 1)
+    for size in (1, 2, 4, 8):
+        made.measured(0, size, 0.1 + 0.02 * size)
+    return made
+
+
+def test_who_would_make_all_others_late_is_left_behind():
+    # One image a batch would be in time from the start, which takes 0.12 s for each of them.
+    dues = [0.15 + 0.05 * i for i in range(12)]
+    left = sacrificed(behind(), 0, dues, limit=8, budget=1.5, now=0.0)
+    assert 0 < left < 8
+    assert largest_batch(behind(), 0, 12 - left, 8, 1.5, dues[left]) > 1
+
+
+@pytest.mark.parametrize(
+    "dues",
+    [
+        [0.15],
+        [0.15, 0.5, 1.0, 1.4],  # few enough for small batches
+        [1.2 + 0.01 * i for i in range(12)],  # time enough for large ones
+        [-0.1 + 0.01 * i for i in range(12)],  # late already, for whom all run at once
+    ],
+)
+def test_nobody_is_left_behind_without_need(dues):
+    assert sacrificed(behind(), 0, dues, limit=8, budget=1.5, now=0.0) == 0
