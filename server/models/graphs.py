@@ -44,7 +44,7 @@ WINDOW = 300.0
 IDLE = 30.0
 #: The pause after a graph was made, in times of what that took.
 PAUSE = 20.0
-#: How often a graph runs when it is tried.
+#: How often a graph, and what it is for, run when it is tried.
 TRIES = 3
 
 #: Runs something where batches run, between two of them.
@@ -92,7 +92,6 @@ class _Cell:
     """What is known of the forwards that share a graph."""
 
     spent: Flow = field(default_factory=Flow)  # seconds that they ran eagerly
-    seconds: float = math.inf  # the least that its number of images took
     used: float = 0.0  # when the graph ran last
     graph: Callable[..., Outputs] | None = None
     eager: bool = False  # it has no graph, or that is not faster
@@ -168,11 +167,9 @@ class Graphs:
                 rest = rest[size:]
             if len(rest) >= size:
                 began = self._clock()
-                with self.team:
-                    done.append(forward(rest))
-                took = self._clock() - began
-                cell.spent.add(took, self._clock(), WINDOW)
-                cell.seconds = min(cell.seconds, took * size / len(rest))
+                done.append(self._eagerly(forward, rest))
+                now = self._clock()
+                cell.spent.add(now - began, now, WINDOW)
                 if forward.is_folded and self._is_worth_it(cell):
                     self._make(forward, size, cell, faster)
                 break
@@ -233,9 +230,10 @@ class Graphs:
                 arguments.append(self._measure(engine, forward))
             graph = engine.Graph(*arguments)
             with suppress(UnavailableError):  # the server ends
-                tries = (self._call(partial(self._try, forward, size, graph)) for _ in range(TRIES))
-                compiled = min(each.result() for each in tries)
-                self._call(partial(self._take, forward, size, cell, graph, compiled)).result()
+                compiled, eager = self._compare(forward, size, graph)
+                self._call(
+                    partial(self._take, forward, size, cell, graph, compiled, eager)
+                ).result()
                 if cell.graph is not None:
                     for measure in self._call(faster).result():
                         self._call(measure).result()
@@ -246,24 +244,55 @@ class Graphs:
             return_freed_memory()  # what compiling took, and a graph that gave way
             self._pause = self._clock() + PAUSE * (self._clock() - began)
 
-    def _try(self, forward: Forward, size: int, graph: Callable[..., Outputs]) -> float:
-        """Return how long a graph takes."""
+    def _compare(
+        self, forward: Forward, size: int, graph: Callable[..., Outputs]
+    ) -> tuple[float, float]:
+        """Return the least seconds that a graph takes, and that it takes eagerly.
+
+        In turns: what the machine is busy with meanwhile meets both.
+        """
+
+        def compiled(images: Tensor) -> Outputs:
+            return graph(images, forward.variant)
+
+        eager = partial(self._eagerly, forward)
+        tries = [
+            [
+                self._call(partial(self._try, forward, size, run)).result()
+                for run in (compiled, eager)
+            ]
+            for _ in range(TRIES)
+        ]
+        return min(took for took, _ in tries), min(took for _, took in tries)
+
+    def _try(self, forward: Forward, size: int, run: Callable[[Tensor], Outputs]) -> float:
+        """Return how long a run takes."""
         images = torch.zeros(size, *_input_size(forward.model))
         began = self._clock()
         with torch.inference_mode():
-            graph(images, forward.variant)
+            run(images)
         return self._clock() - began
 
+    def _eagerly(self, forward: Forward, images: Tensor) -> Outputs:
+        with self.team:
+            return forward(images)
+
     def _take(
-        self, forward: Forward, size: int, cell: _Cell, graph: Callable[..., Outputs], took: float
+        self,
+        forward: Forward,
+        size: int,
+        cell: _Cell,
+        graph: Callable[..., Outputs],
+        compiled: float,
+        eager: float,
     ) -> None:
         """Take a graph if it is faster."""
-        cell.eager = took >= cell.seconds
+        cell.eager = compiled >= eager
         if not cell.eager:
             cell.graph, cell.used = graph, self._clock()
         logger.info(
             "%s, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
-            forward.name, size, 1000 * took, 1000 * cell.seconds,
+            forward.name, size, 1000 * compiled, 1000 * eager,
             "stays eager" if cell.eager else "compiled from now on",
         )  # fmt: skip
 
