@@ -142,7 +142,7 @@ class Measurement:
         self.known = Known(said, classes)
         ask = f"deadline_ms={options.slo_ms - options.allowance_ms}"
         self.queries = dict.fromkeys(servers, f"rate=auto&{ask}")
-        fixed = options.rates or self.rates
+        fixed = sorted({0, *(options.rates or self.rates)})  # rate 0 is what others are set beside
         self.queries |= {f"rate {rate}": f"rate={rate}&{ask}" for rate in fixed}
 
     def trace(self, name: str) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject.add_arguments(parser)
     parser.add_argument("--folder", type=Path, default=Path("runs/elastic"))
     parser.add_argument("--traces", nargs="+", choices=[STEPS, BURSTS], default=[STEPS, BURSTS])
-    parser.add_argument("--rates", type=int, nargs="+", help="fixed ones; default: all")
+    parser.add_argument("--rates", type=int, nargs="+", help="fixed ones beside 0; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each trace")
     parser.add_argument("--seconds", type=float, nargs=3, default=[2, 4, 3],
                         metavar=("BEFORE", "BURST", "AFTER"), help="of the steps")  # fmt: skip

@@ -141,6 +141,8 @@ class Simulation:
             self._take(now)
 
     def _take(self, now: float) -> None:
+        if self._scheduler.gathers(now):
+            return  # until the next one is decoded
         self._scheduler.give_up(now)
         while (batch := self._scheduler.take(now)) is not None:
             ready = [image for image in batch.jobs if now < image.due]

@@ -2,8 +2,8 @@
 
 Preparing (decoding) starts on arrival in a small pool, beside the forward, the most urgent image
 first. What is prepared waits in the scheduler's queues, from which the worker takes batch after
-batch. It never waits while anything is ready. Whatever is late or given up is dropped before
-inference, and its memory is free at once.
+batch. While anything is ready it waits only for images that are about to be. Whatever is late or
+given up is dropped before inference, and its memory is free at once.
 
 Knows nothing of HTTP, files or banks.
 """
@@ -13,11 +13,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -25,11 +23,11 @@ import torch
 from torch import Tensor
 
 from server.engine.job import Answer, Job, decoding_order
-from server.engine.observer import Observer
+from server.engine.observer import Load, Observer
 from server.engine.places import Places
 from server.engine.pool import UrgentPool
 from server.engine.scheduler import Batch, Runnable, Scheduler, Work
-from server.engine.threads import set_torch_threads
+from server.engine.threads import begin_beside_forwards, set_torch_threads
 from server.engine.turns import NORMAL
 from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 
@@ -39,19 +37,6 @@ T = TypeVar("T")
 
 #: Seconds between two signs of life of an idle worker.
 BEAT = 0.5
-
-
-@dataclass(frozen=True)
-class Load:
-    """What an engine has to do at a moment.
-
-    Attributes:
-        taken: images that were taken and are not yet answered.
-        queued: of these, those that are prepared and wait, by their work.
-    """
-
-    taken: int
-    queued: Mapping[Work, int]
 
 
 class Engine:
@@ -74,8 +59,8 @@ class Engine:
         Args:
             max_batch: images in a forward.
             max_queue: images taken and not yet answered.
-            max_wait: seconds that an idle worker lets a first image wait for company. 0 is
-                work-conserving: under load batches fill while their predecessor runs.
+            max_wait: seconds that an idle worker lets a first image wait for company that was not
+                even asked for. Under load batches fill while their predecessor runs.
             slo: seconds in which answers are wanted, which batches leave room for.
             decode_threads: threads that prepare images.
             share: of the time that each lower priority keeps while higher ones wait.
@@ -87,7 +72,7 @@ class Engine:
         self.max_wait = max_wait
         self.clock = clock
         self._pool: UrgentPool[Job] = UrgentPool(
-            decode_threads, "decode", self._prepare, decoding_order, partial(set_torch_threads, 1)
+            decode_threads, "decode", self._prepare, decoding_order, begin_beside_forwards
         )
         self._worker = threading.Thread(target=self._loop, name="forward", daemon=True)
         self._wake = threading.Condition()
@@ -97,6 +82,7 @@ class Engine:
         self._numbers = count()
         self._places = Places(max_queue, keep_places)
         self._pace = 0.0
+        self._decode = 0.0  # seconds that preparing an image takes as a rule
         self._beat = clock()
         self._closed = False
         self._drained = False
@@ -273,6 +259,8 @@ class Engine:
         if self.observer:
             self.observer.decoded(job.work, job.decode)
         with self._wake:
+            usual = self._decode or job.decode
+            self._decode = 0.9 * usual + 0.1 * min(job.decode, 2 * usual)
             # Whoever cancels from here on takes the job out of its queue again.
             if not job.done():
                 self._scheduler.add(job)
@@ -332,6 +320,7 @@ class Engine:
                     lambda: self._scheduler or self._calls or self._drained, timeout=BEAT
                 )
                 self._wait_for_company()
+            self._wait_for_prepared()
             now = self.clock()
             for job in self._scheduler.give_up(now):
                 self._miss(job, "queue")
@@ -346,6 +335,14 @@ class Engine:
             if patience <= 0:
                 return
             self._wake.wait(patience)
+
+    def _wait_for_prepared(self) -> None:
+        """Let a batch wait for images that are being prepared, as long as they come one by one."""
+        while self._scheduler.gathers(self.clock()) and not self._calls:
+            waiting = len(self._scheduler)
+            self._wake.wait(self._decode)
+            if len(self._scheduler) == waiting:
+                return
 
     def _run(self, work: Runnable, reason: str, jobs: Sequence[Job]) -> None:
         """Answer jobs that have begun; if the batch fails, each by itself."""

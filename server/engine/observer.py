@@ -1,9 +1,23 @@
 """What an engine tells of itself while it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.scheduler import Runnable, Work
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do at a moment.
+
+    Attributes:
+        taken: images that were taken and are not yet answered.
+        queued: of these, those that are prepared and wait, by their work.
+    """
+
+    taken: int
+    queued: Mapping[Work, int]
 
 
 class Observer(Protocol):

@@ -142,6 +142,20 @@ class Scheduler:
         )
         return min(latest, default=math.inf) - now
 
+    def gathers(self, now: float) -> bool:
+        """Return whether images that are being prepared would fill the next batch up."""
+        if not self._queues:
+            return False
+        alike, queue = min(self._queues.items(), key=lambda item: urgency(item[1][0]))
+        work, head = alike[0], queue[0]
+        coming = len(self._coming.get(work, ()))
+        if not coming:
+            return False
+        budget, slack = min(self.slo, head.due - head.arrived), head.due - now
+        total = len(queue) + coming
+        times = work.controller.times
+        return len(queue) < largest_batch(times, work.high, total, self.max_batch, budget, slack)
+
     def queued(self) -> Counter[Work]:
         """Return how many images wait for each kind of work."""
         found: Counter[Work] = Counter()

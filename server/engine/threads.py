@@ -9,6 +9,7 @@ Reference: docs/decisions/0008-fair-beside-neighbours.md has the figures.
 
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ WEIGHT = 0.3
 #: Seconds on one thread before all are tried again, at first and at most; each try in vain
 #: doubles them.
 PAUSE, LONGEST_PAUSE = 1.0, 16.0
+#: By how much threads that work beside forwards are nicer: they get a third of what a forward does.
+NICE = 5
 
 
 def available_processors(root: Path = Path("/")) -> int:
@@ -80,6 +83,17 @@ def set_torch_threads(threads: int) -> None:
         last = threading.Thread(target=set_torch_threads, args=(1,))
         last.start()
         last.join()
+
+
+def begin_beside_forwards() -> None:
+    """Make the calling thread one for small work beside forwards, such as decoding.
+
+    It takes one torch thread, and a smaller share of a core that a forward wants: the threads of
+    a forward wait for each other, so for one that is held up all are.
+    """
+    set_torch_threads(1)
+    if sys.platform == "linux":  # elsewhere only whole processes have a niceness
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)
 
 
 class Team:

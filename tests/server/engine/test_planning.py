@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -185,6 +186,57 @@ def test_images_of_one_shape_run_together():
     assert [each.number for each in scheduler.take(0.0).jobs] == [0, 4]
     assert [each.number for each in scheduler.take(0.0).jobs] == [1, 3, 5]
     assert scheduler.take(0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("ready", "coming", "slack", "waits"),
+    [
+        (0, 3, 9.0, False),  # there is nothing yet that would wait
+        (1, 0, 9.0, False),
+        (1, 1, 9.0, True),
+        (3, 9, 9.0, True),
+        (4, 9, 9.0, False),  # no batch has more
+        (1, 3, 2.0, False),  # nor has this one, whose first image is late with any other
+    ],
+)
+def test_a_batch_waits_for_what_is_being_prepared_and_has_room_in_it(ready, coming, slack, waits):
+    scheduler, work = Scheduler(4), Exact()
+    for size in (1, 4):
+        work.controller.times.measured(0, size, float(size))
+    jobs = [Shaped(work, number, (3, 8, 8), due=100.0) for number in range(ready + coming)]
+    for job in jobs:
+        scheduler.arrived(job, 0.0)
+    for job in jobs[:ready]:
+        scheduler.add(job)
+    assert scheduler.gathers(100.0 - slack) == waits
+    scheduler.arrived(Shaped(Exact(name="other"), 99, (3, 8, 8)), 0.0)
+    assert scheduler.gathers(100.0 - slack) == waits
+
+
+def test_an_image_waits_for_the_next_as_long_as_preparing_one_takes(make, work, clock):
+    engine = make(decode_threads=2)
+
+    def after(event: threading.Event | None, seconds: float = 0.0) -> Callable[[], Tensor]:
+        def prepare() -> Tensor:
+            if event is not None:
+                assert event.wait(PATIENCE)
+            clock.now += seconds
+            return image(1)()
+
+        return prepare
+
+    engine.start()
+    known, slow = threading.Event(), threading.Event()
+    # Nothing is known of preparing, so nothing is waited for.
+    kept = engine.submit(work, after(slow), math.inf)
+    assert engine.submit(work, after(None), math.inf).result(PATIENCE).batch_size == 1
+    slow.set()
+    assert kept.result(PATIENCE)
+    # Once it takes a while, the one that is ready waits for the other.
+    assert engine.submit(work, after(None, PATIENCE), math.inf).result(PATIENCE)
+    both = [engine.submit(work, after(event), math.inf) for event in (None, known)]
+    known.set()
+    assert [each.result(PATIENCE).batch_size for each in both] == [2, 2]
 
 
 def test_what_cannot_be_in_time_makes_nobody_late():

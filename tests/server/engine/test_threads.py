@@ -1,5 +1,6 @@
 import itertools
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 
 from server.engine.threads import (
     LONGEST_PAUSE,
+    NICE,
     PAUSE,
     Team,
     available_processors,
+    begin_beside_forwards,
     set_torch_threads,
 )
 from tests.server.works import Clock
@@ -88,6 +91,22 @@ def test_threads_that_are_to_come_begin_with_one():
     worker.start()
     worker.join()
     assert seen == [3, 1, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness")
+def test_threads_beside_forwards_are_nicer_and_alone_in_that():
+    seen: list[tuple[int, int]] = []
+
+    def ask() -> None:
+        begin_beside_forwards()
+        seen.append((os.nice(0), torch.get_num_threads()))
+
+    before = os.nice(0)
+    worker = threading.Thread(target=ask)
+    worker.start()
+    worker.join()
+    assert seen == [(min(19, before + NICE), 1)]
+    assert os.nice(0) == before
 
 
 class Machine:
