@@ -220,29 +220,33 @@ class Graphs:
         """Compile a graph, beside the service, and take it if it is faster."""
         began = self._clock()
         try:
-            reason = engine.unsupported(forward.model, forward.variant.ladder.method)
-            if reason is not None:
-                logger.info("%s runs eagerly: %s", forward.name, reason)
-                cell.eager = True
-                return
-            arguments = [*forward, size, self.team.threads, self._dtype]
-            if self._measure is not None:
-                arguments.append(self._measure(engine, forward))
-            graph = engine.Graph(*arguments)
-            with suppress(UnavailableError):  # the server ends
-                compiled, eager = self._compare(forward, size, graph)
-                self._call(
-                    partial(self._take, forward, size, cell, graph, compiled, eager)
-                ).result()
-                if cell.graph is not None:
-                    for measure in self._call(faster).result():
-                        self._call(measure).result()
+            self._try_out(engine, forward, size, cell, faster)
         except Exception:  # whatever it is, the service goes on without the graph
             logger.exception("%s runs eagerly: its graph cannot be had", forward.name)
             cell.eager = True
         finally:
-            return_freed_memory()  # what compiling took, and a graph that gave way
+            # What compiling took, and a graph that gave way or is not wanted.
+            return_freed_memory()
             self._pause = self._clock() + PAUSE * (self._clock() - began)
+
+    def _try_out(
+        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Faster
+    ) -> None:
+        reason = engine.unsupported(forward.model, forward.variant.ladder.method)
+        if reason is not None:
+            logger.info("%s runs eagerly: %s", forward.name, reason)
+            cell.eager = True
+            return
+        arguments = [*forward, size, self.team.threads, self._dtype]
+        if self._measure is not None:
+            arguments.append(self._measure(engine, forward))
+        graph = engine.Graph(*arguments)
+        with suppress(UnavailableError):  # the server ends
+            compiled, eager = self._compare(forward, size, graph)
+            self._call(partial(self._take, forward, size, cell, graph, compiled, eager)).result()
+            if cell.graph is not None:
+                for measure in self._call(faster).result():
+                    self._call(measure).result()
 
     def _compare(
         self, forward: Forward, size: int, graph: Callable[..., Outputs]
