@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import mmap
 import time
 from asyncio.events import Handle
 
@@ -15,6 +16,9 @@ from tests.server.conftest import picture, png
 
 #: Seconds of its own CPU time, which neighbours only add to by way of the caches.
 STRETCH = 0.020
+
+#: Where memory is dear, so many times as long as the system takes to hand out a body's worth of it.
+TIMES = 3
 
 #: How often a body is sent at most: what the work itself takes, it takes each time.
 TRIES = 5
@@ -72,6 +76,18 @@ BODIES = {
 }
 
 
+def allowed() -> float:
+    """Seconds of a stretch on this machine at this moment.
+
+    A virtual machine may take 12 ms and more to hand out 20 MiB, which no code makes faster.
+    """
+    data = bytes(LARGEST)
+    with mmap.mmap(-1, LARGEST) as fresh:
+        began = time.thread_time()
+        fresh.write(data)
+        return max(STRETCH, TIMES * (time.thread_time() - began))
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_the_loop_is_never_long_at_work(settings, monkeypatch, body):
     path, kind, content = BODIES[body]
@@ -101,11 +117,11 @@ def test_the_loop_is_never_long_at_work(settings, monkeypatch, body):
             stretches.clear()
             return await client.post(path, content=chunks(), headers={"Content-Type": kind})
 
-    longest = []
+    worst = []
     with monkeypatch.context() as patch:
         patch.setattr(Handle, "_run", watched)
-        while not longest or (min(longest) >= STRETCH and len(longest) < TRIES):
+        while not worst or (min(worst) >= 1 and len(worst) < TRIES):
             app = create_app(settings.model_copy(update=changed))
             assert asyncio.run(post(app)).status_code < 500
-            longest.append(max(stretches))
-    assert min(longest) < STRETCH
+            worst.append(max(stretches) / allowed())
+    assert min(worst) < 1
