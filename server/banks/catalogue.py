@@ -29,6 +29,7 @@ from server.errors import (
 from server.models.registry import Registry
 from server.models.served import ServedModel
 from tocom import BankError, ConfigError, StoreError
+from tocom.allocator import return_freed_memory
 from tocom.backbones import bundled_folders
 
 logger = logging.getLogger(__name__)
@@ -245,6 +246,9 @@ class Banks:
         except (BankError, ConfigError) as error:
             raise UnusableBankError(str(error)) from error
         finally:
+            # What earlier banks left: each change runs in another thread, whose part of the heap
+            # would keep it. Of the last one requests may still run.
+            return_freed_memory()
             if self._swapped:
                 self._swapped(result)
         before, after = old.repaired.bank_digest, repaired.bank_digest

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from adapters import Bank, compose
+from server.banks import catalogue
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
 from server.errors import UnusableBankError
@@ -68,6 +69,15 @@ def test_a_bank_goes_to_the_ladder_that_it_is_for(
     admin.delete("/v1/models/tiny/bank")
     assert [each.bank for each in registry.get("tiny").ladders] == [None] * 3
     assert swaps == ["ok", "failed", "ok"]
+
+
+def test_a_swap_returns_the_memory_that_earlier_banks_left(admin, store, make_bank, monkeypatch):
+    returned = []
+    monkeypatch.setattr(catalogue, "return_freed_memory", lambda: returned.append(True))
+    store.publish(make_bank())
+    attach(admin, "tiny", "new")
+    admin.delete("/v1/models/tiny/bank")
+    assert len(returned) == 2
 
 
 def test_its_weights_are_folded_before_it_is_seen(admin, registry, store, make_bank, monkeypatch):
