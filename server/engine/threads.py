@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -92,7 +93,9 @@ def begin_beside_forwards() -> None:
     a forward wait for each other, so for one that is held up all are.
     """
     set_torch_threads(1)
-    if sys.platform == "linux":  # elsewhere only whole processes have a niceness
+    if sys.platform != "linux":  # elsewhere only whole processes have a niceness
+        return
+    with suppress(OSError):  # a sandbox may forbid it, and then they are as nice as forwards
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICE)
 
 

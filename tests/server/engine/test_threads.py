@@ -109,6 +109,15 @@ def test_threads_beside_forwards_are_nicer_and_alone_in_that():
     assert os.nice(0) == before
 
 
+def test_a_sandbox_that_forbids_niceness_stops_no_thread(monkeypatch):
+    def forbidden(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", forbidden)
+    begin_beside_forwards()
+    assert torch.get_num_threads() == 1
+
+
 class Machine:
     """A clock of the world and one of a process that has a share of its cores' time."""
 
