@@ -1,8 +1,9 @@
 """Which processors there are for this process, and how many torch threads a forward gets.
 
 OpenMP's threads wait awake for their next operation, of which a forward has hundreds. Alone that
-is the fastest way. Beside a busy program they wait for a thread that has lost its core, while they
-keep it from getting one: then a forward on one thread takes half of the time.
+is the fastest way for a few images. Beside a busy program they wait for a thread that has lost its
+core, while they keep it from getting one: then a forward on one thread takes half of the time. Many
+images are shared out to threads that do not wait for each other.
 
 Reference: docs/decisions/0008-fair-beside-neighbours.md has the figures.
 """
@@ -13,11 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Self
+
+T = TypeVar("T")
 
 #: Share of the time of its cores that the process must have during a forward, to be alone.
 ALONE = 0.75
@@ -28,6 +34,8 @@ WEIGHT = 0.3
 PAUSE, LONGEST_PAUSE = 1.0, 16.0
 #: By how much threads that work beside forwards are nicer: they get a third of what a forward does.
 NICE = 5
+#: Images that each thread must get for a batch to be shared out: fewer take longer than together.
+SHARE = 4
 
 
 def available_processors(root: Path = Path("/")) -> int:
@@ -102,7 +110,8 @@ def begin_beside_forwards() -> None:
 class Team:
     """The torch threads of a forward: all while it is alone, one beside busy programs.
 
-    Use: `with team: ...` around a forward, on a thread that has one torch thread otherwise.
+    Use: `with team: ...` around a forward, on a thread that has one torch thread otherwise; or
+    `map`, by which each thread runs a share of the images.
     """
 
     def __init__(
@@ -125,6 +134,23 @@ class Team:
         self._share = 1.0
         self._pause = PAUSE
         self._until = -math.inf  # when all threads may be tried again
+        self._sharers = ThreadPoolExecutor(threads, "share", set_torch_threads, (1,))
+
+    def can_share(self, images: int) -> bool:
+        """Return whether so many images are enough to be shared out."""
+        return self.threads > 1 and images >= SHARE * self.threads
+
+    def map(self, forward: Callable[[Tensor], T], images: Tensor) -> list[T]:
+        """Return what `forward` makes of each share of images [B, 3, H, W], in their order.
+
+        Shares are run side by side, each by a thread of its own, and differ by one image at most.
+        """
+
+        def run(share: Tensor) -> T:
+            with torch.inference_mode():  # which is a thread's own
+                return forward(share)
+
+        return list(self._sharers.map(run, images.tensor_split(self.threads)))
 
     @property
     def size(self) -> int:

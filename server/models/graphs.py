@@ -61,8 +61,13 @@ class Forward(NamedTuple):
 
     def __call__(self, images: Tensor) -> Outputs:
         """Run images [B, 3, H, W], from any device, eagerly."""
-        device = self.model.patch_embed.proj.weight.device
-        return outputs(self.model, embed(self.model, images.to(device)), self.variant)
+        return outputs(self.model, embed(self.model, images.to(self.device)), self.variant)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        device: torch.device = self.model.patch_embed.proj.weight.device
+        return device
 
     @property
     def name(self) -> str:
@@ -173,8 +178,7 @@ class Graphs:
                 if forward.is_folded and self._is_worth_it(cell):
                     self._make(forward, size, cell, faster)
                 break
-        features, logits = zip(*((each.features, each.logits) for each in done), strict=True)
-        return Outputs(torch.cat(features), torch.cat(logits))
+        return _joined(done)
 
     def _cell(self, forward: Forward, size: int) -> _Cell:
         model, variant = forward
@@ -278,6 +282,8 @@ class Graphs:
         return self._clock() - began
 
     def _eagerly(self, forward: Forward, images: Tensor) -> Outputs:
+        if forward.device.type == "cpu" and self.team.can_share(len(images)):
+            return _joined(self.team.map(forward.__call__, images))
         with self.team:
             return forward(images)
 
@@ -299,6 +305,11 @@ class Graphs:
             forward.name, size, 1000 * compiled, 1000 * eager,
             "stays eager" if cell.eager else "compiled from now on",
         )  # fmt: skip
+
+
+def _joined(parts: Sequence[Outputs]) -> Outputs:
+    features, logits = zip(*((each.features, each.logits) for each in parts), strict=True)
+    return Outputs(torch.cat(features), torch.cat(logits))
 
 
 def _input_size(model: VisionTransformer) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from server.engine.threads import (
     LONGEST_PAUSE,
     NICE,
     PAUSE,
+    SHARE,
     Team,
     available_processors,
     begin_beside_forwards,
@@ -175,3 +176,31 @@ def test_when_the_neighbour_has_gone_it_gets_all_again(machine, team):
         machine.run(team, 0.6)
     machine.clock.now += LONGEST_PAUSE
     assert [machine.run(team, 1.0) for _ in range(20)].count(2) > 15
+
+
+def test_shares_are_run_side_by_side_and_come_back_in_order():
+    team, together = Team(3), threading.Barrier(3)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        together.wait()  # for ever, unless all three run at once
+        assert torch.is_inference_mode_enabled()
+        assert torch.get_num_threads() == 1
+        return images + 1
+
+    images = torch.arange(14.0).view(14, 1, 1, 1)
+    shares = team.map(forward, images)
+    assert [len(share) for share in shares] == [5, 5, 4]
+    assert torch.equal(torch.cat(shares), images + 1)
+
+
+def test_what_a_share_raises_the_caller_gets():
+    def forward(images: torch.Tensor) -> None:
+        raise ValueError(f"{len(images)} images")
+
+    with pytest.raises(ValueError, match="4 images"):
+        Team(2).map(forward, torch.zeros(8, 3, 2, 2))
+
+
+def test_few_images_are_not_shared_out():
+    assert [Team(2).can_share(images) for images in (2 * SHARE - 1, 2 * SHARE)] == [False, True]
+    assert not Team(1).can_share(100)

@@ -110,6 +110,23 @@ def test_what_runs_often_is_compiled_and_answers_the_same(monkeypatch, clock, mo
     assert len(calls) == 2
 
 
+def test_many_images_are_shared_out_and_get_the_same_answers(monkeypatch, model):
+    shares, eagerly = [], Forward.__call__
+
+    def watched(forward, images):
+        shares.append((threading.current_thread().name, len(images)))
+        return eagerly(forward, images)
+
+    monkeypatch.setattr(Forward, "__call__", watched)
+    images = pictures(model, 13)
+    logits = run(Graphs(threads=3), model, images)
+    assert sorted(size for _, size in shares) == [4, 4, 5]
+    assert threading.current_thread().name not in {thread for thread, _ in shares}
+    shares.clear()
+    torch.testing.assert_close(run(Graphs(threads=1), model, images), logits)
+    assert shares == [(threading.current_thread().name, 13)]
+
+
 def test_what_runs_rarely_is_not_compiled(monkeypatch, clock, model):
     engine = Double(clock)
     made = started(monkeypatch, clock, engine)
