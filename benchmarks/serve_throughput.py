@@ -33,7 +33,7 @@ from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.load import Exchange, Request, closed_loop, form, upload
 from benchmarks.served import Served, free_port, running, serving
 from benchmarks.subject import Subject
-from server.engine.threads import set_torch_threads
+from server.engine.threads import begin_beside_forwards
 from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.settings import Settings
@@ -41,6 +41,8 @@ from tocom.allocator import keep_freed_memory
 
 #: The parts that CPU time goes to.
 PARTS = ("decode", "forward", "HTTP", "other", "client")
+#: Seconds before a lone image, in which the threads of the one before fall asleep.
+REST = 0.05
 #: Settings of each kind of peer that are tried.
 PEERS: dict[str, list[dict[str, float]]] = {
     "plain": [{}],
@@ -74,9 +76,7 @@ class Pipeline:
 
     def __init__(self, model: ServedModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.pool = ThreadPoolExecutor(
-            settings.decode_threads, initializer=set_torch_threads, initargs=(1,)
-        )
+        self.pool = ThreadPoolExecutor(settings.decode_threads, initializer=begin_beside_forwards)
 
     def run(self, batches: Sequence[Batch], ahead: int) -> float:
         """Run batches of (rate, images) and return the images a second.
@@ -138,6 +138,18 @@ class Bench:
         """Yield a request for each rate, with pictures in turn."""
         for rate, body in zip(rates, itertools.cycle(self.forms), strict=False):
             yield upload(f"/v1/classify?rate={rate}", body)
+
+    def alternately(self, rate: int, count: int, alone: list[float]) -> Iterator[Request]:
+        """Yield requests; before each of them its picture is run here, for so many seconds.
+
+        Both find all threads asleep: those of a forward wait awake for a while after it.
+        """
+        asked = zip(self.requests([rate] * count), itertools.cycle(self.pictures), strict=False)
+        for request, picture in asked:
+            time.sleep(REST)
+            alone.append(self.pipeline.single(picture, rate))
+            time.sleep(REST)
+            yield request
 
     def by_http(self, load: str, measured: Measured) -> list[Batch]:
         """Measure a load by HTTP and return the batches that the server made of it."""
@@ -208,24 +220,25 @@ def name_of(load: str) -> str:
     return {"mix": "all, mixed", "sorted": "all, sorted"}.get(load, load)
 
 
+def median_ms(seconds: Sequence[float]) -> float:
+    """Return the median in milliseconds."""
+    return 1000 * statistics.median(seconds)
+
+
 def latency(bench: Bench, rounds: int, requests: int) -> None:
     """Print what a server adds to the time of a single image, one at a time."""
     rows = []
     for rate in bench.measured:
-        medians: dict[str, list[float]] = {"http": [], "alone": []}
+        medians: list[tuple[float, float, float]] = []
         for _ in range(rounds):
-            asked = bench.requests([rate] * requests)
+            alone: list[float] = []
+            asked = bench.alternately(rate, requests, alone)
             exchanges = closed_loop(bench.served.port, asked, concurrency=1)
             elapsed(exchanges)  # all were answered
-            medians["http"].append(
-                1000 * statistics.median(each.done - each.sent for each in exchanges)
-            )
-            pictures = itertools.islice(itertools.cycle(bench.pictures), requests)
-            alone = [bench.pipeline.single(picture, rate) for picture in pictures]
-            medians["alone"].append(1000 * statistics.median(alone))
-        pairs = zip(medians["http"], medians["alone"], strict=True)
-        added = [http - alone for http, alone in pairs]
-        rows.append([rate, *(spread(medians[key], ".1f") for key in medians), spread(added, ".1f")])
+            http = [each.done - each.sent for each in exchanges]
+            added = [one - other for one, other in zip(http, alone, strict=True)]
+            medians.append((median_ms(http), median_ms(alone), median_ms(added)))
+        rows.append([rate, *(spread(each, ".1f") for each in zip(*medians, strict=True))])
     header = ["rate", "HTTP, p50 ms", "decode + forward, p50 ms", "added, ms"]
     print(f"One request at a time:\n\n{markdown(header, rows)}\n", flush=True)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,8 +111,7 @@ def begin_beside_forwards() -> None:
 class Team:
     """The torch threads of a forward: all while it is alone, one beside busy programs.
 
-    Use: `with team: ...` around a forward, on a thread that has one torch thread otherwise; or
-    `map`, by which each thread runs a share of the images.
+    Use: `run`, on a thread that has one torch thread otherwise.
     """
 
     def __init__(
@@ -136,21 +136,17 @@ class Team:
         self._until = -math.inf  # when all threads may be tried again
         self._sharers = ThreadPoolExecutor(threads, "share", set_torch_threads, (1,))
 
-    def can_share(self, images: int) -> bool:
-        """Return whether so many images are enough to be shared out."""
-        return self.threads > 1 and images >= SHARE * self.threads
+    def run(self, forward: Callable[[Tensor], T], images: Tensor) -> list[T]:
+        """Return what `forward` makes of images [B, 3, H, W].
 
-    def map(self, forward: Callable[[Tensor], T], images: Tensor) -> list[T]:
-        """Return what `forward` makes of each share of images [B, 3, H, W], in their order.
-
-        Shares are run side by side, each by a thread of its own, and differ by one image at most.
+        Where they are many, each thread runs a share of them: the list has what it makes of each
+        share, in their order. Shares differ by one image at most.
         """
-
-        def run(share: Tensor) -> T:
-            with torch.inference_mode():  # which is a thread's own
-                return forward(share)
-
-        return list(self._sharers.map(run, images.tensor_split(self.threads)))
+        if self.threads > 1 and len(images) >= SHARE * self.threads:
+            shares = images.tensor_split(self.threads)
+            return list(self._sharers.map(partial(_run, forward), shares))
+        with self:
+            return [forward(images)]
 
     @property
     def size(self) -> int:
@@ -180,3 +176,8 @@ class Team:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         elif share >= ALONE:
             self._pause = PAUSE
+
+
+def _run(forward: Callable[[Tensor], T], share: Tensor) -> T:
+    with torch.inference_mode():  # which is a thread's own
+        return forward(share)

@@ -61,13 +61,8 @@ class Forward(NamedTuple):
 
     def __call__(self, images: Tensor) -> Outputs:
         """Run images [B, 3, H, W], from any device, eagerly."""
-        return outputs(self.model, embed(self.model, images.to(self.device)), self.variant)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        device: torch.device = self.model.patch_embed.proj.weight.device
-        return device
+        device = self.model.patch_embed.proj.weight.device
+        return outputs(self.model, embed(self.model, images.to(device)), self.variant)
 
     @property
     def name(self) -> str:
@@ -282,10 +277,7 @@ class Graphs:
         return self._clock() - began
 
     def _eagerly(self, forward: Forward, images: Tensor) -> Outputs:
-        if forward.device.type == "cpu" and self.team.can_share(len(images)):
-            return _joined(self.team.map(forward.__call__, images))
-        with self.team:
-            return forward(images)
+        return _joined(self.team.run(forward.__call__, images))
 
     def _take(
         self,

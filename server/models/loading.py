@@ -61,6 +61,8 @@ def load_models(settings: Settings, tell: Tell = tell_nobody) -> list[ServedMode
         raise ConfigError(f"models cannot run on device {device!r}: {reason}") from error
     # Torch's own choice is a bound, too: OMP_NUM_THREADS may say it.
     threads = settings.threads or min(available_processors(), torch.get_num_threads())
+    if torch.device(device).type != "cpu":
+        threads = 1  # which have no part in what runs there
     set_torch_threads(1)
     store = Store(settings.store)
     batch, slo = settings.max_batch, settings.slo_ms / 1000

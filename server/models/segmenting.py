@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -20,7 +21,7 @@ from server.models.pictures import decoding
 from server.models.served import RateWork, ServedModel
 from server.schemas import Kind
 from server.settings import Settings
-from tocom import Cost, Ladder, Variant, cost
+from tocom import Cost, Ladder, cost
 from tocom.dense import Size, starts
 
 
@@ -82,14 +83,12 @@ class SceneWork(RateWork):
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return the scores [K, H / p, W / p] of each of images [B, 3, H, W], on the CPU."""
-        model, delta = self.model, self.model.delta(self.rate) if self.compensate else None
-        variant = Variant(
-            self.rate, delta, model.backbone.adapter, model.proportional, model.ladder,
-            model.learned,
-        )  # fmt: skip
-        with model.graphs.team:
-            scores = model.segmenter.scores(images.to(model.device), variant)
-        return list(scores.float().cpu())
+        model, variant = self.model, self.variant()
+
+        def scores(share: Tensor) -> Tensor:
+            return model.segmenter.scores(share.to(model.device), variant).float().cpu()
+
+        return list(torch.cat(model.graphs.team.run(scores, images)))
 
 
 class Scene:

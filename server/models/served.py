@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -294,7 +295,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # [C] fp32, what the head gives
     features: Tensor  # [D] fp32, what the head reads
-    source: Tensor | None  # [N] final token that holds each input token, -1: none; None: no trace
+    source: Tensor | None = None  # [N] final token that holds each input token, or -1; if traced
 
 
 @dataclass(frozen=True)
@@ -328,26 +329,27 @@ class RateWork:
 
     def __call__(self, images: Tensor) -> list[Any]:
         """Run images [B, 3, H, W], from any device, to an `Output` each."""
-        delta = self.model.delta(self.rate) if self.compensate else None
-        model, adapter = self.model.backbone.model, self.model.backbone.adapter
-        variant = Variant(
-            self.rate, delta, adapter, self.model.proportional, self.model.ladder,
-            self.model.learned,
-        )  # fmt: skip
-        sources: Sequence[Tensor | None] = [None] * len(images)
+        graphs = self.model.graphs
         if self.trace:
-            with self.model.graphs.team:
-                traced = trace(
-                    model, images.to(self.model.device), self.rate, delta,
-                    proportional=variant.proportional, adapter=adapter, ladder=variant.ladder,
-                    learned=variant.learned,
-                )  # fmt: skip
-            features, logits, sources = traced.features, traced.logits, list(traced.source.cpu())
-        else:
-            forward = Forward(model, variant)
-            features, logits, _ = self.model.graphs.run(forward, images, self._measure_again)
-        rows = zip(logits.float().cpu(), features.float().cpu(), sources, strict=True)
-        return [Output(*row) for row in rows]
+            return [*chain(*graphs.team.run(partial(self._traced, self.variant()), images))]
+        forward = Forward(self.model.backbone.model, self.variant())
+        features, logits, _ = graphs.run(forward, images, self._measure_again)
+        return [*map(Output, logits.float().cpu(), features.float().cpu())]
+
+    def variant(self) -> Variant:
+        """Return what is run; its delta is made, unless that is done."""
+        model, delta = self.model, self.model.delta(self.rate) if self.compensate else None
+        adapter = model.backbone.adapter
+        return Variant(self.rate, delta, adapter, model.proportional, model.ladder, model.learned)
+
+    def _traced(self, variant: Variant, images: Tensor) -> list[Output]:
+        traced = trace(
+            self.model.backbone.model, images.to(self.model.device), variant.rate, variant.delta,
+            proportional=variant.proportional, adapter=variant.adapter, ladder=variant.ladder,
+            learned=variant.learned,
+        )  # fmt: skip
+        told = traced.logits.float(), traced.features.float(), traced.source
+        return [*map(Output, *(each.cpu() for each in told))]
 
     def make_delta(self) -> None:
         """Make what the first batch would make."""

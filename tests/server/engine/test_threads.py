@@ -188,7 +188,7 @@ def test_shares_are_run_side_by_side_and_come_back_in_order():
         return images + 1
 
     images = torch.arange(14.0).view(14, 1, 1, 1)
-    shares = team.map(forward, images)
+    shares = team.run(forward, images)
     assert [len(share) for share in shares] == [5, 5, 4]
     assert torch.equal(torch.cat(shares), images + 1)
 
@@ -198,9 +198,15 @@ def test_what_a_share_raises_the_caller_gets():
         raise ValueError(f"{len(images)} images")
 
     with pytest.raises(ValueError, match="4 images"):
-        Team(2).map(forward, torch.zeros(8, 3, 2, 2))
+        Team(2).run(forward, torch.zeros(8, 3, 2, 2))
 
 
-def test_few_images_are_not_shared_out():
-    assert [Team(2).can_share(images) for images in (2 * SHARE - 1, 2 * SHARE)] == [False, True]
-    assert not Team(1).can_share(100)
+@pytest.mark.parametrize(("threads", "images"), [(2, 2 * SHARE - 1), (1, 100)])
+def test_few_images_and_those_of_one_thread_are_not_shared_out(threads, images):
+    seen: list[tuple[int, int]] = []
+
+    def forward(images: torch.Tensor) -> None:
+        seen.append((threading.get_ident(), len(images)))
+
+    Team(threads).run(forward, torch.zeros(images, 3, 2, 2))
+    assert seen == [(threading.get_ident(), images)]
