@@ -248,14 +248,14 @@ class Engine:
         prepare, job.prepare = job.prepare, None
         if prepare is None or job.done() or self._expire(job, "decode"):
             return
-        started = self.clock()
+        job.began = self.clock()
         try:
             job.hold(prepare())
         except Exception as error:
             if job.fail(error) and self.observer:
                 self.observer.failed(job.work, "decode")
             return
-        job.decode = self.clock() - started
+        job.decode = self.clock() - job.began
         if self.observer:
             self.observer.decoded(job.work, job.decode)
         with self._wake:
@@ -338,11 +338,11 @@ class Engine:
 
     def _wait_for_prepared(self) -> None:
         """Let a batch wait for images that are being prepared, as long as they come one by one."""
-        while self._scheduler.gathers(self.clock()) and not self._calls:
-            waiting = len(self._scheduler)
-            self._wake.wait(self._decode)
-            if len(self._scheduler) == waiting:
+        while not self._calls:
+            patience = self._scheduler.gather(self.clock(), self._decode)
+            if patience <= 0:
                 return
+            self._wake.wait(patience)
 
     def _run(self, work: Runnable, reason: str, jobs: Sequence[Job]) -> None:
         """Answer jobs that have begun; if the batch fails, each by itself."""

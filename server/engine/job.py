@@ -1,5 +1,6 @@
 """One image on its way through the engine, and what the engine says of it in the end."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -48,9 +49,10 @@ class Job(Future[Answer]):
     a future that know each other would wait for the garbage collector.
     """
 
-    # Set once the image is prepared.
+    # Set once the image is prepared; `began` when that begins.
     image: Tensor
     shape: tuple[int, ...]
+    began = math.inf
     decode = 0.0
 
     def __init__(

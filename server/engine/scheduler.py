@@ -12,7 +12,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from server.engine.rates import Controller, Decision, Elsewhere
 from server.engine.times import DELAY, Flow, largest_batch, sacrificed
@@ -67,11 +67,12 @@ class Runnable(Work, Protocol):
 class Waiting(Protocol):
     """An image that waits: its work, when it came and is due, its number, priority and shape.
 
-    After its deadline it is of no more use.
+    After its deadline it is of no more use. Its preparation began some time, or did not yet (inf).
     """
 
     work: Work
     arrived: float
+    began: float
     due: float
     deadline: float
     number: int
@@ -102,6 +103,15 @@ class Batch:
     jobs: Sequence[Any]
 
 
+class _Gathering(NamedTuple):
+    """A batch that waits for more images of its kind."""
+
+    alike: Alike
+    size: int  # images that are there
+    since: float  # when the last of them came
+    until: float  # when it waits no longer
+
+
 class Scheduler:
     """See the module."""
 
@@ -123,6 +133,7 @@ class Scheduler:
         self._controllers: set[Controller] = set()  # of those that choose rates
         self._turns = Turns(share)
         self._waiting: Counter[int] = Counter()  # images, by their priority
+        self._gathering: _Gathering | None = None  # while the next batch waits for more
         self._ends = -math.inf  # when the batch that runs is to end, or the last one was
 
     def __len__(self) -> int:
@@ -142,19 +153,44 @@ class Scheduler:
         )
         return min(latest, default=math.inf) - now
 
-    def gathers(self, now: float) -> bool:
-        """Return whether images that are being prepared would fill the next batch up."""
+    def gather(self, now: float, preparing: float) -> float:
+        """Return for how many seconds the next batch is to wait for images that are being prepared.
+
+        It does while one is expected soon, has room in it and its most urgent image can spare it:
+        for each no longer than running it along saves, for all no longer than a batch of one takes.
+        To be asked again whenever something has changed.
+
+        Args:
+            now: the time.
+            preparing: seconds that an image takes to be prepared, as a rule.
+        """
+        found, last = self._gathers(now), self._gathering
+        if found is None:
+            return 0.0
+        alike, size, began, spare = found
+        times, rate = alike[0].controller.times, alike[0].high
+        if last is None or last[:2] != (alike, size):
+            until = now + times.batch(rate, 1) if last is None else last.until
+            last = self._gathering = _Gathering(alike, size, now, until)
+        end = last.since + times.saved(rate, size)
+        if began + preparing > end:
+            return 0.0
+        return max(0.0, min(end, last.until, now + spare) - now)
+
+    def _gathers(self, now: float) -> tuple[Alike, int, float, float] | None:
+        """Return kind and size of the next batch, since when one more comes, its head's slack."""
         if not self._queues:
-            return False
-        alike, queue = min(self._queues.items(), key=lambda item: urgency(item[1][0]))
-        work, head = alike[0], queue[0]
-        coming = len(self._coming.get(work, ()))
-        if not coming:
-            return False
+            return None
+        turn, alike, head = self._next()
+        work, size = alike[0], len(self._queues[alike])
+        times, limit = work.controller.times, self.max_batch
         budget, slack = min(self.slo, head.due - head.arrived), head.due - now
-        total = len(queue) + coming
-        times = work.controller.times
-        return len(queue) < largest_batch(times, work.high, total, self.max_batch, budget, slack)
+        if largest_batch(times, work.high, size + 1, limit, budget, slack) <= size:
+            return None
+        coming = self._coming.get(work, {}).values()
+        began = min((job.began for job in coming if job.priority <= turn), default=math.inf)
+        end = head.due if slack > 0 else head.deadline
+        return alike, size, began, end - now - DELAY * times.batch(work.high, size + 1)
 
     def queued(self) -> Counter[Work]:
         """Return how many images wait for each kind of work."""
@@ -222,14 +258,9 @@ class Scheduler:
         """Take the next batch out of its queue; None if nothing waits."""
         if not self._queues:
             return None
-        priorities = [priority for priority, images in self._waiting.items() if images]
-        turn = self._turns.next(priorities)
-        heads = {
-            alike: head
-            for alike, queue in self._queues.items()
-            if (head := next((job for job in queue if job.priority == turn), None))
-        }
-        alike, head = min(heads.items(), key=lambda item: urgency(item[1]))
+        self._gathering = None
+        priorities = self._priorities()
+        turn, alike, _ = self._next()
         work, queue = alike[0], self._queues[alike]
         if len(priorities) > 1:
             queue = sorted(queue, key=lambda job: (job.priority != turn, job.priority))
@@ -247,6 +278,20 @@ class Scheduler:
         else:
             del self._queues[alike]
         return Batch(work.at(rate), reason, batch)
+
+    def _priorities(self) -> list[int]:
+        """Return the priorities that wait."""
+        return [priority for priority, images in self._waiting.items() if images]
+
+    def _next(self) -> tuple[int, Alike, Any]:
+        """Return whose turn it is, and its most urgent image with what that is like."""
+        turn = self._turns.next(self._priorities())
+        heads = {
+            alike: head
+            for alike, queue in self._queues.items()
+            if (head := next((job for job in queue if job.priority == turn), None))
+        }
+        return turn, *min(heads.items(), key=lambda item: urgency(item[1]))
 
     def _decide(self, alike: Alike, queue: Sequence[Waiting], turn: int, now: float) -> Decision:
         """Return the rate of the next batch of a queue: what was asked for or is chosen."""
@@ -269,11 +314,13 @@ class Scheduler:
         times, limit = work.controller.times, self.max_batch
         head = queue[0]
         budget = min(self.slo, head.due - head.arrived)
-        # For what only rides along nobody stays behind.
         dues = [job.due for job in queue if job.priority == turn]
-        first = sacrificed(times, rate, dues, limit, budget, now)
-        slack = dues[first] - now
-        return first, largest_batch(times, rate, len(queue) - first, limit, budget, slack)
+        first = 0  # what is wanted later, too, need not stay behind
+        if head.deadline <= head.due:
+            first = sacrificed(times, rate, dues, limit, budget, now)
+        # For what only rides along nobody stays behind.
+        waiting = len(dues if first else queue) - first
+        return first, largest_batch(times, rate, waiting, limit, budget, dues[first] - now)
 
     def ran(self, work: Runnable, images: int, seconds: float) -> None:
         """Take note that a batch is over, and what it took."""

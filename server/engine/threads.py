@@ -14,9 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -144,7 +143,9 @@ class Team:
         """
         if self.threads > 1 and len(images) >= SHARE * self.threads:
             shares = images.tensor_split(self.threads)
-            return list(self._sharers.map(partial(_run, forward), shares))
+            running = [self._sharers.submit(_run, forward, share) for share in shares]
+            wait(running)  # if one fails the others must not run on beside what comes next
+            return [share.result() for share in running]
         with self:
             return [forward(images)]
 

@@ -96,6 +96,11 @@ class ServiceTimes:
         """Return the seconds to expect of an image among `batch`."""
         return self.batch(rate, batch) / batch
 
+    def saved(self, rate: int, images: int) -> float:
+        """Return the seconds that one more image saves in a batch, instead of in one of its own."""
+        together = self.batch(rate, images + 1)
+        return self.batch(rate, images) + self.batch(rate, 1) - together
+
     def _cell(self, rate: int, bucket: int) -> float:
         cells, pace, estimates = self._table
         if not cells:

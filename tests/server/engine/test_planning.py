@@ -4,12 +4,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from torch import Tensor
 
 from server.engine.scheduler import Scheduler
-from server.engine.turns import NORMAL
+from server.engine.turns import HIGH, LOW, NORMAL
 from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
 
@@ -171,6 +172,7 @@ class Shaped:
     number: int
     shape: tuple[int, ...]
     arrived: float = 0.0
+    began: float = math.inf
     due: float = 10.0
     deadline: float = math.inf
     priority: int = NORMAL
@@ -188,36 +190,96 @@ def test_images_of_one_shape_run_together():
     assert scheduler.take(0.0) is None
 
 
+def gathering(ready: int, coming: list[float], priority: int = NORMAL, **job: Any) -> Scheduler:
+    """A scheduler with images that are ready, and some whose preparation began at these times.
+
+    Batches of one, two and four take 3, 5 and 9 s: a second image saves 1 s, a fourth 0.75.
+    """
+    scheduler, work = Scheduler(4), Exact()
+    for size in (1, 2, 4):
+        work.controller.times.measured(0, size, 1 + 2.0 * size)
+    for number in range(ready + len(coming)):
+        each = Shaped(work, number, (3, 8, 8), **{"due": 100.0, **job})
+        scheduler.arrived(each, 0.0)
+        if number < ready:
+            scheduler.add(each)
+        else:
+            each.began, each.priority = coming[number - ready], priority
+    return scheduler
+
+
 @pytest.mark.parametrize(
-    ("ready", "coming", "slack", "waits"),
+    ("ready", "coming", "seconds"),
     [
-        (0, 3, 9.0, False),  # there is nothing yet that would wait
-        (1, 0, 9.0, False),
-        (1, 1, 9.0, True),
-        (3, 9, 9.0, True),
-        (4, 9, 9.0, False),  # no batch has more
-        (1, 3, 2.0, False),  # nor has this one, whose first image is late with any other
+        (0, [50.0], 0.0),  # there is nothing yet that would wait
+        (1, [], 0.0),
+        (1, [50.0], 1.0),  # what it saves
+        (3, [50.0] * 9, 0.75),
+        (4, [50.0] * 9, 0.0),  # no batch has more
+        (1, [49.5, 30.0], 1.0),
+        (1, [50.5], 0.0),  # it takes longer than it saves
+        (1, [math.inf], 0.0),  # nobody knows when it will begin
     ],
 )
-def test_a_batch_waits_for_what_is_being_prepared_and_has_room_in_it(ready, coming, slack, waits):
-    scheduler, work = Scheduler(4), Exact()
-    for size in (1, 4):
-        work.controller.times.measured(0, size, float(size))
-    jobs = [Shaped(work, number, (3, 8, 8), due=100.0) for number in range(ready + coming)]
+def test_a_batch_waits_for_an_image_that_is_nearly_prepared(ready, coming, seconds):
+    scheduler = gathering(ready, coming)
+    assert scheduler.gather(50.0, preparing=0.7) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("due", "deadline", "seconds"),
+    [
+        (57.0, 57.0, 1.0),  # two take 5 s, or 6 if they are held up
+        (56.4, 56.4, 0.4),
+        (55.9, 55.9, 0.0),
+        (40.0, 90.0, 1.0),  # late, but it may be
+        (40.0, 56.4, 0.4),
+        (40.0, 45.0, 0.0),
+    ],
+)
+def test_it_waits_no_longer_than_its_first_image_can_spare(due, deadline, seconds):
+    scheduler = gathering(1, [50.0], due=due, deadline=deadline)
+    assert scheduler.gather(50.0, preparing=0.5) == pytest.approx(seconds)
+
+
+def test_it_waits_for_each_anew_and_for_all_no_longer_than_a_single_one_takes():
+    scheduler = gathering(1, [])
+    scheduler.max_batch = 16
+    (work,) = scheduler.queued()
+    jobs = [
+        Shaped(work, number, (3, 8, 8), began=50 + 0.5 * number, due=1000.0) for number in range(7)
+    ]
     for job in jobs:
         scheduler.arrived(job, 0.0)
-    for job in jobs[:ready]:
+    for job, seconds in zip(jobs, [1.0, 1.25, 0.75, 0.75, 0.75, 0.5], strict=False):
+        assert scheduler.gather(job.began, preparing=0.5) == pytest.approx(seconds)
         scheduler.add(job)
-    assert scheduler.gathers(100.0 - slack) == waits
-    scheduler.arrived(Shaped(Exact(name="other"), 99, (3, 8, 8)), 0.0)
-    assert scheduler.gathers(100.0 - slack) == waits
+    assert scheduler.gather(53.0, preparing=0.5) == 0.0
+    scheduler.take(53.0)
+    scheduler.add(Shaped(work, 7, (3, 8, 8), due=1000.0))  # and so does the next batch
+    assert scheduler.gather(53.1, preparing=0.5) == pytest.approx(1.0)
 
 
-def test_an_image_waits_for_the_next_as_long_as_preparing_one_takes(make, work, clock):
+def test_it_waits_for_nothing_of_a_lower_priority():
+    assert gathering(1, [50.0], priority=LOW).gather(50.0, preparing=1.0) == 0.0
+    assert gathering(1, [50.0], priority=HIGH).gather(50.0, preparing=1.0) == 1.0
+
+
+def test_what_is_more_urgent_ends_the_wait_of_others():
+    scheduler = gathering(1, [50.0])
+    assert scheduler.gather(50.0, preparing=1.0) > 0
+    scheduler.add(Shaped(Exact(name="other"), 99, (3, 8, 8), due=60.0))
+    assert scheduler.gather(50.5, preparing=1.0) == 0.0
+
+
+def test_an_image_that_is_ready_waits_for_the_next_in_the_engine(make, work, clock):
     engine = make(decode_threads=2)
+    for size in (1, 2):
+        work.controller.times.measured(0, size, 1000.0)
 
     def after(event: threading.Event | None, seconds: float = 0.0) -> Callable[[], Tensor]:
         def prepare() -> Tensor:
+            begun.release()
             if event is not None:
                 assert event.wait(PATIENCE)
             clock.now += seconds
@@ -225,16 +287,14 @@ def test_an_image_waits_for_the_next_as_long_as_preparing_one_takes(make, work, 
 
         return prepare
 
+    begun, known = threading.Semaphore(0), threading.Event()
     engine.start()
-    known, slow = threading.Event(), threading.Event()
-    # Nothing is known of preparing, so nothing is waited for.
-    kept = engine.submit(work, after(slow), math.inf)
-    assert engine.submit(work, after(None), math.inf).result(PATIENCE).batch_size == 1
-    slow.set()
-    assert kept.result(PATIENCE)
-    # Once it takes a while, the one that is ready waits for the other.
-    assert engine.submit(work, after(None, PATIENCE), math.inf).result(PATIENCE)
-    both = [engine.submit(work, after(event), math.inf) for event in (None, known)]
+    assert engine.submit(work, after(None, 1.0), math.inf).result(PATIENCE).batch_size == 1
+    begun.acquire()
+    both = [engine.submit(work, after(known), math.inf)]
+    assert begun.acquire(timeout=PATIENCE)
+    both.append(engine.submit(work, after(None), math.inf))
+    assert begun.acquire(timeout=PATIENCE)
     known.set()
     assert [each.result(PATIENCE).batch_size for each in both] == [2, 2]
 
@@ -277,3 +337,33 @@ def test_who_is_refused_counts_as_arriving(make, clock):
     with pytest.raises(QueueFullError, match="1 of 1 places"):
         submit(engine, work, 2)
     assert work.controller.load(0, clock.now) == pytest.approx(2 * once)
+
+
+def crowd(late: bool) -> tuple[Scheduler, Exact]:
+    """Twelve images, of which the first have too little time for the others to be in time."""
+    scheduler, work = Scheduler(8, slo=1.5), Exact()
+    for size in (1, 2, 4, 8):
+        work.controller.times.measured(0, size, 0.1 + 0.05 * size)
+    for number in range(12):
+        due = 0.2 + 0.06 * number
+        deadline = math.inf if late else due
+        scheduler.add(
+            Shaped(work, number, (3, 8, 8), arrived=due - 1.5, due=due, deadline=deadline)
+        )
+    return scheduler, work
+
+
+def test_only_images_that_are_of_no_use_later_are_left_behind():
+    scheduler, _ = crowd(late=False)
+    assert scheduler.take(0.0).jobs[0].number > 0
+    scheduler, _ = crowd(late=True)
+    assert scheduler.take(0.0).jobs[0].number == 0
+
+
+def test_where_images_are_left_behind_lower_priorities_do_not_ride_along():
+    scheduler, work = crowd(late=False)
+    for number in range(12, 24):
+        scheduler.add(Shaped(work, number, (3, 8, 8), due=0.1, deadline=9.0, priority=LOW))
+    batch = scheduler.take(0.0)
+    assert batch.jobs[0].number > 0
+    assert {job.priority for job in batch.jobs} == {NORMAL}
