@@ -128,13 +128,14 @@ class Settings(BaseSettings):
     )
     fast_resize: bool = Field(
         default=False,
-        description="resize pictures by torch, four times as fast as by Pillow: fewer than one "
-        "value in a hundred differs, by a level of 256, rarely two",
+        description="resize pictures by torch, four times as fast as by Pillow: under 1 % "
+        "of the values differ, usually by 1 of 255",
     )
     warmup: Literal["all", "first", "none"] = Field(
         default="all",
-        description="what runs before the server is ready; all: every rate of every model; first: "
-        "rate 0 of each; none: nothing. What has not run yet is slow the first time",
+        description="what is prepared before the server is ready; all: the weights of every rate "
+        "of every model, of which some are run; first: rate 0 of each; none: nothing. What has not "
+        "run yet is slow the first time",
     )
     max_batch: int = Field(default=16, ge=1, description="images in one forward")
     max_graphs: int = Field(

@@ -35,11 +35,11 @@ class RateQuery(BaseModel):
 
     rate: str = Field(
         default="0",
-        description="tokens merged per block, a whole number from 0 (the stock model) to the "
-        "model's `max_rate`; higher is cheaper. `auto`: the server chooses the lowest that keeps "
+        description="how much to save, a whole number from 0 (nothing is merged) to the model's "
+        "`max_rate`; higher is cheaper. `auto`: the server chooses the lowest that keeps "
         "the deadline. `cascade`: the image does, which runs at a high rate and again at a lower "
         "one if that answer is not sure",
-        examples=["8"],
+        examples=["2"],
     )
     budget: Share | None = Field(
         default=None,
@@ -57,7 +57,7 @@ class RateQuery(BaseModel):
         default=None,
         description="which of the model's ladders rates are of; default: its first. On any but "
         "`tome`, rates are its rungs from 0, the stock model, to its `max_rate`",
-        examples=["tome"],
+        examples=["half"],
     )
     min_rate: int | None = Field(
         default=None, ge=0, description="lowest rate that `auto` may choose"
@@ -129,7 +129,7 @@ class JsonRateQuery(Entry, RateQuery):
         default="0",
         description="as for /v1/classify, a number or a string",
         json_schema_extra={"type": ["string", "integer"]},
-        examples=[8, "auto"],
+        examples=[2, "auto"],
     )
 
     @field_validator("rate", mode="before")
