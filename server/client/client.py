@@ -9,7 +9,7 @@ cannot be reached, or is lost before all of its answer came, is an httpx.Transpo
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
@@ -136,7 +136,7 @@ class Client:
         batch = calls.Batch(images, per_request, options)
         for call in batch.calls():
             with closing(self._ask(call)) as response:
-                for line in response.iter_lines():
+                for line in _split(response.iter_bytes()):
                     yield batch.read(line)
 
     def models(self) -> list[ModelSummary]:
@@ -242,7 +242,7 @@ class AsyncClient:
         batch = calls.Batch(images, per_request, options)
         for call in batch.calls():
             async with aclosing(await self._ask(call)) as response:
-                async for line in response.aiter_lines():
+                async for line in _split_async(response.aiter_bytes()):
                     yield batch.read(line)
 
     async def models(self) -> list[ModelSummary]:
@@ -290,6 +290,29 @@ class AsyncClient:
 async def _lines(images: Iterable[Image]) -> AsyncIterator[bytes]:
     for image in images:
         yield await asyncio.to_thread(calls.encode_line, image)
+
+
+def _split(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the lines of an answer."""
+    # Not by httpx's iter_lines, which also splits at what JSON leaves as it is: U+2028 in a name.
+    begun = b""
+    for chunk in chunks:
+        *lines, begun = (begun + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode()
+    if begun:
+        yield begun.decode()
+
+
+async def _split_async(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """See `_split`."""
+    begun = b""
+    async for chunk in chunks:
+        *lines, begun = (begun + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode()
+    if begun:
+        yield begun.decode()
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

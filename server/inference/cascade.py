@@ -159,8 +159,11 @@ class Climbing(Future[Answer]):
         return super().cancel()
 
     def so_far(self) -> Answer | None:
-        """Return the answer that stands if there is no time for more; None: there is none yet."""
-        return _whole(self._done, "deadline") if self._done else None
+        """Return the answer that stands as there is no time for more; None: there is none yet."""
+        if not self._done:
+            return None
+        self._count("deadline")
+        return _whole(self._done, "deadline")
 
     def _ended(self, run: Future[Answer]) -> None:
         """Go on from a run that has ended, in the thread where it did."""
@@ -201,9 +204,12 @@ class Climbing(Future[Answer]):
         if error is not None:
             self.set_exception(error)
             return
-        if self._engine.observer:  # first, for who has the answer may ask for the counts
-            self._engine.observer.passed([each.work for each in self._done], reason)
+        self._count(reason)  # first, for who has the answer may ask for the counts
         self.set_result(_whole(self._done, reason))
+
+    def _count(self, reason: str) -> None:
+        if self._engine.observer:
+            self._engine.observer.passed([each.work for each in self._done], reason)
 
 
 def _whole(runs: tuple[Answer, ...], reason: str) -> Answer:

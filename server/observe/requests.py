@@ -65,7 +65,8 @@ class RequestLog:
             return
         notes = notes_of(scope)
         # Refusals are quick: among the answers they would make a full server look like a fast one.
-        took = seconds if "inference_ms" in notes else None
+        answered = "inference_ms" in notes and status < HTTPStatus.BAD_REQUEST
+        took = seconds if answered else None
         model, ladder = notes.get("model"), notes.get("ladder")
         self.metrics.answered(model, ladder, notes.get("rate"), status, took)
         if status in REFUSALS:

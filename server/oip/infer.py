@@ -22,7 +22,7 @@ from server.observe.notes import PROTOCOL_INFERENCE, note
 from server.oip import tensors
 from server.oip.asked import MODEL, VERSIONED, AskedModel, StatisticsDep
 from server.oip.schemas import InferRequest, InferResponse, RequestedOutput
-from server.oip.wire import OutputTensor, inflate, read_request, write_response
+from server.oip.wire import inflate, read_request, write_response
 from server.settings import Settings
 from server.web.access import charge, priority_of
 from server.web.body import JSON, described_body, in_time, read
@@ -65,13 +65,14 @@ async def infer(
     clock = serving.engine.clock
     arrived = clock()
     try:
-        question, asked, scenes, found = await _run(request, model, serving, arrived)
-        began = clock()
-        results = partial(tensors.results, question, asked, scenes, found, serving.settings)
-        # In a thread where there may be millions of pixels: others shall not wait for them.
-        of_pixels = isinstance(model, ServedSegmenter)
-        outputs = await asyncio.to_thread(results) if of_pixels else results()
-        response = _respond(model, question, outputs, found)
+        sent, body = await _read(request, serving)
+        with serving.budget.holding(0 if body is sent else len(body)):
+            question, asked, scenes, found = await _run(request, model, serving, body, arrived)
+            began = clock()
+            respond = partial(_respond, model, question, asked, scenes, found, serving.settings)
+            # In a thread where there may be millions of pixels: others shall not wait for them.
+            of_pixels = isinstance(model, ServedSegmenter)
+            response = await asyncio.to_thread(respond) if of_pixels else respond()
     except Exception:
         statistics.failed(model.name, clock() - arrived)
         raise
@@ -81,15 +82,27 @@ async def infer(
     return response
 
 
-async def _run(
-    request: Request, model: ServedModel, serving: Serving, arrived: float
-) -> tuple[InferRequest, Sequence[RequestedOutput], Sequence[Scene], Sequence[Answer]]:
-    """Read a request and run its images: all of them, or it fails."""
-    settings, engine = serving.settings, serving.engine
-    engine.check_room()  # before the body is read: what cannot be taken need not be sent
+async def _read(request: Request, serving: Serving) -> tuple[bytes | bytearray, bytes | bytearray]:
+    """Return the body of a request as it was sent, and as it is meant."""
+    settings = serving.settings
+    # Before the body is read: what cannot be taken need not be sent.
+    serving.engine.check_room(priority=priority_of(request))
     sent = await in_time(read(request), settings.timeout_ms / 1000, settings.timeout_ms)
+    encoding = request.headers.get("Content-Encoding", "")
+    return sent, await asyncio.to_thread(inflate, sent, encoding, settings.max_body_bytes)
+
+
+async def _run(
+    request: Request,
+    model: ServedModel,
+    serving: Serving,
+    body: bytes | bytearray,
+    arrived: float,
+) -> tuple[InferRequest, Sequence[RequestedOutput], Sequence[Scene], Sequence[Answer]]:
+    """Run the images of a request: all of them, or it fails."""
+    settings, engine = serving.settings, serving.engine
     # In a thread: large JSON takes its time, and others shall not wait for it.
-    question, images = await asyncio.to_thread(_understand, request, sent, model, settings)
+    question, images = await asyncio.to_thread(_understand, request, body, model, settings)
     query = question.parameters
     work = work_for(model, query, settings)
     note(request, **noted(work))  # once it is known to be one
@@ -103,11 +116,9 @@ async def _run(
 
 
 def _understand(
-    request: Request, sent: bytes | bytearray, model: ServedModel, settings: Settings
+    request: Request, body: bytes | bytearray, model: ServedModel, settings: Settings
 ) -> tuple[InferRequest, list[Callable[[], Tensor]]]:
     """Return what a request asks for and what makes each of its images."""
-    encoding = request.headers.get("Content-Encoding", "")
-    body = inflate(sent, encoding, settings.max_body_bytes)
     question, inputs = read_request(body, request.headers.get(JSON_LENGTH), raw_input=tensors.IMAGE)
     return question, tensors.preparations(inputs, model, settings)
 
@@ -128,9 +139,12 @@ def _whole(index: int, outcome: Answer | TocomError) -> Answer:
 def _respond(
     model: ServedModel,
     question: InferRequest,
-    outputs: Sequence[OutputTensor],
+    asked: Sequence[RequestedOutput],
+    scenes: Sequence[Scene],
     found: Sequence[Answer],
+    settings: Settings,
 ) -> Response:
+    outputs = tensors.results(question, asked, scenes, found, settings)
     response = InferResponse(
         model_name=model.name,
         id=question.id,

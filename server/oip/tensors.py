@@ -34,6 +34,9 @@ CLASSES = "classes"
 #: A free dimension: the number of images, or how large they are.
 FREE = -1
 
+#: Pixels whose classes JSON may have: to write more takes seconds in which nothing else runs.
+JSON_PIXELS = 2**21
+
 #: What has no scores of classes, and why.
 _UNSCORED = {FEATURES: f"{FEATURES} are no classes", CLASSES: f"{CLASSES} are of pixels"}
 
@@ -164,18 +167,19 @@ def results(
 
     Raises:
         BadRequestError: if pictures whose classes are asked for differ in size.
-        TooLargeError: if together they have more pixels than one picture may have.
+        TooLargeError: if together they have more pixels than one picture may have, or than JSON.
     """
     binary = request.parameters.binary_data_output
     if [each.name for each in asked] == [CLASSES]:
         own = asked[0].parameters.binary_data
-        found = _class_maps(scenes, answers, settings)
-        return [OutputTensor(CLASSES, found, binary if own is None else own)]
+        as_bytes = binary if own is None else own
+        limit = settings.max_pixels if as_bytes else min(settings.max_pixels, JSON_PIXELS)
+        return [OutputTensor(CLASSES, _class_maps(scenes, answers, limit, as_bytes), as_bytes)]
     return [_result(each, binary, answers) for each in asked]
 
 
 def _class_maps(
-    scenes: Sequence[Scene], answers: Sequence[Answer], settings: Settings
+    scenes: Sequence[Scene], answers: Sequence[Answer], limit: int, as_bytes: bool
 ) -> np.ndarray:
     """Return the classes [B, H, W] of pixels, as bytes."""
     sizes = sorted({scene.size for scene in scenes})
@@ -186,10 +190,11 @@ def _class_maps(
             "pixels; send them one by one"
         )
     pixels = len(scenes) * math.prod(sizes[0])
-    if pixels > settings.max_pixels:
+    if pixels > limit:
+        hint = "" if as_bytes else " in JSON: ask for binary output (binary_data_output)"
         raise TooLargeError(
-            f"the images of a request have {pixels:,} pixels together; at most "
-            f"{settings.max_pixels:,} are allowed"
+            f"the images of a request have {pixels:,} pixels together; at most {limit:,} are "
+            f"allowed{hint}"
         )
     pairs = zip(scenes, answers, strict=True)
     return np.stack([scene.classes(answer.output).numpy() for scene, answer in pairs])

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
+from anyio import fail_after
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery
@@ -31,11 +32,20 @@ class _Lines(StreamingResponse):
 
     media_type = LINES[0]
     body_iterator: Any  # an async generator, which aclosing() asks for
+    #: Seconds that a client may take to make room for a line. Not an argument of __init__, whose
+    #: signature FastAPI looks at.
+    patience = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            with fail_after(self.patience):
+                await send(message)
+
         # Without the base's own watch, which would take the rest of the request for itself.
         async with aclosing(self.body_iterator):
-            await self.stream_response(send)
+            # Who has stopped reading is as good as gone, and would keep its place here for ever.
+            with suppress(TimeoutError):
+                await self.stream_response(send_in_time)
 
 
 @router.post(
@@ -86,8 +96,10 @@ async def classify_batch(
             line.error = problem_of(request, outcome.answer)
         return _encode(line)
 
-    async def body(first: Outcome | None) -> AsyncIterator[bytes]:
-        async with aclosing(outcomes):
+    async def body() -> AsyncIterator[bytes]:
+        async with aclosing(stream.run()) as outcomes:
+            first = await anext(outcomes, None)
+            yield b""  # begun, so that whoever closes this closes the outcomes, too
             try:
                 if first:
                     yield describe(first)
@@ -102,9 +114,12 @@ async def classify_batch(
             finally:
                 note(request, images=stream.done)
 
-    outcomes = stream.run()
+    lines = body()
     # Before there is a first line, what is wrong with the request can still be its status.
-    return _Lines(body(await anext(outcomes, None)))
+    await anext(lines)
+    answer = _Lines(lines)
+    answer.patience = serving.settings.timeout_ms / 1000
+    return answer
 
 
 def _encode(line: BatchLine) -> bytes:

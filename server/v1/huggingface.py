@@ -22,6 +22,7 @@ from server.observe.notes import INFERENCE
 from server.settings import Settings
 from server.v1 import uploads
 from server.v1.running import asked_for, run, whole
+from server.web.access import priority_of
 from server.web.body import FORM, JSON, content_type, described_body, in_time, read
 from server.web.fetching import URL, FetcherDep
 from server.web.problems import described
@@ -108,7 +109,8 @@ async def classify_as_hugging_face(
     settings = serving.settings
     arrived = serving.engine.clock()
     model = model_of("classification", name, serving.models)
-    serving.engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    # Before the body is read: what cannot be taken need not be sent.
+    serving.engine.check_room(priority=priority_of(request))
     reading = _read(request, query, settings)
     image, asked = await in_time(reading, settings.timeout_ms / 1000, settings.timeout_ms)
     predictions = top_k(asked.top_k, model, settings)

@@ -14,6 +14,7 @@ from server.observe.notes import INFERENCE
 from server.schemas import Classification, Classifications, Embedding, Embeddings, Problem
 from server.v1 import answers, uploads
 from server.v1.running import asked_for, run
+from server.web.access import priority_of
 from server.web.body import in_time
 from server.web.problems import described, problem_of
 from server.web.serving import Serving, ServingDep
@@ -102,7 +103,8 @@ async def _ask(
     settings, engine = serving.settings, serving.engine
     deadline = Deadline(engine, query.deadline_ms, settings)
     work = asked_for(request, serving, model, query, trace)
-    engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    # Before the body is read: what cannot be taken need not be sent.
+    engine.check_room(priority=priority_of(request))
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)
     outcomes = await run(request, serving, work, upload.images, deadline)

@@ -25,6 +25,7 @@ from server.v1.openai_schemas import (
     Usage,
 )
 from server.v1.running import asked_for, run, whole
+from server.web.access import priority_of
 from server.web.body import JSON, content_type, described_body, in_time, read
 from server.web.fetching import FetcherDep
 from server.web.problems import speaking
@@ -76,7 +77,8 @@ async def embeddings(
     If one image fails the request does, and the error says which.
     """
     arrived = serving.engine.clock()
-    serving.engine.check_room()  # before the body is read: what cannot be taken need not be sent
+    # Before the body is read: what cannot be taken need not be sent.
+    serving.engine.check_room(priority=priority_of(request))
     question = await _read(request, serving)
     model = model_of("embedding", question.model, serving.models)
     _check_dimensions(question.dimensions, model)

@@ -120,6 +120,7 @@ class Stream:
         self._running: set[Future[Answer]] = set()
         self._held = 0  # bytes of images that were taken and are not done
         self._fewer = asyncio.Event()
+        self._hold(0)
         self._window = asyncio.Semaphore(settings.batch_window or 2 * settings.max_batch)
         self._unread = asyncio.Semaphore(UNREAD)
         self._events: asyncio.Queue[Outcome | _End | Exception] = asyncio.Queue()
@@ -132,7 +133,9 @@ class Stream:
                 images without an outcome get none then.
             ClientDisconnect: if nobody waits for them any more.
         """
-        # What it may hold at most: the images that were taken, and one that arrives.
+        # What it may hold at most: a body's bytes of images that were taken and of what was read
+        # ahead, and an image that arrives. Taking a large one may leave more than that ahead, but
+        # nothing of the next has arrived then, and no more is read until both fit again.
         reserved = 2 * self._serving.settings.max_body_bytes
         self._serving.budget.take(reserved)
         tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
@@ -184,7 +187,7 @@ class Stream:
         except Exception as error:  # whatever it is, those that were taken are answered first
             failure = error
         self._events.put_nowait(_End(failure))
-        await self._ahead.drop()
+        self._ahead.drop()
 
     async def _watch(self) -> None:
         """Tell that the client has gone, also while there is no room for more of its images."""
@@ -216,11 +219,17 @@ class Stream:
             await self._make_room(size)
             future = await self._submit(image.data)
             self._running.add(future)
-            self._held += size
+            self._hold(size)
             finish = partial(self._finish, self._taken, image.name, arrived, size)
             loop = asyncio.get_running_loop()
             future.add_done_callback(partial(loop.call_soon_threadsafe, finish))
         self._taken += 1
+
+    def _hold(self, size: int) -> None:
+        """Count so many bytes more of images; what they leave of a body's is for reading ahead."""
+        self._held += size
+        self._ahead.allow(self._serving.settings.max_body_bytes - self._held)
+        self._fewer.set()
 
     async def _make_room(self, size: int) -> None:
         """Wait until an image of so many bytes can be held beside those that are not done."""
@@ -253,8 +262,7 @@ class Stream:
     ) -> None:
         self._running.discard(future)
         self._window.release()
-        self._held -= size
-        self._fewer.set()
+        self._hold(-size)
         if not future.cancelled():
             answer = future.exception() or future.result()
             self._events.put_nowait(Outcome(index, name, arrived, answer))

@@ -50,8 +50,8 @@ async def resolved(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Tell whether an IP address is one of the public internet, and of nothing within a network."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address) and (ip.sixtofour or ip.teredo):
-        return False  # an IPv4 address in disguise, which may be any
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.sixtofour or ip.teredo or ip.is_site_local):
+        return False  # an IPv4 address in disguise, which may be any, or one of old networks
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -140,7 +140,8 @@ class Fetcher:
             raise FetchError(
                 f"{shown} was not fetched within {1000 * self._timeout:g} ms"
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        # A host of labels that no name has is a UnicodeError to whoever looks it up.
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
             # What the network says of hosts is no business of strangers.
             kind = type(error).__name__
             raise FetchError(f"{shown} cannot be fetched ({kind})") from error

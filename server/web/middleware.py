@@ -6,7 +6,8 @@ Plain ASGI: starlette's BaseHTTPMiddleware would hide a client's going from the 
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -68,6 +69,19 @@ class Budget:
     def release(self, size: int) -> None:
         """Hold so many bytes less."""
         self.held -= size
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Hold so many bytes more until the end of the block.
+
+        Raises:
+            UnavailableError: if there is no room for them.
+        """
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.release(size)
 
 
 class BodyLimit:

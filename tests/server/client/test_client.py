@@ -113,6 +113,22 @@ def test_a_stream_of_more_images_than_one_request_holds(client, tmp_path, as_lis
         assert by_index[index].result.predictions[0].label == alone.predictions[0].label
 
 
+#: What str.splitlines takes for ends of lines, and JSON does not escape.
+UNUSUAL = "a\u2028b\u2029c\x85d.png"
+
+
+def test_the_name_of_a_streamed_image_may_have_unusual_characters(client, address, tmp_path):
+    path = tmp_path / UNUSUAL
+    path.write_bytes(png(picture(0)))
+
+    async def use(client):
+        return [line async for line in client.stream_batch([path] * 2)]
+
+    for lines in (list(client.stream_batch([path] * 2)), run(address, use)):
+        assert [line.name for line in lines] == [str(path)] * 2
+        assert all(line.result for line in lines)
+
+
 def test_a_stream_asks_for_images_as_it_goes(client, photo):
     asked = []
 

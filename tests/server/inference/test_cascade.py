@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from adapters.cascade import Cascade, CascadePoint, margins, write_cascade
 from adapters.ladder import digest
 from server.app import create_app
 from server.engine.engine import Engine
+from server.engine.job import Answer
 from server.errors import DeadlineError
 from server.inference.cascade import CascadeWork, Climbing, submit_all
 from server.models.cascades import misfit
@@ -310,3 +312,19 @@ def test_an_image_that_is_given_up_runs_no_more(make: Callable[..., Engine]) -> 
     assert engine.load().taken == 0
     assert isinstance(image, Climbing)
     assert image.so_far() is None
+
+
+def test_an_answer_that_stands_when_time_is_over_is_counted(make: Callable[..., Engine]) -> None:
+    counted: list[tuple[list[int], str]] = []
+    engine = make()
+    (image,) = climb(engine, [0.5])
+    assert isinstance(image, Climbing)
+    engine.observer = SimpleNamespace(
+        passed=lambda works, reason: counted.append(([work.rate for work in works], reason))
+    )
+    assert image.so_far() is None
+    first = image._work.runs[0]
+    image._done = (Answer(None, first, "asked", decode=0, queue=0, inference=0, batch_size=1),)
+    assert image.so_far().reason == "deadline"
+    assert counted == [([4], "deadline")]
+    engine.observer = None

@@ -319,3 +319,25 @@ def test_no_junk_is_an_error_of_the_server(client, body, length, encoding):
     answer = client.post("/v2/models/tiny/infer", content=body, headers=headers)
     assert 400 <= answer.status_code < 500
     assert problem(answer)
+
+
+def test_what_a_body_inflates_to_is_counted(app, http, monkeypatch):
+    budget = app.state.serving.budget
+    body = gzip.compress(
+        json.dumps(
+            {
+                "inputs": [
+                    {"name": "image", "datatype": "BYTES", "shape": [1], "data": ["x" * 10**6]}
+                ]
+            }
+        ).encode()
+    )
+    assert len(body) < 10**4
+    monkeypatch.setattr(budget, "limit", budget.held + 10**6)
+    answer = http.post("/v2/models/tiny/infer", content=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 503
+    assert "of the 1,000,000 bytes that they may have together" in problem(answer)
+    monkeypatch.setattr(budget, "limit", budget.held + 2 * 10**6)
+    answer = http.post("/v2/models/tiny/infer", content=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 415  # it is no picture
+    assert budget.held == 0

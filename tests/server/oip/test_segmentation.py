@@ -11,6 +11,7 @@ from PIL import Image
 from tritonclient.http import InferenceServerClient, InferRequestedOutput
 
 from server.app import create_app
+from server.oip import tensors
 from tests.server.conftest import MAX_RATE, listening, picture, png, problem
 from tests.server.oip.conftest import images, pixels, refusal, told
 from tests.server.segmenters import streets
@@ -96,6 +97,18 @@ def test_every_pixel_of_some_pictures_has_its_class(triton, http, binary):
 def test_what_cannot_be_is_refused(triton, inputs, options, message):
     _, said = refusal(triton, "streets", inputs, **options)
     assert message in said
+
+
+def test_json_has_the_classes_of_fewer_pixels_than_bytes_have(triton, monkeypatch):
+    monkeypatch.setattr(tensors, "JSON_PIXELS", 2 * 64 * 80)
+    for binary, count in ((True, 3), (False, 2)):
+        outputs = [InferRequestedOutput("classes", binary_data=binary)]
+        result = triton.infer("streets", images(*PICTURES[:count]), outputs=outputs)
+        assert result.as_numpy("classes").shape == (count, 64, 80)
+    outputs = [InferRequestedOutput("classes", binary_data=False)]
+    status, said = refusal(triton, "streets", images(*PICTURES), outputs=outputs)
+    assert status == "413"
+    assert "at most 10,240 are allowed in JSON: ask for binary output" in said
 
 
 def test_in_json_a_picture_is_base64(http):

@@ -159,8 +159,14 @@ def test_answers_come_while_images_still_arrive(settings, photo):
     converse(create_app(settings), talk)
 
 
-def test_no_more_images_are_read_than_are_worked_on(settings, photo, held, monkeypatch):
+def read_nothing_ahead(monkeypatch):
+    """But the one message in which a client's going might have been."""
     monkeypatch.setattr("server.web.ahead.AHEAD", 0)
+    monkeypatch.setattr("server.web.ahead.Ahead.allow", lambda *_: None)
+
+
+def test_no_more_images_are_read_than_are_worked_on(settings, photo, held, monkeypatch):
+    read_nothing_ahead(monkeypatch)
 
     async def talk(app):
         batch = Conversation(app)
@@ -184,7 +190,7 @@ def test_no_more_images_are_read_than_are_worked_on(settings, photo, held, monke
 
 def test_reading_stops_when_enough_is_unread(settings, photo, monkeypatch):
     monkeypatch.setattr("server.v1.stream.UNREAD", 3)
-    monkeypatch.setattr("server.web.ahead.AHEAD", 0)
+    read_nothing_ahead(monkeypatch)
 
     async def talk(app):
         batch = Conversation(app)

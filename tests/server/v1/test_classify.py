@@ -236,9 +236,9 @@ def let_time_pass(monkeypatch, app, method):
     engine = app.state.serving.engine
     original = getattr(engine, method)
 
-    def slow(*arguments):
+    def slow(*arguments, **named):
         engine.clock.now += 30
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(engine, method, slow)
 

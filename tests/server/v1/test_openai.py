@@ -225,3 +225,17 @@ def test_the_stock_client(settings, expected):
             client.embeddings.create(model="gpt", input=uris[0])
         with pytest.raises(openai.UnprocessableEntityError, match="runs at the rates 0 to 5"):
             create(input=uris[0], extra_body={"rate": 6})
+
+
+def test_a_request_that_fails_is_not_among_the_times_of_answers(client):
+    def answered() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        counts = [line for line in lines if line.startswith("tocom_request_duration_seconds_count")]
+        return sum(float(line.split()[-1]) for line in counts)
+
+    before = answered()
+    broken = [uri(PICTURES[0]), uri(PICTURES[1][:200])]
+    assert client.post(PATH, json={"input": broken}).status_code == 422
+    assert answered() == before
+    assert client.post(PATH, json={"input": uri(PICTURES[0])}).status_code == 200
+    assert answered() == before + 1

@@ -1,5 +1,6 @@
 """The class of every pixel, over HTTP."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,13 +12,22 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from server.app import create_app
-from server.settings import Settings
+from server.engine.turns import NORMAL
+from server.inference.run import Deadline
+from server.models.segmenting import Scene
+from server.settings import ApiKey, Settings
+from server.v1 import segment as route
 from tests.adapters.segmentation.test_task import COLOURS
-from tests.server.conftest import picture, png, problem
+from tests.server.conftest import call, picture, png, problem
 from tests.server.segmenters import streets
 
 SIZES = ((80, 64), (64, 90), (200, 70), (30, 30))
 PICTURES = [png(picture(seed, *size)) for seed, size in enumerate(SIZES)]
+
+
+def together(*pictures: bytes) -> dict:
+    """Several pictures as JSON."""
+    return {"images": [base64.b64encode(data).decode() for data in pictures]}
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +96,12 @@ def test_a_model_says_that_it_segments(client):
 
 
 def test_several_pictures_are_answered_in_their_order(client):
-    images = [base64.b64encode(data).decode() for data in (PICTURES[0], b"no picture", PICTURES[1])]
-    answer = client.post("/v1/segment", json={"images": images})
+    images = together(PICTURES[0], b"no picture", PICTURES[1])
+    answer = client.post("/v1/segment", json=images)
     first, second, third = answer.json()["results"]
     assert (first["size"], third["size"]) == ([64, 80], [90, 64])
     assert second["status"] == 415
-    refused = client.post("/v1/segment?format=png", json={"images": images})
+    refused = client.post("/v1/segment?format=png", json=images)
     assert refused.status_code == 422
     assert "format=png is for one image" in problem(refused)
 
@@ -138,3 +148,109 @@ def test_without_a_model_for_it_there_is_nothing_to_ask(settings):
         answer = client.post("/v1/segment", files={"file": PICTURES[0]})
     assert answer.status_code == 422
     assert "models for that: none" in problem(answer)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[int, int]]:
+    """The sizes of pictures whose classes were made."""
+    made, classes = [], Scene.classes
+
+    def noted(scene, scores):
+        made.append(scene.size)
+        return classes(scene, scores)
+
+    monkeypatch.setattr(Scene, "classes", noted)
+    return made
+
+
+def let_time_pass(monkeypatch):
+    monkeypatch.setattr(Deadline, "left", 0.0)
+
+
+def test_classes_are_not_made_after_the_deadline(client, made, monkeypatch):
+    """It passes while those of the first picture are made."""
+    classes = Scene.classes
+
+    def slow(scene, scores):
+        let_time_pass(monkeypatch)
+        return classes(scene, scores)
+
+    monkeypatch.setattr(Scene, "classes", slow)
+    pictures = PICTURES[0], PICTURES[1], b"no picture", PICTURES[2]
+    answer = client.post("/v1/segment", json=together(*pictures))
+    assert answer.status_code == 200
+    first, second, third, fourth = answer.json()["results"]
+    assert first["size"] == [64, 80]
+    assert third["status"] == 415
+    for late in (second, fourth):
+        assert late["status"] == 504
+        assert late["detail"] == "the deadline passed before the answer was there"
+    assert made == [(64, 80)]
+
+
+@pytest.mark.parametrize("answered", ["json", "png"])
+def test_the_only_picture_is_too_late(client, made, monkeypatch, answered):
+    answer_all = route.answer_all
+
+    async def slow(*arguments):
+        outcomes = await answer_all(*arguments)
+        let_time_pass(monkeypatch)
+        return outcomes
+
+    monkeypatch.setattr(route, "answer_all", slow)
+    answer = client.post("/v1/segment", params={"format": answered}, content=PICTURES[0])
+    assert answer.status_code == 504
+    assert problem(answer) == "the deadline passed before the answer was there"
+    assert made == []
+
+
+def test_classes_are_not_made_for_a_client_that_has_gone(client, made, monkeypatch):
+    """It goes while those of the first picture are made."""
+    classes = Scene.classes
+
+    async def app(scope, receive, send):
+        loop, going, unread = asyncio.get_running_loop(), asyncio.Event(), [receive]
+
+        def leave(scene, scores):
+            loop.call_soon_threadsafe(going.set)
+            return classes(scene, scores)
+
+        async def leaving():
+            if unread:
+                return await unread.pop()()
+            await going.wait()
+            return {"type": "http.disconnect"}
+
+        monkeypatch.setattr(Scene, "classes", leave)
+        await client.app(scope, leaving, send)
+
+    body = json.dumps(together(*PICTURES[:3])).encode()
+    message = {"type": "http.request", "body": body, "more_body": False}
+    headers = (("Content-Type", "application/json"),)
+    status, _, _ = call(app, message, path="/v1/segment", headers=headers)
+    assert status == 499
+    assert made == [(64, 80)]
+
+
+def test_places_that_are_kept_for_high_priority_are_for_it(settings, tiny, tmp_path):
+    keys = {name: name * 4 for name in ("high", "normal")}
+    changed = {
+        "models": (tiny, streets(tiny, tmp_path)),
+        "api_keys": [ApiKey(name=name, key=key, priority=name) for name, key in keys.items()],
+        "max_queue": 8,
+        "warmup": "none",
+    }
+    app = create_app(settings.model_copy(update=changed))
+    places = app.state.serving.engine._places
+    with TestClient(app) as client:
+        for _ in range(places.limit - 1):
+            places.take(NORMAL)
+        high, normal = (
+            client.post("/v1/segment", content=PICTURES[0], headers={"X-API-Key": key})
+            for key in keys.values()
+        )
+        for _ in range(places.limit - 1):
+            places.leave(NORMAL)
+    assert high.status_code == 200, high.text
+    assert normal.status_code == 503
+    assert "(1 more are kept for high priority)" in problem(normal)

@@ -141,6 +141,7 @@ def test_no_other_host_is_asked(address):
         ["fe80::1"],
         ["fe80::1%eth0"],
         ["fd00::1"],
+        ["fec0::1"],
         ["ff02::1"],
         ["::ffff:127.0.0.1"],
         ["::127.0.0.1"],
@@ -154,6 +155,18 @@ def test_no_other_host_is_asked(address):
 def test_names_that_stand_for_something_within_a_network_are_refused(addresses):
     with pytest.raises(ForbiddenError, match="its address is not public"):
         fetch("http://images.example.org/x", names={"images.example.org": addresses})
+
+
+@pytest.mark.parametrize("host", ["a..example.net", f"{64 * 'a'}.example.net"])
+def test_names_that_no_host_can_have(host):
+    fetcher = Fetcher(Settings(fetch_hosts=HOSTS), Budget(2**30))  # asks the system
+
+    async def run() -> None:
+        async with fetcher.files([f"http://{host}/x"], seconds=60):
+            pass
+
+    with pytest.raises(FetchError, match="cannot be fetched"):
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946"])
