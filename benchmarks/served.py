@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 #: Seconds that a server may take to be ready, and to end.
 STARTING, ENDING = 180, 60
+#: What threads do, by how their names begin; what helps with a forward is part of it.
+ROLES = {"decode": "decode", "forward": "forward", "share": "forward"}
 
 
 class Served:
@@ -149,8 +151,7 @@ def _cpu_times() -> Counter[str]:
 def _role(thread: threading.Thread) -> str:
     if thread is threading.main_thread():
         return "HTTP"
-    role = thread.name.partition("-")[0]
-    return role if role in ("decode", "forward") else "other"
+    return next((role for name, role in ROLES.items() if thread.name.startswith(name)), "other")
 
 
 def _answer(asked: socket.socket) -> None:
