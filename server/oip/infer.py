@@ -88,7 +88,9 @@ async def _read(request: Request, serving: Serving) -> tuple[bytes | bytearray, 
     # Before the body is read: what cannot be taken need not be sent.
     serving.engine.check_room(priority=priority_of(request))
     sent = await in_time(read(request), settings.timeout_ms / 1000, settings.timeout_ms)
-    encoding = request.headers.get("Content-Encoding", "")
+    encoding = request.headers.get("Content-Encoding")
+    if encoding is None:  # as most are: no thread is needed
+        return sent, sent
     return sent, await asyncio.to_thread(inflate, sent, encoding, settings.max_body_bytes)
 
 
