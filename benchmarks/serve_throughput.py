@@ -8,8 +8,9 @@ threads and, for each measurement, in the batches that the server has just made,
 size. Both take turns; ratios are of neighbours in time. CPU time is what the processor counted
 for the server's threads and for this process while it was only the client.
 
-Other ways to serve the model (`benchmarks/peers`) take turns with ours likewise, each at one rate;
-each is tried with several settings at rate 0, and the best of each kind counts.
+Other ways to serve the model (`benchmarks/peers`) take turns with ours likewise, each at one rate,
+for a few seconds at a time; who does not work is stopped. Each is tried with several settings at
+rate 0, and the best of each kind counts.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import torch
 from benchmarks import machine, subject
 from benchmarks.estimates import markdown, ratios, spread
 from benchmarks.load import Exchange, Request, closed_loop, form, upload
-from benchmarks.served import Served, free_port, running, serving
+from benchmarks.served import Served, free_port, running, serving, stopped
 from benchmarks.subject import Subject
 from server.engine.threads import begin_beside_forwards
 from server.models.pictures import prepare
@@ -43,6 +44,8 @@ from tocom.allocator import keep_freed_memory
 PARTS = ("decode", "forward", "HTTP", "other", "client")
 #: Seconds before a lone image, in which the threads of the one before fall asleep.
 REST = 0.05
+#: Rounds in which settings of peers are tried.
+TRIES = 3
 #: Settings of each kind of peer that are tried.
 PEERS: dict[str, list[dict[str, float]]] = {
     "plain": [{}],
@@ -53,6 +56,7 @@ PEERS: dict[str, list[dict[str, float]]] = {
         {"max_batch": 16, "timeout": 0.02, "workers": 1},
         {"max_batch": 1, "timeout": 0.0, "workers": 2},
         {"max_batch": 8, "timeout": 0.02, "workers": 2},
+        {"max_batch": 16, "timeout": 0.02, "workers": 2},
     ],
 }
 
@@ -253,8 +257,8 @@ def beside_peers(bench: Bench, what: Subject, kinds: Sequence[str], rounds: int,
         tried = {}
         for options in PEERS[kind]:
             name = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
-            tried[name] = beside(bench, what, kind, options, 0, 1, log)
-        best = min(tried, key=lambda name: tried[name][0][0] / tried[name][1][0])
+            tried[name] = beside(bench, what, kind, options, 0, TRIES, log)
+        best = min(tried, key=lambda name: statistics.median(ratios(*tried[name])))
         rows += [[name, 0, *cells(*both)] for name, both in tried.items() if name != best]
         options = PEERS[kind][list(tried).index(best)]
         for rate in bench.measured:
@@ -273,20 +277,19 @@ def beside(
     rounds: int,
     log: Path,
 ) -> tuple[list[float], list[float]]:
-    """Return images a second of ours and of a peer, in turns: one works while the other is not."""
-    ours, theirs = [], []
-    for _ in range(rounds):
-        measured = Measured()
-        bench.by_http(str(rate), measured)
-        ours += measured.http
-        port = free_port()
-        command = command_of(kind, port, what, {"rate": rate, **options})
-        with running(command, f"http://127.0.0.1:{port}/health", log):
-            warm, rates = [rate] * bench.concurrency, bench.rates(str(rate))
-            closed_loop(port, bench.requests(warm), bench.concurrency)
-            exchanges = closed_loop(port, bench.requests(rates), bench.concurrency)
-        theirs.append(len(exchanges) / elapsed(exchanges))
-    return ours, theirs
+    """Return images a second of ours and of a peer, in turns: one works while the other cannot."""
+    ours, theirs = Measured(), []
+    port, rates = free_port(), bench.rates(str(rate))
+    command = command_of(kind, port, what, {"rate": rate, **options})
+    with running(command, f"http://127.0.0.1:{port}/health", log) as process:
+        closed_loop(port, bench.requests(rates), bench.concurrency)  # warms it
+        for _ in range(rounds):
+            with stopped(process):
+                bench.by_http(str(rate), ours)
+            with stopped(bench.served.process):
+                exchanges = closed_loop(port, bench.requests(rates), bench.concurrency)
+            theirs.append(len(exchanges) / elapsed(exchanges))
+    return ours.http, theirs
 
 
 def command_of(kind: str, port: int, what: Subject, options: dict[str, float]) -> list[str]:
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--single", type=int, default=40, help="requests one at a time, a round")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--peer-rounds", type=int, default=2, help="of the best of each kind")
+    parser.add_argument("--peer-rounds", type=int, default=10, help="of the best of each kind")
     arguments = parser.parse_args(argv)
     keep_freed_memory()  # as the server does
     what = subject.from_arguments(arguments)

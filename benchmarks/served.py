@@ -117,6 +117,16 @@ def running(
         process.wait()
 
 
+@contextmanager
+def stopped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Stop a server, with the processes that it has started, until the end of the block."""
+    os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+
+
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     give_up = time.monotonic() + STARTING
     while time.monotonic() < give_up:
