@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from tocom.adapter import Adapter
 from tocom.ladder import TOME, Ladder, Plan
 from tocom.pruned import widths
 from tocom.reduction import Heads, Method, Place
@@ -42,6 +43,7 @@ def cost(
     image_size: tuple[int, int] | None = None,
     *,
     ladder: Ladder = TOME,
+    adapter: Adapter | None = None,
 ) -> Cost:
     """Return the multiply-adds of one image at `rate`.
 
@@ -51,6 +53,7 @@ def cost(
         image_size: (height, width) in pixels; default: the model's own. A delta costs nothing
             when it is folded and is not counted.
         ladder: what the rate means. Of methods that decide by picture it is the most.
+        adapter: a task's branches beside the MLPs; None: it runs without.
 
     Raises:
         RateError: if the rate is malformed, or the ladder has no such rung.
@@ -67,7 +70,9 @@ def cost(
     tokens = plan.tokens_in
     counts = zip(plan.reduced, plan.tokens, plan.acts, strict=True)
     for block, (reduced, leaving, acts) in zip(model.blocks, counts, strict=True):
-        blocks.append(_block_macs(block, ladder.method if acts else None, tokens, reduced, prefix))
+        macs = _block_macs(block, ladder.method if acts else None, tokens, reduced, prefix)
+        beside = 0 if adapter is None else 2 * adapter.bottleneck * model.embed_dim
+        blocks.append(macs + reduced * beside)
         tokens = leaving
     head = sum(linear_macs(module) for name, module in model.named_children() if "head" in name)
     total = embedding + sum(blocks) + head

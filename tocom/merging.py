@@ -7,6 +7,7 @@ Letters: B images, N tokens in, M = N - r tokens out, r tokens merged away.
 Reference: Token Merging (ToMe), arXiv:2210.09461, section 3 and appendix D.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tocom.errors import RateError, ShapeError
-from tocom.precision import unrounded
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,14 @@ def closest(scores: Tensor, best: Tensor, order: Tensor, r: int, prefix: int) ->
     if prefix:  # the rest keeps its order; without a prefix its ranks decide the next block's sets
         ranked_gap = ranked_gap[:, :1]
     return torch.cat([chosen_gap, ranked_gap], dim=1).amin(dim=1).clamp(max=2.0)
+
+
+def unrounded(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context without the autocast of the device of `tensor`: products in fp32.
+
+    For those that decide something.
+    """
+    device = tensor.device.type
+    # Entered only if need be: on small batches it takes as long as what it is for.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()

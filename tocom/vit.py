@@ -154,7 +154,7 @@ def pool(model: VisionTransformer, x: Tensor, size: Tensor | None) -> Tensor:
         size: [B, M, 1] input tokens that each stands for; None: one each.
     """
     features: Tensor
-    if not pools_patches(model) or size is None or model.global_pool != "avg":
+    if not pools_patches(model) or size is None:
         features = model.forward_head(x, pre_logits=True)
         return features
     first = 0 if model.pool_include_prefix else model.num_prefix_tokens

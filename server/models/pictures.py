@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 
-import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
@@ -19,23 +18,13 @@ from server.models.containers import check_container, check_tags, other_format
 from server.models.cropping import transformed
 from server.models.served import ServedModel
 from server.settings import Settings
+from tocom.pictures import exif_of, in_rgb, turn_of
 
 #: Pillow knows some forty formats; a server needs these and none of the others' decoders.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 #: Longest side : shortest side. Of a longer picture a model would see less than a hundredth.
 MAX_ASPECT = 100
-
-#: What turns an image upright, by the orientation in its metadata.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> Tensor:
@@ -139,8 +128,9 @@ def _load(image: ImageFile.ImageFile) -> Image.Image:
     """Decode an open image, upright and in RGB; errors as in `decode`."""
     with _image_errors():
         image.load()
-        turn = _turn(image)
-        rgb = _to_rgb(image)
+        check_tags(exif_of(image))
+        turn = turn_of(image)
+        rgb = in_rgb(image)
         if rgb is not image:
             image.close()  # so that not all that was made on the way is held at once
         return rgb if turn is None else rgb.transpose(turn)
@@ -174,25 +164,3 @@ def _check_size(width: int, height: int, max_pixels: int, max_aspect: int) -> No
             f"the image is {width:,} x {height:,} pixels; its sides may differ by a factor of "
             f"{max_aspect} at most"
         )
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns or mirrors an image upright, by its metadata.
-
-    Not `ImageOps.exif_transpose`, which would also write the metadata anew, with all that it
-    refers to.
-    """
-    profile = image.info.get("Raw profile type exif")  # as ImageMagick wrote it into PNGs
-    if profile is not None and "exif" not in image.info:
-        image.info["exif"] = bytes.fromhex("".join(profile.split("\n")[3:]))
-    check_tags(image.info.get("exif", b""))
-    return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits of grey. Pillow would clip all above 255 to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -147,7 +147,7 @@ def segmentation_cost(segmenter: Segmenter, rate: int, size: Size, ladder: Ladde
     windows = 1
     for length, part, stride in zip(size, window, info.stride, strict=True):
         windows *= len(starts(length, part, stride))
-    one = cost(model, rate, window, ladder=ladder)
+    one = cost(model, rate, window, ladder=ladder, adapter=segmenter.backbone.adapter)
     down, across = model.patch_embed.patch_size
     head = segmenter.decoder.macs((window[0] // down) * (window[1] // across))
     return replace(

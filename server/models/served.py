@@ -140,7 +140,7 @@ class ServedModel:
         """What an image costs, at index r at rate r."""
         size = self.backbone.input_size[1:]
         return tuple(
-            cost(self.backbone.model, rate, size, ladder=self.ladder)
+            cost(self.backbone.model, rate, size, ladder=self.ladder, adapter=self.backbone.adapter)
             for rate in range(self.max_rate + 1)
         )
 

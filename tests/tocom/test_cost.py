@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tocom_models import KINDS, small_model
 from tocom import RateError, cost, forward
+from tocom.adapter import Adapter
+from tocom.delta import LowRank
 
 #: rate -> (GMACs of DeiT-Ti, -S, -B at 224 px, tokens after the last block); see oracle/README.md
 TABLE = {
@@ -27,7 +29,7 @@ def on_no_device(architecture, **arguments):
         return timm.create_model(architecture, **arguments).eval().requires_grad_(False)
 
 
-def counted(model, rate, image_size=None):
+def counted(model, rate, image_size=None, adapter=None):
     """Multiply-adds of a run, as PyTorch counts them."""
     device = next(model.parameters()).device
     size = image_size or model.patch_embed.img_size
@@ -35,7 +37,7 @@ def counted(model, rate, image_size=None):
     for block in model.blocks:
         block.attn.fused_attn = False  # as two products, which every version counts
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(model, images, rate)
+        forward(model, images, rate, adapter=adapter)
     return counter.get_total_flops() / 2
 
 
@@ -63,6 +65,14 @@ def test_a_counted_run_of_deit(size, rate):
 def test_a_counted_run_of_every_kind(kind, rate):
     model = small_model(kind)
     assert cost(model, rate).macs == counted(model, rate)
+
+
+def test_a_counted_run_with_a_task_beside_it():
+    model = small_model("vit_tiny")
+    width = model.embed_dim
+    adapter = Adapter([LowRank(torch.zeros(5, width), torch.zeros(width, 5)) for _ in model.blocks])
+    spent = [cost(model, rate, adapter=adapter).macs for rate in (0, 3)]
+    assert spent == [counted(model, rate, adapter=adapter) for rate in (0, 3)]
 
 
 def test_a_counted_run_with_a_gated_mlp():

@@ -12,6 +12,7 @@ from tests.tocom_models import KINDS, SMALL, pictures, small_model
 from tocom import Ladder, ShapeError, Variant, forward_dense, forward_features
 from tocom.dense import embed, restore, slide, starts
 from tocom.reduction import ATME, METHODS, AroundMLP, EViT, Fate, Pattern, ToMe, TopK
+from tocom.reduction.protocol import Cut, Tokens
 from tocom.vit import State, run_blocks
 from tocom.vit import embed as embed_own
 
@@ -131,6 +132,25 @@ def test_soft_tokens_are_shared_out(seed, merged_before):
         states = [State(y, None, None, None, Fate(hard[:, :4], weight=soft, before=x[:, :4]))]
         expected, tokens = (share @ y)[0], 4
     torch.testing.assert_close(restore(states, tokens)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["sit", "patchmerger", "sinkhorn"])
+def test_methods_with_soft_tokens_tell_their_shares(name):
+    """One reduction: each place has the mean of what is left, by its shares in it."""
+    method = METHODS[name]()
+    x = torch.randn(2, 13, 8, generator=torch.Generator().manual_seed(0))
+    learned = {
+        key: torch.randn(each.shape, generator=torch.Generator().manual_seed(1))
+        for key, each in method.start(8, 6).items()
+    }
+    cut = Cut(0, prefix=1, leaving=5, grid=(3, 4), trace=True, learned=learned)
+    tokens, fate = method.reduce(Tokens(x), None, cut)
+    assert fate.weight.shape == (2, 13, 5)
+    assert torch.equal(fate.weight.argmax(dim=2)[:, 1:], fate.into[:, 1:])
+    state = State(tokens.x, None, None, None, fate._replace(before=x))
+    mean = fate.weight / fate.weight.sum(dim=2, keepdim=True)
+    torch.testing.assert_close(restore([state], 13), mean @ tokens.x)
+    assert torch.equal(restore([state], 13)[:, 0], x[:, 0])
 
 
 def test_what_is_dropped_after_a_soft_merge_is_not_shared():

@@ -197,6 +197,7 @@ def test_a_graph_keeps_no_weights_of_a_delta_that_is_gone():
         ({"act_layer": "relu"}, "not GELU"),
         ({"norm_layer": "rmsnorm"}, "is not LayerNorm"),
         ({"dynamic_img_size": True}, "any size"),
+        ({"embed_norm_layer": "layernorm"}, "patches are normed"),
     ],
 )
 def test_models_without_graphs_say_why(arguments, reason):

@@ -37,6 +37,8 @@ def unsupported(model: VisionTransformer, method: Method | None = None) -> str |
         return "graphs are for fp32 on a CPU"
     if model.dynamic_img_size:
         return "its pictures may be of any size"
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        return "its patches are normed before their positions are added"
     for block in model.blocks:
         if type(block.mlp) is not Mlp:
             return "its MLPs are not two layers and an activation"

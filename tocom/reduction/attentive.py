@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 from tocom.reduction.protocol import Chosen, Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
 

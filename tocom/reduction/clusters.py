@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 from tocom.reduction.options import check_flag, check_one_of, check_whole
 from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.ranking import highest
@@ -239,7 +239,9 @@ def token_weights(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     return F.linear(x, weights["score.weight"], weights["score.bias"]).float().exp()
 
 
-def joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens, Fate | None]:
+def joined(
+    x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut, shares: Tensor | None = None
+) -> tuple[Tokens, Fate | None]:
     """Return the prefix tokens of x with what is kept of its clusters, and where all went.
 
     Args:
@@ -247,10 +249,17 @@ def joined(x: Tensor, kept: Tensor, cluster: Tensor, cut: Cut) -> tuple[Tokens, 
         kept: [B, K, C] one token a cluster.
         cluster: [B, P] of each patch token.
         cut: how many prefix tokens there are, and whether to trace.
+        shares: [B, K, P] of each patch token in what is kept, of soft clusters.
     """
     prefix = cut.prefix
     tokens = Tokens(torch.cat([x[:, :prefix], kept], dim=1))
     if not cut.trace:
         return tokens, None
     front = torch.arange(prefix, device=x.device).expand(x.shape[0], prefix)
-    return tokens, Fate(torch.cat([front, prefix + cluster], dim=1))
+    fate = Fate(torch.cat([front, prefix + cluster], dim=1))
+    if shares is None:
+        return tokens, fate
+    own = torch.eye(prefix, device=x.device, dtype=shares.dtype).expand(x.shape[0], -1, -1)
+    patches = F.pad(shares.transpose(1, 2), (prefix, 0))
+    weight = torch.cat([F.pad(own, (0, kept.shape[1])), patches], dim=1)
+    return tokens, fate._replace(weight=weight)

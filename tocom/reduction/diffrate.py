@@ -1,8 +1,8 @@
 """DiffRate: the class token says what is kept; the rest is pruned or merged into it.
 
 Does not learn how many tokens each block prunes and merges: ladders say it.
-Reference: DiffRate, arXiv:2305.17997, section 3. That sizes add up whole is ours, and so is the
-comparison of keys.
+Reference: DiffRate, arXiv:2305.17997, section 3. Ours are that sizes add up whole, that means are
+weighted by them, and the comparison of keys.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tocom.merging import Match, merge
-from tocom.precision import unrounded
+from tocom.merging import Match, merge, unrounded
 from tocom.reduction.options import check_number
 from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 

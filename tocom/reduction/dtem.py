@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 from tocom.reduction.options import check_number, check_one_of, check_whole
 from tocom.reduction.protocol import Cut, Fate, Heads, Method, Place, Seen, Tokens, Unit
 from tocom.reduction.tome import WEIGHTS, ToMe

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tocom.errors import ReductionError
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 from tocom.reduction.attentive import most_of, take
 from tocom.reduction.clusters import joined
 from tocom.reduction.options import check_above_zero, check_flag, check_whole
@@ -98,7 +98,7 @@ class SiT(Learned):
         assert cut.learned is not None
         x = tokens.x[:, cut.prefix :]
         shares = sit_shares(x, cut.learned, cut.leaving - cut.prefix)
-        return joined(tokens.x, shares @ x, shares.argmax(dim=1), cut)
+        return joined(tokens.x, shares @ x, shares.argmax(dim=1), cut, shares)
 
     def learned_macs(self, patches: int, left: int, width: int) -> int:
         """Of the linear layers and of the sums."""
@@ -131,7 +131,7 @@ class PatchMerger(Learned):
         assert cut.learned is not None
         x = _normed(tokens.x[:, cut.prefix :], "norm", cut.learned)
         shares = query_shares(x, cut.learned["queries"], cut.leaving - cut.prefix, self.scaled)
-        return joined(tokens.x, (shares @ x).to(tokens.x.dtype), shares.argmax(dim=1), cut)
+        return joined(tokens.x, (shares @ x).to(tokens.x.dtype), shares.argmax(dim=1), cut, shares)
 
     def learned_macs(self, patches: int, left: int, width: int) -> int:
         """Of the scores and of the sums."""
@@ -171,7 +171,7 @@ class Sinkhorn(Learned):
             centres = _first(cut.learned["v"], cut.leaving - cut.prefix)
             shares = transport(x, centres.float(), self.eps, self.iterations)
             sums = (shares @ x).to(tokens.x.dtype)
-        return joined(tokens.x, sums, shares.argmax(dim=1), cut)
+        return joined(tokens.x, sums, shares.argmax(dim=1), cut, shares)
 
     def learned_macs(self, patches: int, left: int, width: int) -> int:
         """Of the similarities and of the sums."""

@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 
 
 class Place(Enum):

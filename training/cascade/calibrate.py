@@ -126,7 +126,8 @@ class Calibrated:
     def run(self, config: CascadeConfig) -> Runs:
         """Run the pictures of a recipe at all rates."""
         model, variants = self.backbone.model, [self._variant(rate) for rate in self.rates]
-        macs = [cost(model, rate, ladder=self.ladder).macs for rate in self.rates]
+        adapter = self.backbone.adapter
+        macs = [cost(model, rate, ladder=self.ladder, adapter=adapter).macs for rate in self.rates]
         every = [
             (part, index)
             for part, pictures in enumerate(config.pictures)

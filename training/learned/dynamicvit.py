@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tocom import Backbone, ConfigError, Variant, forward_features, load_backbone
 from tocom.adapter import Adapter
 from tocom.attention import answer, look, project
-from tocom.precision import unrounded
+from tocom.merging import unrounded
 from tocom.reduction.learned import keep_votes
 from tocom.vit import head
 from training.config import DynamicViTConfig

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tocom.merging import match
-from tocom.precision import unrounded
+from tocom.merging import match, unrounded
 from tocom.reduction import DTEM, Cut, Fate, Seen, Tokens
 
 #: What is left of a token at least: nothing has no logarithm.

@@ -18,6 +18,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from tocom import DataError
+from tocom.pictures import in_rgb, turn_of
 from training.pictures.config import PicturesConfig
 from training.pictures.readers import ListReader, TarReader
 
@@ -37,7 +38,7 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
         return self.read(index)
 
     def read(self, index: int, least_side: int | None = None) -> tuple[Image.Image, Any]:
-        """Decode a picture.
+        """Decode a picture: upright, as it is in service.
 
         Args:
             index: its number.
@@ -56,10 +57,13 @@ class PictureSet(ImageDataset):  # type: ignore[misc]  # timm ships no types
             with file, Image.open(file) as image:
                 if least_side is not None:
                     image.draft(None, (least_side, least_side))
-                picture = image.convert("RGB")
+                image.load()
+                turn, picture = turn_of(image), in_rgb(image)
         except Exception as error:  # a broken file makes PIL's decoders raise anything
             name, reason = self._name(index), _reason(error)
             raise DataError(f"{name} of {self.path} cannot be read: {reason}") from error
+        if turn is not None:
+            picture = picture.transpose(turn)
         if isinstance(label, Tensor):
             return picture, label
         return picture, int(label) if isinstance(label, numbers.Integral) else -1

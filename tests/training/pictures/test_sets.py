@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from tests.training.pictures.files import colours, labels, opened, png, write_tar
@@ -44,6 +44,17 @@ def test_pictures_outside_of_folders_are_one_class(tmp_path: Path) -> None:
         assert colours(flat) == [0, 1, 2]
         assert labels(flat) == [0, 0, 0]
         assert class_names(flat) == [""]
+
+
+def test_pictures_are_upright_and_as_bright_as_in_service(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned by a quarter
+    Image.new("RGB", (80, 64), "red").save(tmp_path / "a.jpg", exif=exif)
+    grey = Image.fromarray(np.full((8, 8), 0x7FFF, np.uint16))
+    grey.save(tmp_path / "b.png")
+    turned, of_16_bits = (opened(tmp_path)[i][0] for i in range(2))
+    assert turned.size == (64, 80)
+    assert of_16_bits.getpixel((0, 0)) == (127, 127, 127)
 
 
 def test_tars_among_pictures_are_refused(tmp_path: Path) -> None:
