@@ -85,6 +85,10 @@ def _to_model(said: dict[str, Any], result: Path, folder: Path) -> Path:
             f"{result} was made by an older version and does not say which weights it is of; "
             "measure again"
         )
+    if "task_digest" in said:
+        raise ConfigError(
+            f"{result} is of {_task_said(said)}, which {folder}, a model folder, does not hold"
+        )
     digest = load_backbone(str(folder)).digest
     if said["weights_digest"] != digest:
         raise ConfigError(
@@ -153,9 +157,12 @@ def _to_bank(said: dict[str, Any], result: Path, folder: Path) -> Path:
     return path
 
 
-def _about(said: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what an evaluation is of: one of the same model on the same pictures replaces it."""
-    return said.get("model"), (said.get("pictures") or {}).get("name")
+def _about(said: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what an evaluation is of: one of the same model on the same pictures replaces it.
+
+    The same model has the same task, or none.
+    """
+    return said.get("model"), said.get("task_digest"), (said.get("pictures") or {}).get("name")
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

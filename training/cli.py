@@ -35,7 +35,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, 2 for a mistake, 130 if it was stopped."""
+    """Run the program and return its exit code: 0, 2 for a mistake, 130 if it was stopped.
+
+    What the system refuses, as a folder that cannot be written, is a mistake too.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no more positional arguments after an option; key=value may stand anywhere.
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         arguments.run(arguments)
-    except TocomError as error:
+    except (TocomError, OSError) as error:
         print(f"tocom-train: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

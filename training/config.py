@@ -106,12 +106,14 @@ class DistillConfig(Recipe):
     proportional: Proportional = True
     rank: int = Field(2, gt=0, description="width of one step's low-rank pair")
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
-        ("q", "v"), description="layers of each block that the plug-ins change"
+        ("q", "v"), min_length=1, description="layers of each block that the plug-ins change"
     )
     basis: Literal["own", "shared"] = Field(
         "own", description="whether each step has an A of its own or all steps share one"
     )
-    scale: float = Field(0.1, gt=0, description="factor of the deltas, the bank's multiplier")
+    scale: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="factor of the deltas, the bank's multiplier"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="on the low-rank hidden values")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the student")
     sources: int = Field(
@@ -146,6 +148,13 @@ class DistillConfig(Recipe):
     def highest(self) -> int:
         """The highest rate that is trained."""
         return self.max_rate + self.beyond
+
+    @field_validator("targets")
+    @classmethod
+    def _once_each(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"each target may stand once, got {', '.join(targets)}")
+        return targets
 
     @model_validator(mode="after")
     def _has_unseen(self) -> "DistillConfig":

@@ -33,6 +33,7 @@ from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
 from training.learned.metric import Metric, metric_ladder
 from training.losses import answer_loss, lesson
+from training.measuring import MANY_CLASSES
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.pictures.unseen import mean_over
@@ -91,8 +92,13 @@ class Distillation:
             unseen: batches [B, 3, H, W] of pictures that are not trained on.
 
         Raises:
-            ConfigError: if there is nothing to learn from.
+            ConfigError: if there is nothing to learn from, or the backbone scores several classes
+                a picture.
         """
+        if backbone.multi_label:
+            raise ConfigError(
+                f"{backbone.name} {MANY_CLASSES}; banks are distilled for models that answer one"
+            )
         if not backbone.model.num_classes and not config.features and not config.tokens:
             raise ConfigError(
                 f"{backbone.name} has no head, so there are no logits to learn from; "

@@ -32,6 +32,7 @@ from training.config import ElasticConfig
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
 from training.losses import answer_loss, lesson
+from training.measuring import MANY_CLASSES
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.pictures.unseen import mean_over
@@ -75,8 +76,13 @@ class ElasticTuning:
             unseen: batches [B, 3, H, W] of pictures that are not trained on.
 
         Raises:
-            ConfigError: if there is nothing to learn from, or the ladder has not so many rungs.
+            ConfigError: if there is nothing to learn from, the ladder has not so many rungs, or the
+                backbone scores several classes a picture.
         """
+        if backbone.multi_label:
+            raise ConfigError(
+                f"{backbone.name} {MANY_CLASSES}; elastic tuning is for models that answer one"
+            )
         if not backbone.model.num_classes and not config.features and not config.tokens:
             raise ConfigError(
                 f"{backbone.name} has no head, so there are no logits to learn from; "

@@ -25,7 +25,7 @@ from adapters import BackboneInfo, TaskInfo, TaskModel
 from adapters.durable import new_folder, replace_file
 from adapters.ladder import part_of
 from adapters.task import data_config
-from tocom import Backbone, DataError, Variant, load_backbone
+from tocom import Backbone, ConfigError, DataError, Variant, load_backbone
 from tocom.backbones import REDUCTION
 from tocom.pruned import Channels
 from tocom.reduction import DynamicViT
@@ -111,8 +111,20 @@ def check_inputs(config: FinetuneConfig) -> list[str]:
     """Return the names of the classes.
 
     Raises:
-        BackboneError, DataError, RateError, ReductionError: naming what does not fit together.
+        BackboneError, ConfigError, DataError, RateError, ReductionError: naming what does not fit
+            together.
     """
+    search = config.search
+    for part in (
+        config.pictures,
+        config.test,
+        *((search.train, search.validation) if search else ()),
+    ):
+        if part is not None and part.times > 1:
+            raise ConfigError(
+                f"{part.path}: times is {part.times}, and every picture of a fine-tuning counts "
+                "once: leave it out, and give more loop.epochs"
+            )
     backbone = _load(config)
     ladder = chosen_ladder(config.ladder, backbone.model)
     Variant(config.source, ladder=ladder).plan(

@@ -11,7 +11,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from tocom import ConfigError
 from training.recipe import Recipe
+
+#: Checkpoints are numbered by six digits.
+_TOO_MANY = 10**6
 
 
 class _LoopConfig(Recipe):
@@ -29,7 +33,7 @@ class _LoopConfig(Recipe):
     precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Accelerate's mixed precision"
     )
-    seed: int = Field(0, description="what all random draws of the run follow from")
+    seed: int = Field(0, ge=0, description="what all random draws of the run follow from")
     workers: int = Field(1, ge=0, description="processes that decode pictures")
     save_every: int = Field(100, gt=0, description="steps between checkpoints")
     watch_every: int = Field(100, gt=0, description="steps between measurements on unseen pictures")
@@ -60,7 +64,7 @@ class _LoopConfig(Recipe):
 class LoopConfig(_LoopConfig):
     """A training run of so many steps."""
 
-    steps: int = Field(gt=0, lt=10**6, description="length of the run")
+    steps: int = Field(gt=0, lt=_TOO_MANY, description="length of the run")
     warmup_steps: int = Field(
         0, ge=0, description="steps in which the learning rate rises to its peak"
     )
@@ -112,8 +116,17 @@ class EpochLoopConfig(_LoopConfig):
         return self
 
     def over(self, pictures: int) -> LoopConfig:
-        """Return the run in steps, for a number of pictures."""
+        """Return the run in steps, for a number of pictures.
+
+        Raises:
+            ConfigError: if those are too many.
+        """
         values = self.model_dump(exclude={"epochs", "warmup_epochs", "compile"})
         each = pictures / self.batch_size
         steps, warmup = math.ceil(self.epochs * each), round(self.warmup_epochs * each)
+        if steps >= _TOO_MANY:
+            raise ConfigError(
+                f"loop.epochs={self.epochs:g} of {pictures:,} pictures, {self.batch_size} a step, "
+                f"are {steps:,} steps; a run has less than {_TOO_MANY:,}"
+            )
         return self.run(steps=steps, warmup_steps=warmup, **values)

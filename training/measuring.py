@@ -44,7 +44,7 @@ from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
 from training.recipe import Recipe
-from training.run_folder import refuse_other_recipe
+from training.run_folder import has_begun, refuse_other_recipe
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
@@ -98,7 +98,8 @@ class Measurement:
                 f"{pictures.path} has labels={pictures.labels}; labelled=false does without"
             )
         self.classes = torch.tensor(class_indices(pictures, backbone)) if labelled else None
-        self.cost = functools.cache(functools.partial(cost, backbone.model, ladder=ladder))
+        counted = functools.partial(cost, backbone.model, ladder=ladder, adapter=backbone.adapter)
+        self.cost = functools.cache(counted)
         self._bar: Any = None
 
     @torch.inference_mode()
@@ -146,9 +147,18 @@ class Measurement:
         return total
 
     def truth(self, folders: Tensor) -> Tensor:
-        """Return the model's classes [B] of folders [B], of several a picture [B, C] both."""
+        """Return the model's classes [B] of folders [B], of several a picture [B, C] both.
+
+        Raises:
+            DataError: if a picture has none.
+        """
         assert self.classes is not None
         if not self.backbone.multi_label:
+            if (folders < 0).any():
+                raise DataError(
+                    f"{self.pictures.path} has pictures without a class; labelled=false does "
+                    "without classes"
+                )
             return self.classes[folders]
         truth = torch.zeros(len(folders), len(self.backbone.class_names))
         truth[:, self.classes] = folders
@@ -278,7 +288,7 @@ def claim(
     }
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     finished, path = (folder / result).exists(), folder / "config.json"
-    if path.exists():
+    if path.exists() and has_begun(folder):
         _check_same(folder, json.loads(path.read_text(encoding="utf-8")), json.loads(text))
         return finished
     if finished:

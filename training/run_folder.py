@@ -43,7 +43,7 @@ _FREE = {
 #: The length of a run, which may grow.
 _LENGTHS = ("loop.steps", "loop.epochs")
 #: What a run makes at its end.
-_RESULTS = ("bank", "model", "task", "result.json", "test-after.json")
+_RESULTS = re.compile(r"bank|model|task|(result|test-after)(-\d+-of-\d+)?\.json")
 _LONGEST_VALUE = 60  # characters of a value in a message
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> str:
         raise ConfigError(
             f"{path} does not say which run the folder holds ({error}); choose another run folder"
         ) from error
+    if not has_begun(folder):
+        return ""
     with suppress(ValidationError):
         # A run that an older version began does not say what is new since: the defaults.
         then = type(recipe).model_validate(then).model_dump(mode="json")
@@ -108,6 +110,12 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> str:
     }
     refuse_other_recipe(folder, then, now, {*_FREE, *longer})
     return next(iter(longer.values()), "")
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether a folder holds more than a recipe: one that could not be followed is free."""
+    names = (path.name for path in folder.iterdir())
+    return any(name != "config.json" and not name.startswith(".") for name in names)
 
 
 def _differing(then: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -188,7 +196,7 @@ class RunFolder:
 
     def _put_aside(self, length: str) -> None:
         """Rename what came out of a run of this length: `bank` to `bank-200-steps`."""
-        made = [path for name in _RESULTS if (path := self.folder / name).exists()]
+        made = sorted(path for path in self.folder.iterdir() if _RESULTS.fullmatch(path.name))
         if made and not self._checkpoints():
             raise ConfigError(
                 f"{self.folder} has no checkpoint to go on from; choose another run folder"

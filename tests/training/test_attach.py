@@ -175,3 +175,20 @@ def test_folders_that_are_neither(bank: Path, model: Path, tmp_path: Path) -> No
         attach(result, tmp_path)
     with pytest.raises(ConfigError, match=r"nix\.json cannot be read"):
         attach(tmp_path / "nix.json", model)
+
+
+def test_results_of_several_tasks_stand_side_by_side(
+    bank: Path, model: Path, tmp_path: Path
+) -> None:
+    said = [evaluation(bank, model, task_digest=digest * 64) for digest in "ab"]
+    for each in (*said, said[0]):
+        attach(write(tmp_path / "e.json", each), bank)
+    assert Bank.load(bank).info.evaluation["results"] == [said[1], said[0]]
+
+
+def test_a_result_of_a_task_is_none_of_its_backbone(
+    bank: Path, model: Path, tmp_path: Path
+) -> None:
+    result = write(tmp_path / "e.json", evaluation(bank, model, task_digest="a" * 64))
+    with pytest.raises(ConfigError, match="is of the task aaaaaaaaaaaa, which .*, a model folder"):
+        attach(result, model)

@@ -138,6 +138,16 @@ def test_mistakes_are_one_message_and_exit_2(
     assert message in error
 
 
+def test_what_the_system_refuses_is_one_message_and_exit_2(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    given = [f"backbone.name={model_folder}", f"pictures={pictures}", "max_rate=1"]
+    run = ["--folder", str(tmp_path / "file" / "run")]
+    assert main(["evaluate", "every-rate", *given, *run]) == 2
+    assert "\ntocom-train: [Errno " in f"\n{capsys.readouterr().err}"
+
+
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = [
         "distill",

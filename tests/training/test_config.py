@@ -163,6 +163,10 @@ def test_several_sets_of_pictures() -> None:
         ("name=My Bank", r"name must match the pattern \^\[a-z0-9\].*got 'My Bank'"),
         ("name.deeper=1", "name is a value, not a table"),
         ("loop", "an override is key=value, got 'loop'"),
+        ("loop.seed=-1", r"loop\.seed must be at least 0, got -1"),
+        ("targets=[]", r"targets must have at least 1 of them"),
+        ("targets=['q','v','q']", r"targets: each target may stand once, got q, v, q"),
+        ("scale=inf", r"scale must be a number, got inf"),
         ("targets=['z']", r"targets\.0 must be 'q', 'k', .* or 'fc2', got 'z'"),
     ],
 )
@@ -195,3 +199,13 @@ def test_distilling_is_not_compiled() -> None:
     kind, overrides = DISTILL
     with pytest.raises(ConfigError, match="there is no key 'compile' in loop"):
         read_recipe(kind, "deit-tiny-small-data", [*overrides, "loop.compile=true"])
+
+
+def test_too_many_epochs_are_named() -> None:
+    kind, overrides = KINDS["deit-tiny-task"]
+    recipe = read_recipe(kind, "deit-tiny-task", [*overrides, "loop.epochs=1e6"])
+    assert isinstance(recipe, FinetuneConfig)
+    size = recipe.loop.batch_size
+    message = rf"loop\.epochs=1e\+06 of {size} pictures, {size} a step, are 1,000,000 steps"
+    with pytest.raises(ConfigError, match=message):
+        recipe.loop.over(size)

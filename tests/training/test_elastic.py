@@ -1,5 +1,6 @@
 """Elastic tuning: who learns from whom, at which rungs, and what comes out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,6 @@ def test_what_is_wrong_is_named(pictures: Path, model_folder: Path) -> None:
     rungs = {"method": "topk", "shares": [0.7]}
     with pytest.raises(ConfigError, match=r"max_rate \(6\) must be a rung of the ladder 'topk'"):
         job_of(recipe(pictures, model_folder, ladder=rungs))
+    several = replace(load_backbone(str(model_folder)), multi_label=True)
+    with pytest.raises(ConfigError, match="scores several classes a picture; elastic tuning is"):
+        ElasticTuning(several, recipe(pictures, model_folder), [])

@@ -137,13 +137,13 @@ def test_without_labels_there_is_no_top1(config: EvaluateConfig, tmp_path: Path)
         picture = Path(config.pictures.path).parent / "red" / "0.png"
         (folders / name / "0.png").write_bytes(picture.read_bytes())
     unlabelled = changed(config, pictures={"path": str(folders)}, labelled=False)
+    with pytest.raises(DataError, match="labelled=false does without"):
+        evaluate(changed(unlabelled, labelled=True), tmp_path / "out")
     path = evaluate(unlabelled, tmp_path / "out")
     assert "top1" not in path.read_text()
     for name in ("evaluation.md", "matrix.md"):
         assert "top-1" not in (path.parent / name).read_text()
     assert cell(read(path), 0, 4)["bank"].keys() >= {"kl", "agreement", "agreement_p", "kl_change"}
-    with pytest.raises(DataError, match="labelled=false does without"):
-        evaluate(changed(unlabelled, labelled=True), tmp_path / "labelled")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,16 @@ def test_train_and_test_folders_must_be_the_same_classes(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("part", ["pictures", "test"])
+def test_pictures_count_once(pictures: Path, model_folder: Path, tmp_path: Path, part: str) -> None:
+    config = recipe(pictures, model_folder)
+    thrice = getattr(config, part).model_copy(update={"times": 3})
+    config = config.model_copy(update={part: thrice})
+    with pytest.raises(ConfigError, match="times is 3, and every picture .* counts once"):
+        finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_shards_are_tuned_on_by_the_numbers_of_their_classes(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:

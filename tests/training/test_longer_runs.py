@@ -55,6 +55,21 @@ def test_a_run_that_is_done_goes_on_for_more_steps_and_keeps_what_it_made(
     assert distill(config, done) == bank
 
 
+def test_what_each_of_several_processes_tested_is_put_aside_once(
+    done: Path, pictures: Path, model_folder: Path
+) -> None:
+    before = ["test-after-1-of-2.json", "test-after-2-of-2.json", "test-after-1-of-2-2-steps.json"]
+    for name in (*before, "test-before-1-of-2.json"):
+        (done / name).write_text("{}")
+    distill(distilling(pictures, model_folder, loop={"steps": 6}), done)
+    assert {path.name for path in done.glob("test-*")} == {
+        "test-after-1-of-2-4-steps.json",
+        "test-after-2-of-2-4-steps.json",
+        "test-after-1-of-2-2-steps.json",
+        "test-before-1-of-2.json",
+    }
+
+
 def test_a_longer_run_that_was_stopped_is_not_taken_for_done(
     done: Path, pictures: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,15 @@ def test_a_run_whose_time_is_up_saves_and_goes_on_with_the_same_command(
     assert steps(tmp_path / "short") == [1, 2, 3, 4]
 
 
+def test_a_recipe_that_could_not_be_followed_leaves_its_folder_free(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"steps": 7}')
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="another recipe"):
+        run(tmp_path, weight_decay=0.5)
+
+
 class Tracked:
     """What stands in for the package wandb."""
 

@@ -22,7 +22,8 @@ def time_forwards(
 ) -> None:
     """Put the median milliseconds of a forward of `size` images into the rows.
 
-    All candidates take turns, so that a machine whose speed drifts does so for all.
+    All candidates take turns, so that a machine whose speed drifts does so for all. A GPU is waited
+    for: a forward returns before it is computed.
     """
     proj = candidates[0].backbone.model.patch_embed.proj
     images = torch.randn(size, *candidates[0].backbone.input_size).to(proj.weight.device)
@@ -38,14 +39,21 @@ def time_forwards(
         for _ in range(repeats):
             for key, run in runs.items():
                 run()
+                _wait(images.device)
                 began = time.perf_counter()
                 run()
+                _wait(images.device)
                 taken[key].append(time.perf_counter() - began)
                 bar.update()
     torch.set_num_threads(before)
     for (i, how), seconds in taken.items():
         times = rows[i].setdefault("ms", {})
         times[f"{how} x{size}"] = 1000 * statistics.median(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _compiled(candidate: Candidate, size: int, threads: int) -> Callable[[Tensor], object] | None:

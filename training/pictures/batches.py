@@ -221,9 +221,18 @@ def _without_count(items: list[tuple[Tensor, Any, int]]) -> Any:
     return default_collate([(picture, label) for picture, label, _ in items])
 
 
+def _stay_once(number: int, _: object) -> None:
+    """Stay at a first signal; a second one, as of a process that ends its workers, ends this."""
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _start_worker(_: int) -> None:
-    """Give a worker process files of its own; Ctrl-C is for the process that feeds on it."""
+    """Give a worker process files of its own; signals are for the process that feeds on it.
+
+    They may go to all processes of a run at once, which still has to end its step and save it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stay_once)
     info = get_worker_info()
     assert info is not None
     assert isinstance(info.dataset, Pictures)

@@ -159,11 +159,11 @@ def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[st
 
 
 def _vtab(config: VtabConfig) -> Iterator[tuple[str, str]]:
-    from training.vtab.runs import check, chosen_tasks
+    from training.vtab.runs import check, check_bank, chosen_tasks
 
     yield "pictures", check(config)
     if config.bank:
-        open_bank(config.bank)
+        check_bank(config)
         yield "bank", config.bank
     tasks, sources, seeds = len(chosen_tasks(config)), len(config.sources), len(config.seeds)
     yield "runs", f"{tasks * sources * seeds}: {tasks} tasks, {sources} sources, {seeds} seeds"

@@ -92,6 +92,26 @@ class PruneConfig(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _one_class_a_picture(self) -> "PruneConfig":
+        read = (*(self.pictures if self.labelled else ()), *([self.test] if self.test else ()))
+        for each in read:
+            if each.labels == "many":
+                raise ValueError(
+                    f"{each.path} has labels=many: labels to learn from or to test by are "
+                    "labels=one, one class a picture; labelled=false reads none of `pictures`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_as_they_are(self) -> "PruneConfig":
+        if self.score == "gradient" and self.loop.precision == "fp16":
+            raise ValueError(
+                "score=gradient needs gradients as they are, and those of loop.precision=fp16 are "
+                "scaled and overflow: give loop.precision=bf16 or no, or score=norm"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reaches_its_target(self) -> "PruneConfig":
         if self.last_choice >= self.loop.steps:
             raise ValueError(

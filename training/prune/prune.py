@@ -30,7 +30,7 @@ from training import loop
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
 from training.losses import kd_loss
-from training.measuring import Measurement, class_indices, compare
+from training.measuring import MANY_CLASSES, Measurement, class_indices, compare
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.pictures.unseen import mean_over
@@ -83,7 +83,8 @@ class Pruning:
             micros: micro-batches of a step, of all processes.
 
         Raises:
-            ConfigError: if it has no channels that can go, not so many, or nothing to learn from.
+            ConfigError: if it has no channels that can go, not so many, or nothing to learn from,
+                scores several classes a picture, or its ladder's method is a learned one.
         """
         model = backbone.model
         if (reason := refusal(model)) is not None:
@@ -93,6 +94,16 @@ class Pruning:
         if not model.num_classes:
             raise ConfigError(
                 f"{backbone.name} has no head, so there are no logits to learn from; give a task"
+            )
+        if backbone.multi_label:
+            raise ConfigError(
+                f"{backbone.name} {MANY_CLASSES}; pruned are models that answer one class a picture"
+            )
+        if (method := backbone.ladder.method).learns:
+            raise ConfigError(
+                f"{backbone.name} cannot be pruned on the ladder {backbone.ladder.name!r}: its "
+                f"method {method.name!r} is learned; give a ladder whose method is not, such as "
+                "ladder=tome"
             )
         self.wanted = wanted_macs(backbone, backbone.ladder, backbone.source, config.target)
         self.freed = freed_by(backbone, backbone.ladder, backbone.source)
@@ -105,7 +116,8 @@ class Pruning:
         self.student = copy.deepcopy(model)
         compact(self.student, config.masked)
         self.student.set_grad_checkpointing(config.loop.recompute_blocks)
-        self.module: nn.Module = Network(self.student, self.variant, _branches(backbone))
+        self.network = Network(self.student, self.variant, _branches(backbone))
+        self.module: nn.Module = self.network
         self.mixing = mixing(config.augment, model.num_classes, config.label_smoothing)
         self.config, self.unseen, self.micros = config, unseen, micros
 
@@ -115,10 +127,12 @@ class Pruning:
         step, first = divmod(micro, self.micros)
         if not first and (share := config.target_at(step)) is not None:
             self._choose(share)
-        labels = labels if self.classes is None else self.classes.to(labels.device)[labels]
+        if self.classes is None:
+            labels = torch.zeros_like(labels)  # classes play no part
+        else:
+            labels = self.classes.to(labels.device)[labels]
         smoothing = config.label_smoothing
         if self.mixing:  # smooths the labels itself
-            labels = labels.clamp(min=0)  # those of no class play no part
             images, labels = self.mixing(images, labels)
             smoothing = 0.0
         answer = self.module(images)
@@ -148,7 +162,7 @@ class Pruning:
         return {f"unseen_kl_{self.variant.rate}": found.item()}
 
     def _against_teacher(self, images: Tensor) -> list[Tensor]:
-        return [kd_loss(self.module(images), self._taught(images))]
+        return [kd_loss(self.network(images), self._taught(images))]
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:

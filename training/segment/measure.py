@@ -102,7 +102,8 @@ def encoder_macs(segmenter: Segmenter, scenes: SceneSet, rate: int, ladder: Ladd
     (high, wide), (down, across) = segmenter.info.window, segmenter.info.stride
     high, wide = min(high, height), min(wide, width)
     windows = len(starts(height, high, down)) * len(starts(width, wide, across))
-    spent = cost(segmenter.backbone.model, rate, (high, wide), ladder=ladder)
+    backbone = segmenter.backbone
+    spent = cost(backbone.model, rate, (high, wide), ladder=ladder, adapter=backbone.adapter)
     return windows * (spent.macs - spent.head)
 
 

@@ -70,7 +70,7 @@ def classes_of(config: ScenesConfig) -> Classes:
     palette = config.palette or usual_palette(len(names))
     if len(palette) != len(names):
         raise ConfigError(f"scenes.palette has {len(palette)} colours for {len(names)} classes")
-    first, ignored = config.first or 0, config.ignored or (IGNORED,)
+    first, ignored = config.first or 0, (IGNORED,) if config.ignored is None else config.ignored
     of_label = np.full(256, _UNKNOWN)
     of_label[list(ignored)] = IGNORED
     for label, name in enumerate(names, start=first):
@@ -145,9 +145,10 @@ class SceneSet:
         if (of_pixels == _UNKNOWN).any():
             value = int(np.asarray(labels)[of_pixels == _UNKNOWN][0])
             first, last = self.classes.first, self.classes.first + len(self.classes.names) - 1
+            ignored = ", ".join(map(str, self.classes.ignored)) or "none"
             raise DataError(
                 f"{labels_name} of {self.path} has the label {value}; classes are {first} to "
-                f"{last}, ignored are {', '.join(map(str, self.classes.ignored))} (scenes.ignored)"
+                f"{last}, ignored are {ignored} (scenes.ignored)"
             )
         return Scene(picture, Image.fromarray(of_pixels.astype(np.uint8)))
 

@@ -1,5 +1,7 @@
 """The recipe of `tocom-train vtab`."""
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from training.ladders.choice import LadderChoice
@@ -51,7 +53,7 @@ class VtabConfig(Recipe):
     targets: tuple[Rate, ...] = Field(
         (0, 4, 8, 12, 16), min_length=1, description="rates to measure each model at"
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0,), min_length=1, description="seeds of the fine-tuning; each gives a model of its own"
     )
     ladder: LadderChoice = Field(

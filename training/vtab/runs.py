@@ -11,9 +11,10 @@ Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, 
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import torch
 
 from adapters import open_bank
 from adapters.durable import replace_file
-from tocom import ConfigError, DataError
+from adapters.ladder import digest
+from tocom import ConfigError, DataError, load_backbone
 from training.calibrate import calibrate
 from training.config import FinetuneConfig
 from training.evaluate import evaluate
 from training.finetune import finetune
+from training.ladders.chosen import chosen_ladder
 from training.measuring import refuse_processes
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.plot import plot_matrix
@@ -58,12 +61,12 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     """Do all runs that are not done yet and return the path of the table.
 
     Raises:
-        BankError, ConfigError, DataError: before any compute is spent.
+        BackboneError, BankError, ConfigError, DataError, ReductionError: before any compute is
+            spent.
     """
     refuse_processes("vtab")
     chosen = chosen_tasks(config)
     check(config)
-    bank = open_bank(config.bank) if config.bank else None
     runs = [
         Run(task, source, seed)
         for seed in config.seeds
@@ -73,11 +76,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
     for run in runs:
         recipe = _recipe(config, run)  # refuses what no run could begin with
         refuse_other_run(run.folder(folder), recipe)
-        if bank and bank.info.proportional != recipe.proportional:
-            raise ConfigError(
-                f"bank {bank.info.name!r} is for proportional={bank.info.proportional}, the "
-                f"fine-tuning for {recipe.proportional}: give proportional={bank.info.proportional}"
-            )
+    check_bank(config)
     if config.jobs == 1:
         for number, run in enumerate(runs, start=1):
             what = f"{run.task.name}, source {run.source}, seed {run.seed}"
@@ -99,6 +98,38 @@ def check(config: VtabConfig) -> str:
     if problems:
         raise DataError("\n  ".join([f"{config.root} is not complete:", *problems]))
     return f"{config.root}: {len(chosen)} tasks are complete"
+
+
+def check_bank(config: VtabConfig) -> None:
+    """Check that the bank, if there is one, fits the models of all runs.
+
+    Raises:
+        BackboneError, BankError, ConfigError, ReductionError: naming what does not fit.
+    """
+    if not config.bank:
+        return
+    bank, task, backbone = open_bank(config.bank), chosen_tasks(config)[0], None
+    name, highest = bank.info.name, bank.info.max_rate
+    for rate in (*config.sources, *config.targets):
+        if rate > highest:
+            raise ConfigError(f"bank {name!r} has the rates 0 to {highest}, got {rate}")
+    for source in config.sources:
+        recipe = _recipe(config, Run(task, source, config.seeds[0]))
+        if bank.info.proportional != recipe.proportional:
+            raise ConfigError(
+                f"bank {name!r} is for proportional={bank.info.proportional}, the "
+                f"fine-tuning for {recipe.proportional}: give proportional={bank.info.proportional}"
+            )
+        backbone = backbone or load_backbone(recipe.backbone.name, recipe.backbone.architecture)
+        ladder, proportional = chosen_ladder(recipe.ladder, backbone.model), recipe.proportional
+        # Like the model that a run makes.
+        tuned = replace(backbone, source=source, ladder=ladder, proportional=proportional)
+        bank.check_fits(tuned)
+        if recipe.ladder is not None and digest(ladder) != digest(bank.ladder):
+            raise ConfigError(
+                f"bank {name!r} is for the ladder {bank.ladder.name!r}, the fine-tuning for "
+                f"{ladder.name!r}"
+            )
 
 
 def chosen_tasks(config: VtabConfig) -> list[Task]:
@@ -206,7 +237,7 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
     given = [
         *config.changes,
         *lists(pictures=task.parts.all, test=task.parts.test),
-        f"name={task.folder.lower()}",
+        f"name={json.dumps(_slug(task.folder))}",
         f"classes={task.classes}",
         f"source={run.source}",
         f"loop.seed={run.seed}",
@@ -218,6 +249,11 @@ def _recipe(config: VtabConfig, run: Run) -> FinetuneConfig:
         recipe = read_recipe(FinetuneConfig, config.recipe, given)
     own = {"ladder": config.ladder, "proportional": config.proportional}
     return recipe.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+
+def _slug(folder: str) -> str:
+    """Return a folder as a name of a recipe may be."""
+    return re.sub(r"[^a-z0-9._-]+", "-", folder.lower()).lstrip("._-")[:100] or "task"
 
 
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
@@ -279,11 +315,18 @@ def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:
     with ProcessPoolExecutor(
         config.jobs, context, initializer=_start, initargs=(queue, config.jobs)
     ) as pool:
-        futures = [pool.submit(_do, config, run, folder) for run in runs]
-        with Progress("runs", len(runs), "run") as progress:
-            for future in as_completed(futures):
-                future.result()
-                progress.update()
+        try:
+            futures = [pool.submit(_do, config, run, folder) for run in runs]
+            with Progress("runs", len(runs), "run") as progress:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.update()
+        except BaseException:
+            # A run takes hours, and goes on where it was stopped.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _visible_gpus() -> list[str]:

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from adapters import TaskModel
 from tests.training.banks import random_bank
+from tests.training.test_distill import recipe as distilling
 from tocom import BackboneError, ConfigError, DataError, forward, load_backbone
 from training.config import FinetuneConfig
+from training.distill import distill
 from training.evaluate import evaluate
 from training.finetune import finetune
 from training.ladders.compare import compare_methods
@@ -129,11 +131,14 @@ def test_a_task_of_several_classes_is_tuned_measured_and_compared(
 
 
 def test_a_full_model_says_that_it_has_several_classes(
-    folder: Path, model_folder: Path, tmp_path: Path
+    folder: Path, model_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     loop = config(folder, model_folder).loop.model_dump() | {"epochs": 1}
     path = finetune(config(folder, model_folder, method="full", loop=loop), tmp_path / "run")
     assert load_backbone(str(path)).multi_label
+    with pytest.raises(ConfigError, match="several classes a picture; banks are distilled for"):
+        distill(distilling(pictures, path), tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
     config_json = json.loads((path / "config.json").read_text())
     config_json["multi_label"] = "yes"
     (path / "config.json").write_text(json.dumps(config_json))

@@ -1,4 +1,7 @@
 import logging
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +43,20 @@ def test_batches_do_not_depend_on_worker_processes(pictures: Path, backbone: Bac
             assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
     assert not torch.equal(alone[0][0], alone[1][0])
     assert all(images.dtype == torch.uint8 for images, *_ in alone)  # travels in a quarter
+
+
+def test_workers_outlive_a_signal_to_all_processes(pictures: Path, backbone: Backbone) -> None:
+    """As `timeout` and schedulers send it: the run still ends its step, and saves."""
+    sets = opened(pictures, backbone)
+    batches = iter(train_batches(sets, StepSampler(sets.keys(), 5, 8, 0, seed=1), workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 7
+    del batches
+    worker.join()
+    assert worker.exitcode == 0
 
 
 def test_evaluation_reads_every_picture_in_order(pictures: Path, backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ def test_a_dry_run_says_what_goes(pictures: Path, model_folder: Path, tmp_path: 
         ({"growth": 0.1}, r"target 0.3 is reached after step 3, and the run has 3"),
         ({"labelled": False, "teacher": 0.0}, "without labels there is the teacher alone"),
         ({"pictures": ["a.tar", "b.tar"]}, "labelled pictures are one set, got 2"),
+        (
+            {"pictures": {"path": "a", "list": "a.txt", "labels": "many"}},
+            "a has labels=many: .* labels=one",
+        ),
+        (
+            {"test": {"path": "b", "list": "b.txt", "labels": "many"}},
+            "b has labels=many: .* labels=one",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(
@@ -156,6 +165,43 @@ def test_a_recipe_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         recipe(pictures, model_folder, loop={"steps": 3}, **changes)
+
+
+def test_scaled_gradients_do_not_score_channels(pictures: Path, model_folder: Path) -> None:
+    fp16 = {"precision": "fp16"}
+    with pytest.raises(ValidationError, match=r"score=gradient .* loop.precision=bf16 or no"):
+        recipe(pictures, model_folder, loop=fp16)
+    assert recipe(pictures, model_folder, score="norm", loop=fp16).score == "norm"
+
+
+def test_classes_that_are_not_the_model_s_play_no_part(pictures: Path, model_folder: Path) -> None:
+    config = recipe(pictures, model_folder, labelled=False, augment={"mixup": 0.8})
+    job = Pruning(load(config), config, [])
+    (loss,) = job.losses(torch.zeros(4, 3, 32, 32), torch.tensor([-1, 3, 900, 0]), 0)
+    assert loss.isfinite()
+
+
+def test_it_is_watched_without_the_wrapper_of_several_processes(
+    pictures: Path, model_folder: Path
+) -> None:
+    config = recipe(pictures, model_folder)
+    job = Pruning(load(config), config, [torch.zeros(2, 3, 32, 32)])
+    job.module = torch.nn.Module()  # has no forward
+    assert job.watch() == {"unseen_kl_0": pytest.approx(0, abs=1e-5)}
+
+
+def test_a_model_of_several_classes_a_picture_is_refused(
+    pictures: Path, model_folder: Path
+) -> None:
+    config = recipe(pictures, model_folder, labelled=False)
+    with pytest.raises(ConfigError, match="scores several classes a picture; pruned are"):
+        Pruning(replace(load(config), multi_label=True), config, [])
+
+
+def test_a_ladder_of_a_learned_method_is_refused(pictures: Path, model_folder: Path) -> None:
+    config = recipe(pictures, model_folder, ladder="dynamicvit", source=1)
+    with pytest.raises(ConfigError, match=r"cannot be pruned on .* 'dynamicvit' is learned; give"):
+        Pruning(load(config), config, [])
 
 
 def test_more_than_can_go_is_refused(pictures: Path, model_folder: Path) -> None:

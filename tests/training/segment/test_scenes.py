@@ -95,6 +95,12 @@ def test_unknown_labels_are_named(folder: Path) -> None:
         opened(folder).read(1)
 
 
+def test_no_label_may_be_ignored(folder: Path) -> None:
+    Image.new("L", (48, 40), 255).save(folder / "train" / "labels" / "1.png")
+    with pytest.raises(DataError, match="label 255; classes are 0 to 2, ignored are none"):
+        opened(folder, ignored=()).read(1)
+
+
 def test_coloured_labels_are_refused(folder: Path) -> None:
     Image.new("RGB", (48, 40)).save(folder / "train" / "labels" / "1.png")
     with pytest.raises(DataError, match="a byte a pixel, grey or with a palette, got .* mode RGB"):

@@ -1,6 +1,6 @@
 import json
 import os
-import tarfile
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ import pytest
 
 from tests.training.banks import random_bank
 from tests.training.lists import write_lists
-from tocom import ConfigError, DataError, load_backbone
+from tests.training.vtab.recipes import CHANGES, COLOURS, recipe
+from tocom import BankError, ConfigError, DataError, load_backbone
 from training.measuring_config import EvaluateConfig
-from training.presets import read_recipe
+from training.program.dry_run import dry_run
 from training.vtab import runs as module
 from training.vtab import tasks
 from training.vtab.config import VtabConfig
@@ -19,32 +20,11 @@ from training.vtab.runs import Run, check, chosen_tasks, report, vtab
 from training.vtab.table import table
 from training.vtab.tasks import Task
 
-COLOURS = {"name": "Colours", "folder": "colours", "group": "Natural", "classes": 3}
-CHANGES = (
-    "adaptformer.bottleneck=4",
-    "search.values=[0.1, 1.0]",
-    "loop.epochs=1",
-    "loop.batch_size=6",
-    "loop.learning_rate=0.01",
-    "loop.workers=0",
-)
-
 
 @pytest.fixture
 def root(pictures: Path, tmp_path: Path) -> Path:
     write_lists(tmp_path / "data", "colours", pictures)
     return write_lists(tmp_path / "data", "shades", pictures)
-
-
-def recipe(root: Path, model_folder: Path, **changes: Any) -> VtabConfig:
-    values: dict[str, Any] = {
-        "root": str(root),
-        "tasks": [COLOURS, COLOURS | {"name": "Shades", "folder": "shades", "group": "Structured"}],
-        "sources": [0, 2],
-        "targets": [0, 3],
-        "changes": [f"backbone.name={json.dumps(str(model_folder))}", *CHANGES],
-    }
-    return VtabConfig.model_validate(values | changes)
 
 
 def test_all_runs_make_a_table_and_are_not_done_twice(
@@ -99,6 +79,38 @@ def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path:
     one = vtab(config, tmp_path / "one").read_text()
     two = vtab(config.model_copy(update={"jobs": 2}), tmp_path / "two").read_text()
     assert one == two
+
+
+@pytest.mark.parametrize("error", [DataError, KeyboardInterrupt])
+def test_one_run_that_fails_stops_all_others(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:  # fmt: skip
+    stopped: list[Any] = []
+
+    class Pool(nullcontext[Any]):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(self)
+
+        def submit(self, _: Any, __: VtabConfig, run: Run, ___: Path) -> Future[None]:
+            future: Future[None] = Future()
+            if run.source == 2:
+                future.set_exception(error("is faulty"))
+            return future  # the others are never done
+
+        def shutdown(self, wait: bool, cancel_futures: bool) -> None:
+            stopped.append((wait, cancel_futures))
+
+    class Process:
+        def terminate(self) -> None:
+            stopped.append(self)
+
+    running = Process()
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module.multiprocessing, "active_children", lambda: [running])
+    with pytest.raises(error, match="is faulty"):
+        vtab(recipe(root, model_folder, jobs=2), tmp_path / "runs")
+    assert stopped == [(False, True), running]
 
 
 @pytest.mark.parametrize(
@@ -264,96 +276,53 @@ def test_a_bank_for_the_other_attention_is_told_first(
     assert not (tmp_path / "runs").exists()
 
 
-# Tasks of other layouts
-
-
-@pytest.fixture
-def folders(pictures: Path, tmp_path: Path) -> Path:
-    """The three colours in folders train, val and test of class folders."""
-    with tarfile.open(pictures) as tar:
-        tar.extractall(tmp_path / "all", filter="data")
-    parts = {"train": range(4), "val": range(4, 6), "test": range(6, 8)}
-    for part, numbers in parts.items():
-        for colour in ("blue", "green", "red"):
-            folder = tmp_path / "data" / "hues" / part / colour
-            folder.mkdir(parents=True)
-            for i in numbers:
-                (tmp_path / "all" / colour / f"{i}.png").rename(folder / f"{i}.png")
-    return tmp_path / "data"
-
-
-HUES = {
-    "name": "Hues", "folder": "hues", "group": "FGVC", "classes": 3, "pictures": "train",
-    "test": "test", "train_count": 12, "test_count": 6,
-}  # fmt: skip
-OFFICIAL = {"train": "train", "validation": "val"}
-
-
-@pytest.mark.parametrize("official", [True, False])
-def test_a_task_may_have_folders_and_an_official_validation_set(
-    folders: Path, model_folder: Path, tmp_path: Path, official: bool
-) -> None:
-    task = HUES | (OFFICIAL if official else {})
-    changes = [f"backbone.name={json.dumps(str(model_folder))}", *CHANGES[3:], "method=linear",
-               "search.values=[0.01, 0.02]", "search.share=0.25"]  # fmt: skip
-    config = recipe(folders, model_folder, tasks=[task], sources=[1], recipe="fgvc-full",
-                    changes=[*changes, "loop.epochs=1", "loop.precision=no"])  # fmt: skip
-    assert check(config).endswith("1 tasks are complete")
-    (chosen,) = chosen_tasks(config)
-    made = module._recipe(config, Run(chosen, 1, 0))
-    assert (made.pictures.path, made.pictures.list) == (str(folders / "hues" / "train"), None)
-    assert made.test.path == str(folders / "hues" / "test")
-    assert made.search is not None
-    validation = made.search.validation
-    assert (validation and validation.path) == (str(folders / "hues/val") if official else None)
-    text = vtab(config, tmp_path / "runs").read_text()
-    assert "| source | rate | Hues | FGVC | mean of groups |" in text
-    said = json.loads((tmp_path / "runs/hues/source-1/seed-0/task/task.json").read_text())
-    assert said["training"]["pictures"] == 12
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"targets": [0, 5]}, ConfigError, "'random' has the rates 0 to 4, got 5"),
+        ({"sources": [0, 9]}, ConfigError, "'random' has the rates 0 to 4, got 9"),
+        (
+            {"sources": [0], "ladder": {"method": "topk", "steps": 4}},
+            ConfigError,
+            "'random' is for the ladder 'tome', the fine-tuning for 'topk'",
+        ),
+        (
+            {"sources": [0, 2], "changes": [*CHANGES, 'ladder={method="topk", steps=4}']},
+            ConfigError,
+            "'random' is for the ladder 'tome', the fine-tuning for 'topk'",
+        ),
+        (
+            {"changes": [*CHANGES, "backbone.name=bundled:deit_tiny"]},
+            BankError,
+            "'random' is for .* and does not fit",
+        ),
+    ],
+)
+def test_a_bank_that_does_not_fit_is_told_first(
+    root: Path, model_folder: Path, tmp_path: Path, changes: dict[str, Any],
+    error: type[Exception], message: str,
+) -> None:  # fmt: skip
+    bank = random_bank(load_backbone(str(model_folder))).save(tmp_path / "bank")
+    own = f"backbone.name={json.dumps(str(model_folder))}"
+    changes = changes | {"changes": [own, *changes.get("changes", CHANGES)]}
+    config = recipe(root, model_folder, bank=str(bank), **changes)
+    for run in (vtab, dry_run):
+        with pytest.raises(error, match=message):
+            run(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"classes": 4}, r"Hues: train has 3 classes, not 4\n.*test has 3 classes, not 4"),
-        ({"train_count": 13}, "Hues: train has 12 pictures, not 13"),
-        ({"test_count": 7}, "Hues: test has 6 pictures, not 7"),
-        (OFFICIAL | {"validation": "valid"}, "Hues: there are no pictures at .*hues/valid"),
-        ({"pictures": "all.txt"}, r"all\.txt cannot be read"),
-    ],
+    ("folder", "name"),
+    [("flowers/v2", "flowers-v2"), ("2024", "2024"), ("_A b", "a-b"), ("Ü", "task")],
 )
-def test_what_is_wrong_with_folders_is_told(
-    folders: Path, model_folder: Path, changes: dict[str, Any], problem: str
+def test_a_run_is_named_by_its_folder(
+    root: Path, model_folder: Path, folder: str, name: str
 ) -> None:
-    with pytest.raises(DataError, match=f"(?s){problem}"):
-        check(recipe(folders, model_folder, tasks=[HUES | changes]))
+    config = recipe(root, model_folder, tasks=[COLOURS | {"folder": folder}])
+    assert module._recipe(config, Run(chosen_tasks(config)[0], 0, 0)).name == name
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pictures": "train"}, "'Colours' has both pictures and test, or neither"),
-        ({"train": "train"}, "'Colours' has both train and validation, or neither"),
-        (OFFICIAL, "'Colours' has train and validation, but no pictures"),
-    ],
-)
-def test_half_a_layout_is_refused(
-    root: Path, model_folder: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        recipe(root, model_folder, tasks=[COLOURS | changes])
-
-
-def test_the_presets_have_the_papers_data_sets() -> None:
-    found = {
-        task.name: (task.classes, task.train, task.test, task.parts.validation)
-        for preset in ("cifar100", "fgvc")
-        for task in chosen_tasks(read_recipe(VtabConfig, preset, ["root=data"]))
-    }
-    assert found == {
-        "CIFAR-100": (100, 50_000, 10_000, None),
-        "CUB-200": (200, 5_994, 5_794, None),
-        "Stanford Cars": (196, 8_144, 8_041, None),
-        "Flowers102": (102, 1_020, 6_149, "val"),
-        "Stanford Dogs": (120, 12_000, 8_580, None),
-    }
+def test_seeds_are_not_negative(root: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        recipe(root, model_folder, seeds=[0, -1])
