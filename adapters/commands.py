@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 
 from adapters.card import facts, model_card, notes
@@ -14,6 +15,8 @@ from adapters.schema import BackboneInfo
 from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import load_backbone
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +44,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     ]
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
-        print(f"{what:<{width}}  {value}".rstrip())
+        # What a bank says may not begin a line or steer the terminal.
+        print(_CONTROL.sub(_escaped, f"{what:<{width}}  {value}").rstrip())
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return control[0].encode("unicode_escape").decode("ascii")
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -68,9 +68,12 @@ def new_files(*paths: Path) -> Iterator[Path]:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Give a file a new content in one step: a reader sees the old one or the new one."""
     beside = _beside(path)
-    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        sync(beside)
+        beside.replace(path)
+    finally:  # a failure leaves it
+        beside.unlink(missing_ok=True)
     sync(path.parent)
 
 

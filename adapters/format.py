@@ -76,11 +76,16 @@ class Format(Generic[Info]):
 
         Raises:
             TocomError: a `fault`, naming the first tensor that is missing, extra, misshapen or not
-                finite, or the entry of `info` that no file can hold, or if the digest is another.
+                finite, or the entry of `info` that no file can hold, or if the digest is another
+                or no tensor can be as large as `info` says.
         """
         said = info.model_dump(mode="json")
         what = f"{self.what} {said['name']!r}"
-        self._check_tensors(what, tensors, self.shapes(info))
+        try:
+            shapes = self.shapes(info)
+        except RuntimeError as error:  # PyTorch's: more bytes than can be counted
+            raise self.fault(f"{what} says shapes that no tensor can have: {error}") from error
+        self._check_tensors(what, tensors, shapes)
         copies = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
             for name, tensor in tensors.items()
@@ -203,7 +208,8 @@ def parse_tensors(content: bytes, file: Path, fault: type[TocomError]) -> dict[s
         return load(content)
     except KeyError as error:
         raise fault(f"{file} holds a tensor of the unknown type {error}") from error
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        # Shapes that no tensor can have are told by PyTorch.
         raise fault(f"{file} is truncated or corrupted: {error}") from error
 
 

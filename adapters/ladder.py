@@ -17,15 +17,27 @@ from adapters.schema import NAME, Geometry, Notes, Strict, read_part
 from tocom import TOME, Backbone, Ladder, ReductionError, ReductionWeights
 from tocom.reduction import method_of, options_of
 
+#: No option is a whole number as large: arithmetic on a forged file stays small.
+MAX_OPTION = 2**20
 #: What names of a learned method's weights begin with in files, in front of the block.
 REDUCTION = "reduction."
+
+
+def _countable(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if isinstance(value, int) and not -MAX_OPTION < value < MAX_OPTION:
+            raise ValueError(
+                f"the option {name!r:.100} must be nearer to 0 than {MAX_OPTION:,}, "
+                f"got {value!r:.40}"
+            )
+    return options
 
 
 class MethodInfo(Strict):
     """A method: its name and the options that are not at their defaults, or all."""
 
     name: str = Field(description="name of the method, such as `tome`")
-    options: dict[str, bool | int | float | str] = Field(
+    options: Annotated[dict[str, bool | int | float | str], AfterValidator(_countable)] = Field(
         {}, description="values of its options, by name"
     )
 

@@ -227,12 +227,13 @@ class Store:
             except BlockingIOError:
                 raise StoreError(f"{version.reference} is in use and stays") from None
             sync(doomed.parent)
-            shutil.rmtree(doomed)
+            _remove(doomed)
         return version.reference
 
     def _current(self, name: str) -> str:
-        try:
-            return (self._banks / name / _CURRENT).read_text(encoding="utf-8").strip()
+        try:  # a file that was damaged names no version
+            file = self._banks / name / _CURRENT
+            return file.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return ""
 
@@ -241,10 +242,7 @@ class Store:
         """Be the only one who changes the store; first clean what a crash left behind."""
         with self._lock(fcntl.LOCK_EX):
             for leftover in self._banks.glob("*/.*"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+                _remove(leftover)
             yield
 
     @contextmanager
@@ -314,6 +312,14 @@ def _repair(version: Version, bank: Bank) -> None:
         (whole / name).replace(version.folder / name)
     sync(version.folder)
     whole.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a hidden file or folder; what cannot be removed waits for the next change."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 @contextmanager

@@ -152,10 +152,16 @@ class TaskModel:
             backbone: the model that it was tuned on, as it was then.
 
         Raises:
-            TaskError: if it is another one, or cannot have the method of the ladder.
+            TaskError: if it is another one, has other heads, or cannot have the method of the
+                ladder.
         """
         self.check_fits(backbone)
         info = self.info
+        if sorted(info.heads) != sorted(own := heads_of(backbone.model)):
+            raise TaskError(
+                f"task {info.name!r}: the heads of {backbone.name} are {', '.join(own)}, got "
+                f"{', '.join(info.heads):.200}"
+            )
         model = share(backbone.model)
         model.reset_classifier(len(info.class_names))
         weight: Any = backbone.model.blocks[0].attn.qkv.weight

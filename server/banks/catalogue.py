@@ -10,13 +10,13 @@ Everything here blocks and belongs into a thread. Knows nothing of HTTP.
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from adapters import Bank, BankInfo, Store
+from adapters import Bank, BankInfo, Store, use_bank
 from adapters.bank import FILES, read_info
 from adapters.store import Reference
 from server.errors import (
@@ -45,13 +45,13 @@ class Known:
         info: what its `bank.json` says; of a stored one its tensors may still be faulty.
         origin: `bundled` with the package, in the `store`, or named by the `configuration` as
             something else (a folder, the hub); of these the store's can be deleted.
-        load: reads it, whole and strictly.
+        use: reads it, whole and strictly; while the context lasts, no process deletes it.
         current: whether its name alone stands for it.
     """
 
     info: BankInfo
     origin: Origin
-    load: Callable[[], Bank]
+    use: Callable[[], AbstractContextManager[Bank]]
     current: bool = True
 
     @property
@@ -99,19 +99,27 @@ class Banks:
         self._swapped = swapped
         self._configured = [model.repaired.bank for model in models.all() if model.repaired.bank]
         self._changing = threading.Lock()
+        # By model: what keeps other processes from deleting the bank that it is served with.
+        self._leases = {model.name: self._lease(model.repaired.bank) for model in models.all()}
 
     def all(self) -> list[Known]:
         """Return every bank that can be attached, by name and digest."""
         found = {}
         for bank in self._configured:
             found[bank.info.digest] = Known(bank.info, "configuration", partial(_same, bank))
-        for version in self._store.versions():
-            if info := _read(version.folder):
-                load = partial(self._store.get, f"{version.name}@{version.digest}")
-                found[version.digest] = Known(info, "store", load, version.current)
         for folder in bundled_folders():
             if (folder / FILES[0]).exists() and (info := _read(folder)):
-                found[info.digest] = Known(info, "bundled", partial(Bank.load, folder))
+                found[info.digest] = Known(info, "bundled", partial(use_bank, folder))
+        published = set()
+        for version in self._store.versions():
+            if info := _read(version.folder):
+                use = partial(self._store.use, f"{version.name}@{version.digest}")
+                found[version.digest] = Known(info, "store", use, version.current)
+                if version.current:
+                    published.add(version.name)
+        for digest, known in found.items():
+            if known.origin != "store" and known.info.name in published:
+                found[digest] = replace(known, current=False)
         return sorted(found.values(), key=lambda bank: (bank.info.name, bank.info.digest))
 
     def find(self, reference: str) -> Known:
@@ -209,7 +217,7 @@ class Banks:
             bank = self.find(reference)
             if bank.info.digest == old.repaired.bank_digest:
                 return Change(bank.info.digest, old)
-            return self._swap(old, bank.load)
+            return self._swap(old, bank.use)
 
     def detach(self, name: str) -> Change:
         """Serve a model without a bank from now on.
@@ -219,7 +227,7 @@ class Banks:
             UnusableBankError: if it cannot be served without; the old one stays.
         """
         with self._changing:
-            return self._swap(self._models.get(name), lambda: None)
+            return self._swap(self._models.get(name), nullcontext)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -229,10 +237,20 @@ class Banks:
             logger.error("the store %s cannot be written: %s", self._store.root, error)
             raise StoreFaultError(f"the store cannot be written: {error.strerror}") from error
 
-    def _swap(self, old: ServedModel, load: Callable[[], Bank | None]) -> Change:
-        result = "failed"
+    def _lease(self, bank: Bank | None) -> ExitStack:
+        """Keep a bank from being deleted if the store has it; it serves from memory anyway."""
+        lease = ExitStack()
+        if bank is not None:
+            with suppress(BankError, StoreError, OSError):
+                lease.enter_context(self._store.use(f"{bank.info.name}@{bank.info.digest}"))
+        return lease
+
+    def _swap(
+        self, old: ServedModel, use: Callable[[], AbstractContextManager[Bank | None]]
+    ) -> Change:
+        result, lease = "failed", ExitStack()
         try:
-            new = old.with_bank(load())
+            new = old.with_bank(lease.enter_context(use()))
             # Before it is seen: no request shall wait for weights to be folded. High rates first,
             # as their deltas have the highest rank: if room ends, others run low-rank.
             repaired = new.repaired
@@ -240,12 +258,14 @@ class Banks:
                 if repaired.at(rate, compensate=True).compensate:
                     repaired.delta(rate)
             self._models.replace(new)
+            self._leases[new.name], lease = lease, self._leases[new.name]
             result = "ok"
         except StoreError as error:  # gone since it was found
             raise UnknownBankError(str(error)) from error
         except (BankError, ConfigError) as error:
             raise UnusableBankError(str(error)) from error
         finally:
+            lease.close()  # of the bank that serves no more, or never did
             # What earlier banks left: each change runs in another thread, whose part of the heap
             # would keep it. Of the last one requests may still run.
             return_freed_memory()
@@ -256,8 +276,8 @@ class Banks:
         return Change(before, new)
 
 
-def _same(bank: Bank) -> Bank:
-    return bank
+def _same(bank: Bank) -> AbstractContextManager[Bank]:
+    return nullcontext(bank)
 
 
 def _read(folder: Path) -> BankInfo | None:

@@ -71,22 +71,23 @@ class Calibration:
 
 def _check(name: str, data: bytes) -> None:
     try:
-        Image.open(BytesIO(data)).verify()
+        Image.open(BytesIO(data)).load()
     except Exception as error:  # Pillow's formats raise what they like
         raise ConfigError(f"int8_pictures: {name}: {error}") from error
 
 
 def _read(source: Path) -> dict[str, bytes]:
     """Return the pictures that count, by name."""
-    if source.is_dir():
-        paths = {str(path.relative_to(source)): path for path in source.rglob("*")}
-        return {name: paths[name].read_bytes() for name in _chosen(paths)}
     try:
+        if source.is_dir():
+            found = (path for path in source.rglob("*") if path.is_file())
+            paths = {str(path.relative_to(source)): path for path in found}
+            return {name: paths[name].read_bytes() for name in _chosen(paths)}
         with tarfile.open(source) as tar:
             members = {member.name: member for member in tar if member.isfile()}
             files = {name: tar.extractfile(members[name]) for name in _chosen(members)}
             return {name: file.read() for name, file in files.items() if file is not None}
-    except (OSError, tarfile.TarError) as error:
+    except Exception as error:  # so do the compressions of tar files
         raise ConfigError(
             f"int8_pictures: expected a folder of pictures or a tar file of them, got {source} "
             f"({error})"
@@ -96,4 +97,6 @@ def _read(source: Path) -> dict[str, bytes]:
 def _chosen(names: Iterable[str]) -> list[str]:
     """Return names of as many pictures as count, from all over: folders may be classes."""
     pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-    return pictures[:: max(1, len(pictures) // PICTURES)][:PICTURES]
+    if len(pictures) <= PICTURES:
+        return pictures
+    return [pictures[i * len(pictures) // PICTURES] for i in range(PICTURES)]

@@ -45,9 +45,13 @@ def misfit(model: ServedModel) -> str | None:
     if model.cascade is None:
         return None
     backbone = model.backbone
-    return model.cascade.misfit(
+    found = model.cascade.misfit(
         backbone.digest, backbone.task_digest, model.bank_digest, model.ladder, model.source
     )
+    highest = max(point.rates[0] for point in model.cascade.points)  # the rates of a point fall
+    if found is None and highest > model.max_rate:
+        return f"rate {highest}, served are 0 to {model.max_rate}"
+    return found
 
 
 def _path(name: str) -> Path:

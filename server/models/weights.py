@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 from adapters import Bank, Calibration, compose
 from server.models.graphs import Graphs
-from tocom import AnyDelta, Backbone, FoldedWeights, fold, load_backbone
+from tocom import AnyDelta, Backbone, BankError, FoldedWeights, fold, load_backbone
 from tocom.delta import folded_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class Deltas:
             source: rate that the model was tuned at.
             rate: rate that it will run at.
             scale: multiplier of the delta.
+
+        Raises:
+            BankError: if the bank's values are so large that the delta is not finite.
         """
         key = bank.info.digest, source, rate, scale
         with self._lock:
@@ -50,8 +53,15 @@ class Deltas:
                 needed = folded_bytes(self._model, made)
                 if self._folded_bytes(bank) + needed <= self._max_bytes:
                     made = fold(self._model, made)
+                    finite = all(x.isfinite().all() for x in made.weights.values())
                 else:
+                    finite = all((x.up @ x.down).isfinite().all() for x in made.pairs.values())
                     made = made.to(next(self._model.parameters()).device)
+                if not finite:
+                    raise BankError(
+                        f"bank {bank.info.name!r}: its delta {source}→{rate} at the multiplier "
+                        f"{scale:g} holds NaN or infinity: its values must be smaller"
+                    )
                 self._made[key] = made
             return made
 

@@ -60,6 +60,13 @@ def test_inspect_prints_a_table(folder, capsys):
     ]
 
 
+def test_inspect_shows_what_would_steer_the_terminal(tmp_path, capsys):
+    info = BANK.info.model_copy(update={"training": {"a\nb": "red \x1b[31m\u2028"}})
+    assert main(["inspect", str(Bank(info, BANK.tensors).save(tmp_path / "bank"))]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == r"training.a\nb  red \x1b[31m\u2028"
+
+
 def test_inspect_prints_json(published, capsys):
     assert main(["inspect", "tiny", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)

@@ -185,6 +185,13 @@ def test_a_header_that_is_too_large_is_not_parsed(tmp_path):
         import_reference(checkpoint, "tiny", BACKBONE)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**64 - 1], [0, 2**62, 2**62], [0, 2**63]], ids=str)
+def test_a_shape_that_no_tensor_can_have_is_refused(shape):
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(BankError, match="x.safetensors is truncated or corrupted: "):
+        parse_tensors(struct.pack("<Q", len(header)) + header, Path("x.safetensors"), BankError)
+
+
 def test_a_header_of_a_large_model_is_read():
     deep = GEOMETRY.model_copy(update={"depth": 200})
     backbone = BACKBONE.model_copy(update={"geometry": deep})

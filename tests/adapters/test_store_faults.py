@@ -7,6 +7,7 @@ import pytest
 
 from adapters import Store
 from adapters import store as store_module
+from adapters.durable import replace_file
 from tests.adapters.banks import random_bank, same
 from tests.adapters.test_store import python
 from tocom import StoreError
@@ -78,7 +79,7 @@ def test_a_crash_at_any_point_leaves_a_whole_store(tmp_path):
 def test_a_crash_while_deleting_is_cleaned_up(store, monkeypatch):
     store.publish(OLD)
 
-    def fail(folder):
+    def fail(folder, ignore_errors):
         raise OSError("power cut")
 
     with monkeypatch.context() as broken:
@@ -89,6 +90,42 @@ def test_a_crash_while_deleting_is_cleaned_up(store, monkeypatch):
     store.publish(OLD)
     assert same(store.get("tiny"), OLD)
     assert list(store.root.rglob(".*")) == []
+
+
+def test_a_version_that_is_a_link_does_not_stay_in_the_way(store, tmp_path):
+    store.publish(OLD)
+    version = store.find("tiny").folder
+    version.rename(tmp_path / "elsewhere").joinpath("more").mkdir()
+    version.symlink_to(tmp_path / "elsewhere")
+    store.delete("tiny")
+    assert (tmp_path / "elsewhere/bank.json").exists()
+    version.with_name(".left").symlink_to(tmp_path / "elsewhere")
+    store.publish(OLD)
+    assert list(store.root.rglob(".*")) == []
+
+
+def test_what_cannot_be_removed_does_not_stop_a_publication(store, monkeypatch):
+    store.publish(OLD)
+    left = store.find("tiny").folder.with_name(".left")
+    (left / "inner").mkdir(parents=True)
+
+    def busy(*_, **__):
+        raise OSError("busy")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rmdir", busy)
+        store.publish(OLD)
+    assert left.exists()
+    store.publish(OLD)
+    assert not left.exists()
+
+
+def test_a_current_file_that_is_no_text_names_no_version(store):
+    store.publish(OLD)
+    (store.root / "banks/tiny/current").write_bytes(b"\xff\xfe")
+    assert store.verify().keys() == {"tiny"}
+    store.publish(OLD)
+    assert same(store.get("tiny"), OLD)
 
 
 def test_a_full_disk_leaves_the_old_version(store, monkeypatch):
@@ -103,6 +140,16 @@ def test_a_full_disk_leaves_the_old_version(store, monkeypatch):
             store.publish(NEW)
     assert same(store.get("tiny"), OLD)
     assert len(store.versions()) == 1
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "current", "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def damage(folder: Path, how: str) -> None:

@@ -124,6 +124,14 @@ def test_another_backbone_is_refused() -> None:
         task.on(backbone_of(small_model(seed=1), "other"))
 
 
+@pytest.mark.parametrize("heads", [("nope",), ("norm",), ("head", "head"), ("head", "head_dist")])
+def test_other_heads_than_the_backbones_are_refused(heads: tuple[str, ...]) -> None:
+    backbone = backbone_of(small_model())
+    task = random_task(backbone, "linear", heads=heads)
+    with pytest.raises(TaskError, match=f"are head, got {', '.join(heads)}$"):
+        task.on(backbone)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,6 +95,10 @@ def test_what_does_not_go_with_the_ladder_is_refused(folder, changes, message):
         ({"evidence": {}}, "ladder.evidence: Extra inputs"),
         ({"method": {"name": "magic"}}, "ladder: .*there is no method 'magic'; there are "),
         ({"method": {"name": "tome", "options": {"x": 1}}}, "ladder: .*has no option 'x'"),
+        (
+            {"method": {"name": "dtem", "options": {"channels": 2**62}}},
+            "ladder.method.options: .*'channels' must be nearer to 0 than 1,048,576",
+        ),
         ({"rungs": [[0, 1], [1, 1]]}, "ladder: .*rung 0 .* must be the stock model"),
         ({"rungs": [[0, 0], [1, 1]]}, "max_rate must be the last rung .* 1, got 3"),
         ({"rungs": [[0]] * 4}, "'uneven' is for 1 blocks, the backbone has 2"),

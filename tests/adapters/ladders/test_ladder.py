@@ -44,6 +44,10 @@ def test_the_digest_is_of_what_it_does():
         ({"rungs": [[0, 0], [1, 1.5]]}, r"is no ladder: rungs\.1\.1"),
         ({"method": {"name": "magic"}}, "there is no method 'magic'; there are tome"),
         ({"method": {"name": "tome", "options": {"x": 1}}}, "has no option 'x'"),
+        (
+            {"method": {"name": "dtem", "options": {"channels": 10**400}}},
+            r"method\.options: .*'channels' must be nearer to 0 than 1,048,576, got 10000",
+        ),
         ({"format_version": 2}, "is no ladder: format_version"),
         ({"more": 1}, "is no ladder: more"),
         ({"patches": 0}, "a count of patches"),

@@ -138,6 +138,13 @@ def test_a_head_for_another_width_is_refused():
         SegmentationModel(other, task().tensors)
 
 
+def test_a_head_that_no_memory_can_hold_is_refused():
+    width = 2**31 - 2
+    other = info(decoder=DecoderInfo(kind="mask", layers=1, width=width, heads=1))
+    with pytest.raises(TaskError, match="'streets' says shapes that no tensor can have: "):
+        SegmentationModel(other, task().tensors)
+
+
 def test_another_backbone_is_refused():
     with pytest.raises(TaskError, match="'streets' was tuned on vit_tiny_patch16_224 with the we"):
         task().on(backbone(seed=1))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from starlette.formparsers import MultiPartParser
 
-from adapters import Bank
+from adapters import Bank, open_bank
 from server.banks import routes as bank_routes
 from tests.server.banks.conftest import MAX_BYTES, attach, files, listed
 from tests.server.conftest import MAX_RATE, call, problem
@@ -79,6 +79,22 @@ def test_a_name_stands_for_what_was_published_last(admin, make_bank):
     assert admin.get("/v1/banks/new").json()["digest"] == new.info.digest
     by_digest = f"/v1/banks/new@{old.info.digest[:8]}"
     assert admin.get(by_digest).json()["digest"] == old.info.digest
+
+
+def test_a_name_stands_for_the_published_one_of_configured_and_bundled_ones(admin, make_bank):
+    for name in ("tiny", "deit_tiny-half"):
+        bank = make_bank(name=name)
+        assert admin.post("/v1/banks", files=files(bank)).status_code == 201
+        assert admin.get(f"/v1/banks/{name}").json()["digest"] == bank.info.digest
+    assert admin.delete("/v1/banks/tiny").status_code == 204
+    assert admin.get("/v1/banks/tiny").json()["origin"] == "configuration"
+
+
+def test_a_bundled_bank_that_was_published_is_deleted_again(admin, store):
+    store.publish(open_bank("bundled:deit_tiny_bank"))
+    assert listed(admin)["deit_tiny-half"]["origin"] == "store"
+    assert admin.delete("/v1/banks/deit_tiny-half").status_code == 204
+    assert listed(admin)["deit_tiny-half"]["origin"] == "bundled"
 
 
 @pytest.mark.parametrize("bank", ["nix", "0" * 64, "tiny@0000", "tiny@", "@", "@@", "x" * 5000])

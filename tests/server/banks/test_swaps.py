@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from adapters import Bank, compose
+from adapters import Bank, Store, compose
 from server.banks import catalogue
 from server.banks.catalogue import Banks
 from server.engine.engine import Engine
@@ -23,7 +23,7 @@ from server.models.weights import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem
 from tests.server.ladders import CLUSTERS, UNEVEN, on_ladders
-from tocom import FoldedWeights, fold, forward
+from tocom import FoldedWeights, StoreError, fold, forward
 
 
 def test_a_bank_is_attached(admin, registry, served, make_bank, swaps):
@@ -226,6 +226,34 @@ def test_a_bank_that_another_process_reads_stays(admin, store, make_bank):
         answer = admin.delete("/v1/banks/new")
     assert answer.status_code == 409
     assert "is in use and stays" in problem(answer)
+
+
+def test_what_a_model_is_served_with_stays_for_other_processes_too(
+    registry, store, served, make_bank
+):
+    configured = store.publish(served.bank)
+    banks, other = Banks(registry, store), Store(store.root)
+    with pytest.raises(StoreError, match="is in use"):
+        other.delete(configured)
+    reference = store.publish(make_bank())
+    banks.attach("tiny", "new")
+    with pytest.raises(StoreError, match="is in use"):
+        other.delete(reference)
+    other.delete(configured)
+    banks.detach("tiny")
+    other.delete(reference)
+
+
+def test_a_failed_change_keeps_the_hold_on_the_old_bank_alone(registry, store, make_bank):
+    banks, other = Banks(registry, store), Store(store.root)
+    reference = store.publish(make_bank())
+    misfit = store.publish(make_bank(name="misfit", geometry=NARROW))
+    banks.attach("tiny", "new")
+    with pytest.raises(UnusableBankError):
+        banks.attach("tiny", "misfit")
+    other.delete(misfit)
+    with pytest.raises(StoreError, match="is in use"):
+        other.delete(reference)
 
 
 # While serving

@@ -227,6 +227,16 @@ def test_a_cascade_of_another_bank_is_refused(
         load_model(named)
 
 
+def test_a_cascade_beyond_the_models_rates_is_refused(
+    tiny: ModelSettings, cascade: Cascade, tmp_path: Path
+) -> None:
+    point = cascade.points[0].model_copy(update={"rates": (6,)})
+    other = cascade.model_copy(update={"points": (point, *cascade.points[1:])})
+    named = tiny.model_copy(update={"cascade": str(write_cascade(other, tmp_path / "c.json"))})
+    with pytest.raises(ConfigError, match="calibrated for the rate 6, served are 0 to 5"):
+        load_model(named)
+
+
 def test_a_swapped_bank_ends_the_cascade(
     client: TestClient, tiny: ModelSettings, path: Path
 ) -> None:

@@ -1,6 +1,9 @@
 """What int8 is fitted to, and how the settings lead there."""
 
 import gc
+import gzip
+import io
+import itertools
 import tarfile
 import weakref
 
@@ -46,6 +49,12 @@ def model():
     return model
 
 
+def jpeg():
+    file = io.BytesIO()
+    picture(0).save(file, "JPEG")
+    return file.getvalue()
+
+
 def delta(model):
     return FoldedWeights({name: x.weight + 0.01 for name, x in target_layers(model).items()})
 
@@ -60,9 +69,18 @@ def test_a_folder_and_a_tar_file_of_it_are_the_same(folder, tmp_path):
 
 def test_of_many_pictures_some_are_taken_from_everywhere(folder):
     content = png(picture(0))
-    for index in range(2 * PICTURES):
-        (folder / f"z{index:03}.png").write_bytes(content)
-    assert len(Calibration(folder)._files) == PICTURES
+    for index in range(2 * PICTURES - 11):
+        (folder / f"z{index:03}.png").write_bytes(content + bytes([index]))
+    there = [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
+    places = [there.index(data) for data in Calibration(folder)._files]
+    assert (len(there), len(places), places[0]) == (2 * PICTURES - 1, PICTURES, 0)
+    assert {after - before for before, after in itertools.pairwise(places)} == {1, 2}
+    assert places[-1] >= len(there) - 2
+
+
+def test_a_folder_that_is_called_like_a_picture_is_none(folder):
+    (folder / "x.jpg").mkdir()
+    assert len(Calibration(folder)._files) == 10
 
 
 def test_each_forward_is_measured_once_on_whole_batches(folder, model):
@@ -100,6 +118,14 @@ def test_a_delta_is_not_kept_for_its_ranges(folder, model):
         (
             lambda path: path.mkdir() or (path / "a.png").write_bytes(b"no picture"),
             "int8_pictures: a.png in .* cannot identify image file",
+        ),
+        (
+            lambda path: path.mkdir() or (path / "a.jpg").write_bytes(jpeg()[:-200]),
+            "int8_pictures: a.jpg in .* truncated",
+        ),
+        (
+            lambda path: path.write_bytes(gzip.compress(bytes(10240))[:-20]),
+            "expected a folder of pictures or a tar file",
         ),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
@@ -14,6 +15,7 @@ from timm.models import save_for_hf
 from adapters import Bank, compose
 from server.models.loading import load_model
 from server.models.served import AutoWork, RateWork, ServedModel
+from server.models.weights import Deltas
 from server.settings import ModelSettings
 from tests.server.conftest import CLASSES, MAX_RATE
 from tests.tocom_models import small_model
@@ -169,6 +171,14 @@ def test_a_bank_of_another_shape(tiny, tmp_path):
     save_for_hf(model, tmp_path, safe_serialization=True)
     with pytest.raises(BankError, match=r"does not fit .*width 192 \(model: 384\)"):
         load_model(tiny.model_copy(update={"backbone": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("room", [0, math.inf])
+def test_a_bank_whose_deltas_overflow_is_refused(served, room):
+    huge = served.bank.info.model_copy(update={"scale": 1e39, "name": "huge", "digest": ""})
+    bank, deltas = Bank(huge, served.bank.tensors), Deltas(served.backbone, room)
+    with pytest.raises(BankError, match="bank 'huge': its delta 0→3 .* holds NaN or infinity"):
+        deltas.get(bank, 0, 3, bank.info.scale)
 
 
 def test_a_bank_of_other_weights_is_served_and_noted(tiny, tmp_path, caplog):
