@@ -81,8 +81,9 @@ def bind(host: str, port: int) -> Listener:
             # A port that a former server has just left may be taken at once.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+        except (OSError, UnicodeError) as error:  # the latter of a host that is no name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot listen on {host}, port {port}: {reason}") from error
         on_error.pop_all()
         return listener
 

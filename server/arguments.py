@@ -24,6 +24,21 @@ admin_key and api_keys are never arguments, because others on this machine can s
 """
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Keeps what is repeated from before a command when there is more after it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any
+    ) -> None:
+        """Read what follows the command."""
+        before = dict(vars(namespace))
+        super().__call__(parser, namespace, *rest)
+        for name, values in before.items():
+            after = getattr(namespace, name)
+            if isinstance(values, list) and after is not values:
+                setattr(namespace, name, values + after)
+
+
 def parser() -> Parser:
     """Return what reads the arguments; `command` says what they ask for."""
     whole = Parser(
@@ -36,7 +51,9 @@ def parser() -> Parser:
     whole.add_argument("--version", action=Version)
     whole.add_argument("--completion", action=Completion)
     whole.set_defaults(command="serve")
-    commands = whole.add_subparsers(title="without a server", metavar="COMMAND")
+    commands = whole.add_subparsers(
+        prog="tocom-serve", title="without a server", metavar="COMMAND", action=_Commands
+    )
     _add_settings(whole)
 
     # What is not given is absent: a command must not overwrite what was given before it.
@@ -142,6 +159,10 @@ def _model(text: str) -> dict[str, str | list[str]]:
             raise ConfigError(
                 f"--model {text}: expected KEY=VALUE with one of {', '.join(MODEL_KEYS)}, "
                 f"got {part!r}"
+            )
+        if key in model:
+            raise ConfigError(
+                f"--model {text}: only ladder may be repeated, got {part!r} after {model[key]!r}"
             )
         if key == "ladder":
             ladders.append(value)

@@ -80,8 +80,7 @@ def greet(serving: Serving, address: str) -> None:
     print(f"  page    {address}/")
     print(f"  docs    {address}/docs")
     ask, file = f"{address}{ROUTES[models[0].kind]}?rate={rate}", shlex.quote(str(_sample()))
-    print(f"  try it  curl -F file=@{file} '{ask}'")
-    sys.stdout.flush()
+    print(f"  try it  curl -F file=@{file} '{ask}'", flush=True)
 
 
 def _rates(model: ServedModel, to: str) -> str:

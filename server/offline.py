@@ -55,23 +55,26 @@ def check(settings: Settings) -> Iterator[Checked]:
 
 
 class Classifier:
-    """The first model of some settings at one rate, in this process."""
+    """The first model of some settings that classifies, at one rate, in this process."""
 
     def __init__(self, settings: Settings, rate: str, predictions: int | None) -> None:
         """Load the model.
 
         Args:
-            settings: say which; of their other models nothing is loaded.
+            settings: say which; of the models after it nothing is loaded.
             rate: an exact one; there is no load here that `auto` could go by.
             predictions: how many; default: as the settings say.
 
         Raises:
-            TocomError: if it cannot be loaded, or does not run at the rate.
+            TocomError: if it or one before it cannot be loaded, it does not run at the rate, or
+                none classifies.
         """
         self._settings = settings
-        first = settings.model_copy(update={"models": settings.models[:1]})
-        registry = Registry(load_models(first))
-        self.model = model_of("classification", None, registry)
+        for each in settings.models:
+            models = load_models(settings.model_copy(update={"models": (each,)}))
+            if models[0].kind == "classification":
+                break
+        self.model = model_of("classification", None, Registry(models))
         if rate in (AUTO, CASCADE):
             raise RateError(
                 f"rate {rate} needs a server; here it is a whole number from "

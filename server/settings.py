@@ -21,6 +21,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -333,18 +334,33 @@ def load_settings(config: str | Path | None = None, **arguments: Any) -> Setting
         ConfigError: naming the setting and what is wrong with it.
     """
     path = config or os.environ.get("TOCOM_CONFIG")
-    if path and not Path(path).is_file():
-        raise ConfigError(f"there is no configuration file {path}")
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
     try:
-        return FromFile(**arguments)
+        if not path or Path(path).is_file():
+            return FromFile(**arguments)
     except ValidationError as error:
         raise ConfigError(_fault(error.errors()[0])) from error
+    except SettingsError as error:
+        raise ConfigError(_variable_fault(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error
+    raise ConfigError(f"there is no configuration file {path}")
+
+
+def _variable_fault(error: SettingsError) -> str:
+    """Say which variable is not the JSON that a list must be; pydantic names its setting."""
+    for name in Settings.model_fields:
+        if f'"{name}"' in str(error):
+            variable = f"TOCOM_{name.upper()}"
+            text = os.environ.get(variable)
+            got = "" if text is None or name in SECRET else f", got {text!r}"
+            return f'the variable {variable} must be a list as JSON, such as ["a", "b"]{got}'
+    return f"the environment cannot be read: {error}"
 
 
 def _fault(fault: Any) -> str:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import httpx
 import numpy as np
+from PIL import ImageOps
 from PIL.Image import Image as Picture
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
@@ -91,7 +92,7 @@ class SegmentedImages(BaseModel):
 
 
 class ToComServerError(Exception):
-    """The server's refusal.
+    """The server's refusal, or a success that is none of its answers.
 
     Attributes:
         problem: what it said; made up from the status if something else has answered.
@@ -226,13 +227,17 @@ class Batch:
                 images=images,
             )
 
-    def read(self, line: str) -> BatchLine:
+    def read(self, line: bytes, response: httpx.Response) -> BatchLine:
         """Read a line of the answer to the request that was yielded last.
 
         Raises:
-            ToComServerError: if it says that the batch has ended before its time.
+            ToComServerError: if it says that the batch has ended before its time, or is no line
+                of the server's.
         """
-        read = BatchLine.model_validate_json(line)
+        try:
+            read = BatchLine.model_validate_json(line)
+        except ValidationError as error:
+            raise misread(response, line.decode(errors="replace")) from error
         if read.index is None:
             assert read.error is not None
             raise ToComServerError(read.error)
@@ -244,6 +249,18 @@ class Batch:
                 "total": self._total,
             }
         )
+
+    def check_end(self, response: httpx.Response) -> None:
+        """Check that the answer to that request, which has ended, had a line for each image.
+
+        Raises:
+            httpx.RemoteProtocolError: saying how many of how many it had.
+        """
+        answered, sent = self._done - self._before, self._sent - self._before
+        if answered < sent:
+            raise httpx.RemoteProtocolError(
+                f"the answer ended after {answered} of {sent} images", request=response.request
+            )
 
 
 def encode_line(image: Image) -> bytes:
@@ -258,17 +275,26 @@ def refusal(response: httpx.Response) -> ToComServerError:
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
-        detail = response.text[:500]
-        problem = Problem(
-            type="about:blank",
-            title=response.reason_phrase,
-            status=response.status_code,
-            detail=detail,
-            instance=response.url.path,
-            error=detail,
-            request_id=response.headers.get("X-Request-Id", ""),
-        )
+        problem = _problem(response, response.text[:500])
     return ToComServerError(problem, retry_after)
+
+
+def misread(response: httpx.Response, text: str) -> ToComServerError:
+    """Return that a success, of which this is all or a line, is not what was asked for."""
+    return ToComServerError(_problem(response, f"not an answer of ToCom Serve: {text[:500]!r}"))
+
+
+def _problem(response: httpx.Response, detail: str) -> Problem:
+    """Make up what something else than the server would have said."""
+    return Problem(
+        type="about:blank",
+        title=response.reason_phrase,
+        status=response.status_code,
+        detail=detail,
+        instance=response.url.path,
+        error=detail,
+        request_id=response.headers.get("X-Request-Id", ""),
+    )
 
 
 def _single(
@@ -299,6 +325,7 @@ def _read(image: Image) -> bytes:
         return image
     if not isinstance(image, Picture):
         return Path(image).read_bytes()
+    image = ImageOps.exif_transpose(image)  # a PNG would not say how it is turned
     if image.mode not in _PNG_MODES:
         image = image.convert("RGB")
     buffer = BytesIO()

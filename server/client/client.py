@@ -3,8 +3,9 @@
     with Client("http://localhost:8000") as client:
         answer = client.classify("photo.jpg", rate=2)
 
-Answers are the server's own schemas. What the server refuses is a ToComServerError; that it
-cannot be reached, or is lost before all of its answer came, is an httpx.TransportError.
+Answers are the server's own schemas. What the server refuses is a ToComServerError, as is an
+answer that is not its own; that it cannot be reached, or is lost before all of its answer came, is
+an httpx.TransportError.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from contextlib import aclosing, closing
 from typing import Any, TypeVar
 
 import httpx
+from pydantic import ValidationError
 from typing_extensions import Self, Unpack
 
 from server.client import calls
@@ -132,12 +134,14 @@ class Client:
 
         Raises:
             ToComServerError: if the server ends a batch before its time.
+            httpx.TransportError: if it is lost, or an answer ends before all of its lines came.
         """
         batch = calls.Batch(images, per_request, options)
         for call in batch.calls():
             with closing(self._ask(call)) as response:
                 for line in _split(response.iter_bytes()):
-                    yield batch.read(line)
+                    yield batch.read(line, response)
+                batch.check_end(response)
 
     def models(self) -> list[ModelSummary]:
         """Return all models, the default one first."""
@@ -162,7 +166,7 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        return call.parse(self._ask(call).content)
+        return _parse(call, self._ask(call))
 
     def _ask(self, call: Call[Any]) -> httpx.Response:
         """Return the answer to a call: all of it, or its head if it comes line by line."""
@@ -243,7 +247,8 @@ class AsyncClient:
         for call in batch.calls():
             async with aclosing(await self._ask(call)) as response:
                 async for line in _split_async(response.aiter_bytes()):
-                    yield batch.read(line)
+                    yield batch.read(line, response)
+                batch.check_end(response)
 
     async def models(self) -> list[ModelSummary]:
         """See `Client`."""
@@ -268,7 +273,7 @@ class AsyncClient:
         await self.close()
 
     async def _send(self, call: Call[T]) -> T:
-        return call.parse((await self._ask(call)).content)
+        return _parse(call, await self._ask(call))
 
     async def _ask(self, call: Call[Any]) -> httpx.Response:
         tries = Tries(call, self._retries, self._timeout)
@@ -292,27 +297,38 @@ async def _lines(images: Iterable[Image]) -> AsyncIterator[bytes]:
         yield await asyncio.to_thread(calls.encode_line, image)
 
 
-def _split(chunks: Iterable[bytes]) -> Iterator[str]:
+def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the lines of an answer."""
     # Not by httpx's iter_lines, which also splits at what JSON leaves as it is: U+2028 in a name.
     begun = b""
     for chunk in chunks:
         *lines, begun = (begun + chunk).split(b"\n")
-        for line in lines:
-            yield line.decode()
+        yield from lines
     if begun:
-        yield begun.decode()
+        yield begun
 
 
-async def _split_async(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+async def _split_async(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """See `_split`."""
     begun = b""
     async for chunk in chunks:
         *lines, begun = (begun + chunk).split(b"\n")
         for line in lines:
-            yield line.decode()
+            yield line
     if begun:
-        yield begun.decode()
+        yield begun
+
+
+def _parse(call: Call[T], response: httpx.Response) -> T:
+    """Return what a success says.
+
+    Raises:
+        ToComServerError: if it is not the server's.
+    """
+    try:
+        return call.parse(response.content)
+    except ValidationError as error:
+        raise calls.misread(response, response.text) from error
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from server.arguments import parser, settings
 from server.cli import main
+from server.commands import greet
 from server.models.pictures import decode
+from server.models.registry import Registry
 from server.settings import Settings
+from tests.server.segmenters import streets
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +173,10 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
         ),
         (["--model", "a=x,bank="], "expected KEY=VALUE"),
         (
+            ["--model", "a=x,bank=b,bank=c"],
+            "only ladder may be repeated, got 'bank=c' after 'b'",
+        ),
+        (
             ["--port", "0", "--model", "a=bundled:deit_tiny,ladder=tome,ladder=nix"],
             "model 'a': cannot read the ladder nix: No such file or directory",
         ),
@@ -186,6 +194,7 @@ def test_ctrl_c_while_a_graph_is_compiled(tiny):
             "nothing bundled is called 'nix'; there are: ",
         ),
         (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1, port 8000: Cannot assign"),
+        (["--host", "a..b"], "cannot listen on a..b, port 8000: "),
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments, message, capsys):
@@ -230,6 +239,21 @@ def test_arguments_are_settings(monkeypatch):
     # Before a command and after it.
     read = settings(parser().parse_args(["--threads", "3", "check", "--device", "cpu"]))
     assert (read.threads, read.device) == (3, "cpu")
+    given = ["--model=a=x", "--cors-origins=*", "check", "--model=b=y"]
+    read = settings(parser().parse_args(given))
+    assert [model.name for model in read.models] == ["a", "b"]
+    assert read.cors_origins == ("*",)
+
+
+def test_a_mistake_after_a_command_names_the_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["classify"])
+    assert capsys.readouterr().err.startswith("tocom-serve classify: the following arguments")
+
+
+def test_the_greeting_needs_no_output(monkeypatch, served):
+    monkeypatch.setattr(sys, "stdout", None)
+    greet(SimpleNamespace(models=Registry([served])), "http://127.0.0.1:8000")
 
 
 @pytest.fixture
@@ -284,6 +308,15 @@ def test_classify_without_a_server(models, served, photo, photo_file, capsys):
     assert len(told) == 2 * 3
     assert told[0] == photo_file
     assert told[1].split("%") == [f"{100 * best['score']:7.1f}", f"  {best['label']}"]
+
+
+def test_classify_takes_the_first_model_that_classifies(tiny, models, photo_file, tmp_path, capsys):
+    segmenter = streets(tiny, tmp_path)
+    first = ["--model", f"streets={segmenter.backbone},task={segmenter.task}"]
+    assert main(["classify", photo_file, "--json", *first, *models]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny"
+    assert main(["classify", photo_file, *first]) == 2
+    assert "the model 'streets' is for segmentation" in capsys.readouterr().err
 
 
 def test_photographs_that_cannot_be_classified_do_not_stop_the_others(

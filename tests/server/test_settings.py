@@ -1,5 +1,7 @@
 import json
 import os
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -61,6 +63,17 @@ def test_no_such_file(tmp_path):
         load_settings(tmp_path / "nix.toml")
 
 
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "serve.toml"
+    file.touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"serve\.toml cannot be read: Permission denied"):
+        load_settings(file)
+
+
 def test_a_file_that_is_not_toml(tmp_path):
     file = tmp_path / "serve.toml"
     file.write_text("port: 8000")
@@ -109,10 +122,20 @@ def test_what_is_wrong_is_named(arguments, message):
         load_settings(**arguments)
 
 
-def test_models_in_the_environment_that_are_not_json(monkeypatch):
-    monkeypatch.setenv("TOCOM_MODELS", "caltech")
-    with pytest.raises(ConfigError, match='the environment cannot be read: .*"models"'):
+def test_a_list_in_the_environment_that_is_not_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOCOM_CORS_ORIGINS", "https://a.example")
+    (tmp_path / "serve.toml").write_text("port = 1")
+    message = (
+        r"^the variable TOCOM_CORS_ORIGINS must be a list as JSON, such as .*, "
+        "got 'https://a.example'$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_settings(tmp_path / "serve.toml")
+    monkeypatch.delenv("TOCOM_CORS_ORIGINS")
+    monkeypatch.setenv("TOCOM_API_KEYS", "secret")
+    with pytest.raises(ConfigError, match="TOCOM_API_KEYS must be a list") as fault:
         load_settings()
+    assert "secret" not in str(fault.value)
 
 
 def test_the_largest_bodies_must_find_room():

@@ -37,7 +37,7 @@ export function showRun(root, answer) {
     put(root, part, milliseconds(times[part]));
     root.querySelector(`.split-${part}`).style.flexGrow = times[part];
   }
-  put(root, "batch", batch === 1 ? "alone in its batch" : `in a batch of ${batch}`);
+  put(root, "batch", ["kept from before", "alone in its batch"][batch] ?? `in a batch of ${batch}`);
   put(root, "delta", delta(answer));
   const chose = REASONS[answer.reason];
   put(root, "reason", chose ? `Auto (${answer.reason}) chose ${chose}.` : "");

@@ -5,8 +5,7 @@ const KEY = "api-key";
 export class Problem extends Error {
   /**
    * @param {string} detail what was wrong and what is allowed
-   * @param {{title: string, status: number, retryAfter: number}} kind
-   *     status 0: no answer came; retryAfter in seconds, 0: trying again is of no use
+   * @param {object} kind status 0: no answer came; retryAfter in seconds, 0: trying again is of no use
    */
   constructor(detail, { title, status, retryAfter }) {
     super(detail);

@@ -34,20 +34,22 @@ const live = new Live(at(".live"), {
 async function reach(what) {
   try {
     await what();
-  } catch {
+  } catch (error) {
+    if (!(error instanceof api.Problem)) console.error(error);
     at("#away").hidden = false;
     live.lost();
   }
 }
 
 async function loadModels() {
-  const list = await api.models();
+  const list = (await api.models()).filter((each) => each.kind !== "embedding");
   const picker = at("#model");
   const value = picker.value || linked.get("model");
   picker.replaceChildren(...list.map(({ name, kind: does }) =>
     new Option(does === "segmentation" ? `${name} (${does})` : name, name)));
   if (list.some(({ name }) => name === value)) picker.value = value;
-  await useModel(picker.value);
+  if (list.length) await useModel(picker.value);
+  else at(".caption").textContent = "No model here is for this page.";
   at("#away").hidden = true;
 }
 

@@ -5,7 +5,6 @@ const EDGE = { top: 28, right: 14, bottom: 22, left: 40 };
 
 /**
  * Draw points and lines over two axes.
- * @param {SVGSVGElement} svg
  * @param {object} what
  * @param {{kind: string, points: number[][]}[]} what.series `kind` is a class; all but "dots" are
  *     joined by a line

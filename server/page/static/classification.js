@@ -31,7 +31,7 @@ export function showAnswer(root, { predictions, rate, tokens }) {
 
 /**
  * Mark in two lanes where their predictions differ, and say it in a sentence.
- * @param {import("./lane.js").Lane[]} lanes that have answers
+ * @param {Lane[]} lanes that have answers
  */
 export function showDifferences([a, b]) {
   mark(a, b);

@@ -13,10 +13,7 @@ export class Evidence {
   #took = new Map(); // ladder -> rate -> ms of inference of each answer
   #sweep = null;
 
-  /**
-   * @param {HTMLElement} root
-   * @param {import("./lane.js").Lane[]} lanes whose rates are marked and whose answers are counted
-   */
+  /** @param {Lane[]} lanes whose rates are marked and whose answers are counted */
   constructor(root, lanes) {
     this.#at = (selector) => root.querySelector(selector);
     this.#lanes = lanes;
@@ -46,12 +43,12 @@ export class Evidence {
   /** What was measured on a ladder, by rate: the model's evaluation, or else what the ladder says. */
   #measured({ name, digest, rungs, source_rate: source }) {
     const { evaluation } = this.#model;
-    const rows = (evaluation?.rows ?? []).filter((row) => row.source === source)
+    const rows = (evaluation?.rows ?? []).filter((row) => row.source === source && rungs[row.target])
       // At its own rate there is nothing to repair: both lines go through there.
       .map((row) => (row.target === source && evaluation.bank ? { ...row, bank: row.plain } : row));
     // An old evaluation does not name its ladder, but what its rates cost.
     const here = evaluation?.ladder ? evaluation.ladder.digest === digest
-      : rows.every(({ target, gmacs }) => near(rungs[target]?.macs / 1e9, gmacs));
+      : rows.every(({ target, gmacs }) => near(rungs[target].macs / 1e9, gmacs));
     if (rows.length && here) {
       const { count, name: of } = evaluation.pictures;
       rows.sort((a, b) => a.target - b.target);
@@ -120,7 +117,7 @@ export class Evidence {
   }
 
   #count(answer) {
-    if (answer.rates.length > 1) return; // its time is of several
+    if (answer.rates.length > 1 || answer.cached) return; // no time of one rate
     const tookAt = this.#took.get(answer.ladder) ?? new Map();
     const took = tookAt.get(answer.rate) ?? [];
     tookAt.set(answer.rate, [...took, answer.timings_ms.inference].slice(-KEPT));

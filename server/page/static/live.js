@@ -16,8 +16,8 @@ export class Live {
 
   /**
    * @param {HTMLElement} root where it is shown
-   * @param {{up: () => void, down: () => void, said: (status: object) => void}} tell `up` when the
-   *     server answers, at first or again, `down` when it does not any more, `said` at each answer
+   * @param {object} tell `up` when the server answers, at first or again, `down` when it does not
+   *     any more, `said` at each answer, with the status
    */
   constructor(root, tell) {
     this.#at = (selector) => root.querySelector(selector);
@@ -44,16 +44,16 @@ export class Live {
   }
 
   async #ask() {
-    const before = this.#up;
     try {
       const said = await status();
+      const before = this.#up; // lost() may have come
       this.#up = true;
       this.#show(said);
       if (!before) this.#tell.up();
       this.#tell.said(said);
     } catch {
+      if (this.#up !== false) this.#tell.down();
       this.#up = false;
-      if (before !== false) this.#tell.down();
     }
     this.start(EVERY);
   }

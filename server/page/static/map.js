@@ -21,7 +21,6 @@ export class MergeMap {
   #patch = null; // that is looked at
 
   /**
-   * @param {HTMLCanvasElement} canvas
    * @param {(text: string, looked: boolean, aloud: boolean) => void} say what is looked at, or what
    *     the whole is; aloud: by keyboard
    */

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from server.app import create_app
 from server.client import AsyncClient, Client, ToComServerError
@@ -54,6 +54,14 @@ def test_an_image_may_be_a_path_bytes_or_a_picture(client, photo, tmp_path):
     assert all(isinstance(answer, Classification) for answer in answers)
     for answer in answers[1:4]:
         assert answer.logits == pytest.approx(answers[0].logits, abs=1e-5)
+
+
+def test_a_picture_is_turned_as_its_file_says(client, tmp_path):
+    path, exif = tmp_path / "photo.png", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(0).save(path, exif=exif)
+    of_file, of_picture = (client.classify(form, logits=True) for form in (path, Image.open(path)))
+    assert of_picture.logits == pytest.approx(of_file.logits, abs=1e-5)
 
 
 def test_options_are_the_servers_parameters(client, photo):
@@ -243,11 +251,14 @@ def test_a_client_tries_again_when_the_server_says(naps, status):
     assert naps == [7, 1, 7]
 
 
+LINE = '{"index":%d,"name":null,"done":1,"total":null}\n'
+
+
 @pytest.mark.parametrize("failure", [httpx.Response(**FULL), httpx.WriteError("gone")])
 def test_a_stream_is_sent_whole_when_it_is_sent_again(naps, photo, failure):
-    answers = Answers(failure, httpx.Response(200, text=""))
+    answers = Answers(failure, httpx.Response(200, text=LINE % 0 + LINE % 1))
     client = Client(retries=1, transport=httpx.MockTransport(answers))
-    assert list(client.stream_batch([photo, photo])) == []
+    assert [line.index for line in client.stream_batch([photo, photo])] == [0, 1]
     first, second = answers.asked
     assert first.content == second.content
     assert first.content.count(b"\n") == 2

@@ -78,6 +78,55 @@ def test_what_was_measured_is_shown_for_its_ladder_alone(page):
 
 
 @in_browser
+def test_rates_that_are_not_served_are_not_drawn(page):
+    def with_a_higher_one(route: Route) -> None:
+        answer = route.fetch()
+        model = answer.json()
+        rows = model["evaluation"]["rows"]
+        rows.append({**rows[-1], "source": 0, "target": 99})
+        route.fulfill(response=answer, json=model)
+
+    page.route("**/v1/models/imagenet", with_a_higher_one)
+    page.reload()
+    answered(page, 2)
+    expect(page.locator(".accuracy-words")).to_contain_text("Rate 2: ")
+    expect(page.locator("#away")).to_be_hidden()
+
+
+@in_browser
+def test_answers_that_were_kept_are_not_counted(page):
+    def kept(route: Route) -> None:
+        answer = route.fetch()
+        told = {**answer.json(), "cached": True, "batch_size": 0}
+        route.fulfill(response=answer, json=told)
+
+    page.route("**/v1/classify*", kept)
+    slide(page, 3)
+    expect(lane(page).locator(".batch")).to_have_text("kept from before")
+    expect(page.locator(".latency-words")).to_be_empty()
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("embedding", "said"), [(["tiny"], "patches"), (["tiny", "imagenet"], "No model here")]
+)
+def test_models_for_embedding_alone_are_left_out(page, embedding, said):
+    def of_embedding(route: Route) -> None:
+        answer = route.fetch()
+        models = answer.json()["models"]
+        for model in models:
+            if model["name"] in embedding:
+                model["kind"] = "embedding"
+        route.fulfill(response=answer, json={"models": models})
+
+    page.route("**/v1/models", of_embedding)
+    page.reload()
+    expect(lane(page).locator(".caption")).to_contain_text(said)
+    expect(page.locator("#model option")).to_have_count(2 - len(embedding))
+    expect(page.locator("#away")).to_be_hidden()
+
+
+@in_browser
 @pytest.mark.parametrize("width", [320, 390, 800, 1280, 1920])
 def test_nothing_is_wider_than_the_screen(page, width):
     page.set_viewport_size({"width": width, "height": 844})

@@ -45,6 +45,24 @@ def test_the_page_outlives_a_restart(page):
 
 
 @in_browser
+def test_a_loss_while_the_status_is_asked_for_is_not_forgotten(page):
+    waiting: list[Route] = []
+
+    def hold(route: Route) -> None:
+        waiting.append(route)
+
+    with page.expect_request("**/v1/status"):
+        page.route("**/v1/status", hold)
+    page.route("**/v1/classify*", lambda route: route.abort(), times=1)
+    lane(page).get_by_role("slider").fill("3")
+    expect(lane(page).get_by_role("alert")).to_contain_text("The server does not answer")
+    for route in waiting:
+        route.continue_()
+    page.unroute("**/v1/status")
+    answered(page, 3)
+
+
+@in_browser
 def test_it_waits_while_the_server_is_full(page):
     def refuse(route: Route) -> None:
         body = {"title": "Queue full", "detail": "256 images are waiting"}
