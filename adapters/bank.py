@@ -95,6 +95,11 @@ class BankInfo(Strict):
                 f"max_rate must be the last rung of the ladder {ladder.name!r}, {ladder.top}, got "
                 f"{self.max_rate}"
             )
+        most = self.backbone.geometry.patches  # more rates take memory and mean nothing
+        if ladder.top is None and self.max_rate > most:
+            raise ValueError(
+                f"max_rate must be at most {most}, the patches of a picture, got {self.max_rate}"
+            )
         return self
 
 

@@ -97,6 +97,12 @@ class Geometry(Strict):
                 )
         return self
 
+    @property
+    def patches(self) -> int:
+        """How many tokens an image gives, without prefix tokens."""
+        (height, width), (high, wide) = self.input, self.patch
+        return height // high * (width // wide)
+
     @classmethod
     def of(cls, model: VisionTransformer) -> "Geometry":
         """Read the geometry off a model."""

@@ -109,15 +109,17 @@ class Distillation:
         self.learned = backbone.learned
         if config.metric is None:
             self.ladder.check_learned(backbone.model, self.learned)
-        if self.ladder.top is not None and config.highest > self.ladder.top:
+        shape, top = BackboneInfo.of(backbone), self.ladder.top
+        if config.highest > (most := shape.geometry.patches if top is None else top):
+            what = "the patches of a picture" if top is None else "its highest rung"
             raise ConfigError(
-                f"max_rate ({config.max_rate}) + beyond ({config.beyond}) must be a rung of the "
-                f"ladder {self.ladder.name!r}, at most {self.ladder.top}"
+                f"max_rate ({config.max_rate}) + beyond ({config.beyond}) may be at most {most} on "
+                f"the ladder {self.ladder.name!r}, {what}"
             )
         info = BankInfo(
             **ladder_entries(_up_to(self.ladder, config.highest)),
             name=config.name,
-            backbone=BackboneInfo.of(backbone),
+            backbone=shape,
             proportional=config.proportional,
             max_rate=config.highest,
             rank=config.rank,

@@ -158,6 +158,7 @@ def test_faulty_tensors_are_refused(folder, changes, message):
         ({"rank": 4}, rf"{Q} must be \[3, 4, 4\], got \[3, 2, 4\]"),
         ({"rank": 10**12}, "rank: .*less than"),
         ({"max_rate": 0}, "max_rate: .*greater than 0"),
+        ({"max_rate": 9999}, "max_rate must be at most 4, the patches of a picture, got 9999"),
         ({"targets": ["q"]}, "unknown tensor blocks.0.attn.v.A"),
         ({"targets": ["q", "q"]}, "each target may stand once"),
         ({"targets": ["w"]}, r"targets\.0: .*'fc2'"),

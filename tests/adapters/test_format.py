@@ -135,7 +135,7 @@ def test_an_entry_that_comes_later_changes_no_digest():
                 "width": 8,
                 "heads": 1,
                 "hidden": 8,
-                "input": (8, 4),
+                "input": (8, 16),
                 "patch": (2, 2),
             }.items()
         ),

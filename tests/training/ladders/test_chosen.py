@@ -147,7 +147,10 @@ def test_rates_beyond_the_ladder_are_refused(
     pictures: Path, model_folder: Path, ladder: Path, tmp_path: Path
 ) -> None:
     config = distilling(pictures, model_folder, max_rate=4, ladder=str(ladder))
-    with pytest.raises(ConfigError, match=r"max_rate \(4\) .* a rung of .* 'uneven', at most 3"):
+    with pytest.raises(ConfigError, match=r"max_rate \(4\) .* at most 3 on the ladder 'uneven'"):
+        distill(config, tmp_path / "run")
+    config = distilling(pictures, model_folder, max_rate=99)
+    with pytest.raises(ConfigError, match=r"max_rate \(99\) .* at most 16 on the ladder 'tome'"):
         distill(config, tmp_path / "run")
     tuning = finetuning(pictures, model_folder, source=4, ladder=str(ladder))
     with pytest.raises(RateError, match="the rates of the ladder 'uneven' are 0 to 3, got 4"):
