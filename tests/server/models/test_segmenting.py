@@ -50,7 +50,7 @@ def test_a_picture_costs_its_windows_and_the_decoder(models):
     segmenter = models[1]
     backbone, decoder = segmenter.backbone.model, segmenter.segmenter.decoder
     one, two = (segmenter.cost_of(2, (64, width)) for width in (64, 96))
-    encoder = cost(backbone, 2, (64, 64))
+    encoder = cost(backbone, 2, (64, 64), adapter=segmenter.backbone.adapter)
     assert one.macs == encoder.macs - encoder.head + decoder.macs(16)
     assert two.macs == 2 * one.macs
     assert segmenter.costs[2] == one == segmentation_cost(segmenter.segmenter, 2, (64, 64), TOME)
