@@ -239,7 +239,9 @@ def test_a_key_comes_from_the_environment(monkeypatch):
 
 def test_keys_in_the_environment_that_cannot_be_read_are_not_shown(monkeypatch):
     monkeypatch.setenv("TOCOM_API_KEYS", "hunter2")
-    with pytest.raises(ConfigError, match="variable TOCOM_API_KEYS must be a list as JSON") as raised:
+    with pytest.raises(
+        ConfigError, match="variable TOCOM_API_KEYS must be a list as JSON"
+    ) as raised:
         load_settings()
     assert "hunter2" not in str(raised.value)
 
