@@ -187,7 +187,7 @@ def faulty(bank: Bank, fault: str) -> dict[str, bytes]:
         ("no digest", "bank.json has no digest"),
         ("format", "bank format 9; this version reads format 1"),
         ("name", "bank.json: name: "),
-        ("huge", "must be [1073741824, 2, 192], got [5, 2, 192]"),
+        ("huge", "max_rate must be at most 16, the patches of a picture, got 1073741824"),
         ("swapped", "bank.json cannot be read"),
     ],
 )
