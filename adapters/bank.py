@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
-from pydantic import FailFast, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from adapters.calibration import Calibration
@@ -37,6 +37,7 @@ from adapters.schema import (
     Notes,
     Proportional,
     Strict,
+    Targets,
 )
 from tocom import Backbone, BankError, Ladder, ReductionError, ReductionWeights
 from tocom.delta import TARGETS
@@ -61,22 +62,13 @@ class BankInfo(Strict):
     proportional: Proportional = True
     max_rate: Count = Field(description="R: the steps are 0→1 ... R-1→R")
     rank: Count = Field(description="width of one step's low-rank pair")
-    targets: Annotated[
-        tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(min_length=1), FailFast()
-    ]
+    targets: Targets
     scale: float = Field(gt=0, description="multiplier s of the sum of steps")
     training: Notes = Field({})
     evaluation: Notes = Field({})
     digest: str = Field(
         default="", description="SHA-256 of the tensors and what gives them meaning"
     )
-
-    @field_validator("targets")
-    @classmethod
-    def _once_each(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"each target may stand once, got {', '.join(targets)}")
-        return targets
 
     @model_validator(mode="after")
     def _of_one_ladder(self) -> "BankInfo":

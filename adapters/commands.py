@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 
 from adapters.card import facts, model_card, notes
@@ -15,8 +14,7 @@ from adapters.schema import BackboneInfo
 from adapters.store import Store, open_bank
 from adapters.task import open_task
 from tocom import load_backbone
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+from tocom.wording import one_line
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,12 +42,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     ]
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
-        # What a bank says may not begin a line or steer the terminal.
-        print(_CONTROL.sub(_escaped, f"{what:<{width}}  {value}").rstrip())
-
-
-def _escaped(control: re.Match[str]) -> str:
-    return control[0].encode("unicode_escape").decode("ascii")
+        print(one_line(f"{what:<{width}}  {value}").rstrip())
 
 
 def _list(arguments: argparse.Namespace) -> None:

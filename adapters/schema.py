@@ -2,12 +2,13 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     ValidationError,
@@ -49,6 +50,21 @@ def _shallow(notes: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 #: What may be said of a file's content in any form; no part of its digest.
 Notes = Annotated[dict[str, JsonValue], AfterValidator(_shallow)]
+
+
+def _once_each(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"each target may stand once, got {', '.join(targets)}")
+    return targets
+
+
+#: Layers of each block that plug-ins change.
+Targets = Annotated[
+    tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...],
+    Field(min_length=1),
+    FailFast(),
+    AfterValidator(_once_each),
+]
 #: Of a ladder or a cascade: a ladder of a hundred rungs for a hundred blocks has 50 kB.
 MAX_BYTES: Final = 2**20
 # Far above any model; keeps the arithmetic on a forged bank.json small.

@@ -1,7 +1,15 @@
 """How messages for people are worded: what is misspelt, what is wrong with a value."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """Return a text with control characters escaped: it begins no line and steers no terminal."""
+    return _CONTROL.sub(lambda control: control[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from adapters.schema import Proportional
+from adapters.schema import Proportional, Targets
 from adapters.task import data_config
 from training.ladders.choice import LadderChoice
 from training.loop_config import EpochLoopConfig, LoopConfig
@@ -105,8 +105,8 @@ class DistillConfig(Recipe):
     )
     proportional: Proportional = True
     rank: int = Field(2, gt=0, description="width of one step's low-rank pair")
-    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
-        ("q", "v"), min_length=1, description="layers of each block that the plug-ins change"
+    targets: Targets = Field(
+        ("q", "v"), description="layers of each block that the plug-ins change"
     )
     basis: Literal["own", "shared"] = Field(
         "own", description="whether each step has an A of its own or all steps share one"
@@ -148,13 +148,6 @@ class DistillConfig(Recipe):
     def highest(self) -> int:
         """The highest rate that is trained."""
         return self.max_rate + self.beyond
-
-    @field_validator("targets")
-    @classmethod
-    def _once_each(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"each target may stand once, got {', '.join(targets)}")
-        return targets
 
     @model_validator(mode="after")
     def _has_unseen(self) -> "DistillConfig":

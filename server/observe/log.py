@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 
 from server.settings import Settings
+from tocom.wording import one_line
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN = re.compile(r"[\w.:/-]+")
 
 
@@ -61,7 +61,7 @@ class TextFormatter(logging.Formatter):
             if f"%({name})" not in str(record.msg)
         ]
         record.message = " ".join([record.message.rstrip(), *more])
-        return _CONTROL.sub(_escaped, super().formatMessage(record))
+        return one_line(super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -93,7 +93,3 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 def _word(value: object) -> str:
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
-
-
-def _escaped(control: re.Match[str]) -> str:
-    return control[0].encode("unicode_escape").decode("ascii")
