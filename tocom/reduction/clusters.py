@@ -262,4 +262,7 @@ def joined(
     own = torch.eye(prefix, device=x.device, dtype=shares.dtype).expand(x.shape[0], -1, -1)
     patches = F.pad(shares.transpose(1, 2), (prefix, 0))
     weight = torch.cat([F.pad(own, (0, kept.shape[1])), patches], dim=1)
-    return tokens, fate._replace(weight=weight)
+    # Which sum holds a token is a decision, too: the one that has most of it.
+    most = shares.float().topk(min(2, shares.shape[1]), dim=1).values
+    margin = (most[:, 0] - most[:, 1]).amin(dim=1) if shares.shape[1] > 1 else None
+    return tokens, fate._replace(weight=weight, margin=margin)

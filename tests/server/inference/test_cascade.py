@@ -137,6 +137,16 @@ def test_a_stream_and_features_may_be_of_a_cascade(client: TestClient) -> None:
     assert answer["rates"] == alone[0]
 
 
+def test_embeddings_tell_all_runs(client: TestClient, served: ServedModel) -> None:
+    uris = [f"data:image/png;base64,{base64.b64encode(photo).decode()}" for photo in PHOTOS]
+    body = {"input": uris, "rate": "cascade"}
+    told = client.post("/v1/embeddings", json=body).json()["data"]
+    for photo, item in zip(PHOTOS, told, strict=True):
+        assert item["rates"] == ask(client, photo)["rates"]
+        assert item["rate"] == item["rates"][-1]
+        assert item["macs"] == sum(served.costs[rate].macs for rate in item["rates"])
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [

@@ -14,6 +14,7 @@ from tocom.reduction.clusters import (
     cluster_means,
     density_peaks,
     distances,
+    joined,
     k_medoids,
     nearest,
 )
@@ -217,6 +218,16 @@ def test_dpc_knn_keeps_the_prefix_and_replaces_clusters_by_means(prefix):
 def test_nothing_is_traced_unless_asked_for(method):
     tokens, seen = drawn(1)
     assert method.reduce(tokens, seen, Cut(1, 1, 5, (3, 4)))[1] is None
+
+
+def test_how_nearly_another_sum_held_a_token_is_traced():
+    shares = torch.tensor([[[0.6, 0.45], [0.4, 0.35], [0.0, 0.2]]])
+    x, cut = torch.zeros(1, 3, 4), Cut(1, 1, 4, (1, 2), trace=True)
+    _, fate = joined(x, torch.zeros(1, 3, 4), shares.argmax(dim=1), cut, shares)
+    torch.testing.assert_close(fate.margin, torch.tensor([0.1]))
+    only = shares.sum(dim=1, keepdim=True)
+    _, fate = joined(x, torch.zeros(1, 1, 4), only.argmax(dim=1), cut, only)
+    assert fate.margin is None
 
 
 @pytest.mark.parametrize(
