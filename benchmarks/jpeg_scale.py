@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from benchmarks import machine, subject
 from benchmarks.estimates import markdown, spread
 from benchmarks.subject import Subject
-from server.models.pictures import decode
+from server.models.pictures import decoding
 from server.models.served import ServedModel
 from server.settings import Settings
 
@@ -69,8 +69,8 @@ class Comparison:
         """Decode a picture both ways, in turns, and let the model answer."""
         for way, least_side in (("full", None), ("reduced", self.model.least_side)):
             began = time.perf_counter()
-            decoded = decode(picture, self.max_pixels, least_side)
-            image = self.model.transform(decoded)
+            with decoding(picture, self.max_pixels, least_side) as decoded:
+                image = self.model.transform(decoded)
             self.seconds[way].append(time.perf_counter() - began)
             if way == "full":
                 whole = decoded.size
@@ -109,13 +109,14 @@ class Comparison:
 def compare(what: Subject, options: argparse.Namespace) -> str:
     """Return a Markdown table."""
     model = what.load()
+    rates = options.rates or [0, model.max_rate]
     classes = None if options.photos else what.classes
     rows = []
     for name, encoded in picture_sets(what, options):
-        comparison = Comparison(model, options.rates)
+        comparison = Comparison(model, rates)
         for picture in encoded:
             comparison.add(picture)
-        rows += [comparison.row(rate, name, classes) for rate in options.rates]
+        rows += [comparison.row(rate, name, classes) for rate in rates]
     header = ["pictures", "rate", "Mpx", "decoded smaller", "KL", "largest KL", "agreement, %",
               "full, ms", "reduced, ms", "full / reduced"]  # fmt: skip
     if classes is not None:
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=Path, help="folder of large JPEGs to measure instead")
     parser.add_argument("--factors", type=int, nargs="+", default=[6, 12])
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
-    parser.add_argument("--rates", type=int, nargs="+", default=[0, 16])
+    parser.add_argument("--rates", type=int, nargs="+", help="default: 0 and the highest")
     options = parser.parse_args(argv)
     what = subject.from_arguments(options)
     print(f"{machine.describe()}.\n\n{what.described}; milliseconds are of decoding and "

@@ -36,6 +36,7 @@ from server.web.middleware import BodyLimit, Budget, RequestId
 from server.web.origins import allow_origins
 from server.web.problems import add_handlers
 from server.web.serving import Serving
+from server.web.unread import Unread
 from tocom.allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def create_app(settings: Settings, tell: Tell = tell_nobody) -> FastAPI:
             settings.max_body_bytes,
         ),
     }
+    app.add_middleware(Unread, settings.timeout_ms / 1000)
     app.add_middleware(BodyLimit, serving.budget, SMALL_BODY, limits)
     app.add_middleware(tracing.Attributes)
     app.add_middleware(allow_origins, settings.cors_origins)
@@ -156,8 +158,8 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         serving.engine.start()
         graphs = serving.models.get(None).graphs
-        graphs.start(serving.engine.call)
         try:
+            graphs.start(serving.engine.call, serving.models.measure_again)
             await asyncio.to_thread(warm_up, serving, tell)
             yield
         finally:

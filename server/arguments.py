@@ -14,6 +14,9 @@ from tocom.completion import Completion
 #: What may be said of a model besides its name and backbone.
 MODEL_KEYS = ("task", "bank", "architecture", "source", "ladder", "cascade")
 
+#: Ends the names of what is repeated after a command: it is added to what was before that.
+AFTER = "_after"
+
 DESCRIPTION = """\
 Serve Vision Transformers at any token-merging rate. Without arguments, serve the bundled model.
 """
@@ -22,21 +25,6 @@ Each setting may also be a TOCOM_... variable (TOCOM_PORT=9000) or a line of the
 --config (port = 9000). Arguments win over variables, and variables over the file. The secrets
 admin_key and api_keys are never arguments, because others on this machine can see those.
 """
-
-
-class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
-    """Keeps what is repeated from before a command when there is more after it."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any
-    ) -> None:
-        """Read what follows the command."""
-        before = dict(vars(namespace))
-        super().__call__(parser, namespace, *rest)
-        for name, values in before.items():
-            after = getattr(namespace, name)
-            if isinstance(values, list) and after is not values:
-                setattr(namespace, name, values + after)
 
 
 def parser() -> Parser:
@@ -51,9 +39,7 @@ def parser() -> Parser:
     whole.add_argument("--version", action=Version)
     whole.add_argument("--completion", action=Completion)
     whole.set_defaults(command="serve")
-    commands = whole.add_subparsers(
-        prog="tocom-serve", title="without a server", metavar="COMMAND", action=_Commands
-    )
+    commands = whole.add_subparsers(prog="tocom-serve", title="without a server", metavar="COMMAND")
     _add_settings(whole)
 
     # What is not given is absent: a command must not overwrite what was given before it.
@@ -63,7 +49,7 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         help="load all models and run each once",
     )
-    _add_settings(command)
+    _add_settings(command, AFTER)
     command.set_defaults(command="check")
 
     command = commands.add_parser(
@@ -73,7 +59,7 @@ def parser() -> Parser:
         conflict_handler="resolve",
         help="classify photographs",
     )
-    _add_settings(command)
+    _add_settings(command, AFTER)
     command.add_argument(
         "photos", nargs="+", type=Path, metavar="PHOTO", help="a JPEG, PNG or WebP file"
     )
@@ -96,22 +82,23 @@ def settings(parsed: argparse.Namespace) -> Settings:
     Raises:
         ConfigError: naming what is wrong.
     """
-    given = {
-        name: value
-        for name, value in vars(parsed).items()
-        if name in Settings.model_fields or name == "config"
-    }
+    said = vars(parsed)
+    given = {name: said[name] for name in ("config", *Settings.model_fields) if name in said}
+    for name in Settings.model_fields:
+        if more := said.get(name + AFTER):
+            given[name] = [*given.get(name, ()), *more]
     if "models" in given:
         given["models"] = [_model(text) for text in given["models"]]
     return load_settings(**given)
 
 
-def _add_settings(command: argparse.ArgumentParser) -> None:
+def _add_settings(command: argparse.ArgumentParser, after: str = "") -> None:
+    """Add all settings; `after` follows the names under which what is repeated is kept."""
     group = command.add_argument_group("settings")
     group.add_argument("--config", metavar="FILE", help="TOML file with settings")
     group.add_argument(
         "--model",
-        dest="models",
+        dest=f"models{after}",
         action="append",
         metavar="NAME=BACKBONE[,KEY=VALUE...]",
         help="model to serve instead of the bundled one; may be repeated; keys: "
@@ -120,16 +107,17 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     )
     for name, field in Settings.model_fields.items():
         if name != "models" and name not in SECRET:
-            group.add_argument(f"--{name.replace('_', '-')}", help=_help(field), **_values(field))
+            option, kind = f"--{name.replace('_', '-')}", _values(name, field, after)
+            group.add_argument(option, help=_help(field), **kind)
 
 
-def _values(field: FieldInfo) -> dict[str, Any]:
+def _values(name: str, field: FieldInfo, after: str) -> dict[str, Any]:
     """Return how a setting is written; what its value means is the settings' matter."""
     kinds = [each for each in get_args(field.annotation) if each is not type(None)]
     if get_origin(field.annotation) is Literal:
         return {"metavar": "|".join(kinds)}
     if get_origin(field.annotation) is tuple:
-        return {"metavar": "VALUE", "action": "append"}
+        return {"metavar": "VALUE", "action": "append", "dest": f"{name}{after}"}
     kind = kinds[0] if kinds else field.annotation
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}

@@ -80,7 +80,7 @@ class ConflictError(ServerError):
 
 
 class TooLargeError(ServerError):
-    """Too many bytes, or an image of too many pixels."""
+    """Too many bytes or images, or an image of too many pixels."""
 
     status = 413
     title = "Too large"

@@ -10,6 +10,7 @@ Banks are changed for all replicas at once, in place, by the deployment's `user_
 
 import asyncio
 import re
+from contextlib import ExitStack
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.store import Store
+from adapters import Bank, Store
 from server.app import create_app
 from server.banks.catalogue import Banks
 from server.errors import ForbiddenError
@@ -78,6 +79,10 @@ class _FixedBanks(Banks):
         )
 
     add = delete = attach = detach = _refuse
+
+    def _lease(self, bank: Bank | None) -> ExitStack:
+        """Keep nothing from being deleted: the replica's own banks do."""
+        return ExitStack()
 
 
 class _Behind:

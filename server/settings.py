@@ -165,8 +165,8 @@ class Settings(BaseSettings):
     max_inflight_bytes: int = Field(
         default=512 * 2**20,
         ge=1,
-        description="bytes of uploads that are being read or worked on, of all requests together; "
-        "beyond: 503. A /v1/classify/batch counts as two of the largest bodies",
+        description="bytes of all uploads that are being read or worked on; beyond: 503. A "
+        "/v1/classify/batch counts as two of the largest bodies; several have half of it at most",
     )
     max_queue: int = Field(
         default=256, ge=1, description="images taken and not yet answered; beyond: 503"
@@ -333,23 +333,43 @@ def load_settings(config: str | Path | None = None, **arguments: Any) -> Setting
     Raises:
         ConfigError: naming the setting and what is wrong with it.
     """
-    path = config or os.environ.get("TOCOM_CONFIG")
+    _check_variables()
+    if path := config or os.environ.get("TOCOM_CONFIG"):
+        _check_file(Path(path))
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
     try:
-        if not path or Path(path).is_file():
-            return FromFile(**arguments)
+        return FromFile(**arguments)
     except ValidationError as error:
         raise ConfigError(_fault(error.errors()[0])) from error
     except SettingsError as error:
         raise ConfigError(_variable_fault(error)) from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path or 'the environment'} cannot be read: {error}") from error
-    raise ConfigError(f"there is no configuration file {path}")
+
+
+def _check_variables() -> None:
+    """Raise ConfigError if a variable is nearly a setting; what is like none is not for us."""
+    known, host = ["config", *Settings.model_fields], "_SERVICE_HOST"
+    # For a Service called tocom-api Kubernetes sets TOCOM_API_SERVICE_HOST, TOCOM_API_PORT, ...
+    services = tuple(each.removesuffix(host) for each in os.environ if each.endswith(host))
+    for variable in os.environ:
+        if variable.startswith("TOCOM_") and not variable.startswith(services):
+            name = variable.removeprefix("TOCOM_").lower().partition("__")[0]
+            if name not in known and (meant := did_you_mean(name, known)):
+                raise ConfigError(f"the variable {variable} is no setting{meant}")
+
+
+def _check_file(path: Path) -> None:
+    """Raise ConfigError unless a file is there and can be read."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"there is no configuration file {path}")
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _variable_fault(error: SettingsError) -> str:

@@ -1,7 +1,6 @@
 """What all tests share."""
 
 import os
-import sys
 from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +17,12 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on which ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """On a busy machine the threads of a tiny forward wait for each other longer than they run."""
@@ -25,19 +30,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Many processes import the same: the first one compiles it for all, where nothing may be kept.
-
-    Torch and timm alone take seconds to compile.
-    """
-    with pytest.MonkeyPatch.context() as environment:
-        if sys.dont_write_bytecode:
-            folder = tmp_path_factory.getbasetemp()
-            if "PYTEST_XDIST_WORKER" in os.environ:
-                folder = folder.parent  # of all workers
-            environment.setenv("PYTHONDONTWRITEBYTECODE", "")
-            environment.setenv("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
-        yield

@@ -22,10 +22,11 @@ from benchmarks.elastic.oracle import best
 from benchmarks.estimates import markdown, spread
 from benchmarks.load import Step, gamma_plan, poisson_plan
 from server.engine.rates import Controller
-from server.engine.scheduler import Batch, Scheduler, Work
+from server.engine.scheduler import Batch, Scheduler
 from server.engine.slackfit import SlackFit
 from server.engine.times import ServiceTimes
 from server.engine.turns import NORMAL
+from server.engine.work import Work
 
 #: What the bundled model takes at its rates: seconds of a batch, and of each image in it. As
 #: measured without graphs on two cores, while they also decoded and spoke HTTP.

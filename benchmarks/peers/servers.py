@@ -24,7 +24,7 @@ from torch import Tensor
 
 from server.engine.threads import set_torch_threads
 from server.models.loading import load_model
-from server.models.pictures import decode
+from server.models.pictures import prepare
 from server.models.served import ServedModel
 from server.settings import ModelSettings, Settings
 
@@ -38,12 +38,11 @@ class Model:
     def __init__(self, settings: ModelSettings, rate: int) -> None:
         self.served: ServedModel = load_model(settings)
         self.rate = rate
-        self.max_pixels = Settings().max_pixels
+        self.settings = Settings()
 
     def prepare(self, data: bytes) -> Tensor:
         """Return the image [3, H, W] that the model wants, as our server makes it."""
-        image: Tensor = self.served.transform(decode(data, self.max_pixels, self.served.least_side))
-        return image
+        return prepare(data, self.served, self.settings)
 
     def run(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W]."""
@@ -143,13 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=0.0, help="seconds to wait for a batch")
-    parser.add_argument("--decoders", type=int, default=2, help="threads that decode")
     options = parser.parse_args(argv)
     model = Model(ModelSettings.model_validate_json(options.model), options.rate)
     if options.kind == "plain":
         app = plain(model)
     else:
-        app = batching(model, options.max_batch, options.timeout, options.decoders)
+        app = batching(model, options.max_batch, options.timeout, Settings().decode_threads)
     uvicorn.run(app, host="127.0.0.1", port=options.port)
 
 

@@ -123,7 +123,7 @@ async def upload_bank(request: Request, response: Response, banks: BanksDep) -> 
     return _detail(bank, banks)
 
 
-@router.get(PATH + "/{bank}", responses=described(401, 403, 404))
+@router.get(PATH + "/{bank}", responses=described(401, 403, 404, 422))
 def describe_bank(bank: str, banks: BanksDep) -> BankDetail:
     """Describe one bank, by eight or more digits of its digest, NAME or NAME@DIGEST."""
     return _detail(banks.find(bank), banks)
@@ -132,7 +132,7 @@ def describe_bank(bank: str, banks: BanksDep) -> BankDetail:
 @router.delete(
     PATH + "/{bank}",
     status_code=status.HTTP_204_NO_CONTENT,
-    responses=described(401, 403, 404, 409, 507),
+    responses=described(401, 403, 404, 409, 422, 507),
 )
 def delete_bank(bank: str, banks: BanksDep) -> None:
     """Remove a bank from the store, if no model is served with it."""
@@ -141,7 +141,7 @@ def delete_bank(bank: str, banks: BanksDep) -> None:
 
 @router.put(
     "/v1/models/{name}/bank",
-    responses=described(400, 401, 403, 404, 408, 413, 422),
+    responses=described(400, 401, 403, 404, 408, 413, 415, 422),
     openapi_extra={
         "requestBody": {
             "required": True,

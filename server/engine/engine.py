@@ -26,9 +26,10 @@ from server.engine.job import Answer, Job, decoding_order
 from server.engine.observer import Load, Observer
 from server.engine.places import Places
 from server.engine.pool import UrgentPool
-from server.engine.scheduler import Batch, Runnable, Scheduler, Work
+from server.engine.scheduler import Batch, Scheduler
 from server.engine.threads import begin_beside_forwards, set_torch_threads
 from server.engine.turns import NORMAL
+from server.engine.work import Runnable, Work
 from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ BEAT = 0.5
 
 
 class Engine:
-    """See the module. Use: `start`, then `submit` from any thread, at the end `stop`."""
+    """See the module. Use: `start`, then `submit_all` from any thread, at the end `stop`."""
 
     def __init__(
         self,
@@ -117,44 +118,16 @@ class Engine:
             return Load(self._places.taken, self._scheduler.queued())
 
     def check_room(self, images: int = 1, priority: int = NORMAL) -> None:
-        """Raise what `submit` would raise now, so that a body need not be read in vain.
+        """Raise what `submit_all` would raise now, so that a body need not be read in vain.
 
         Raises:
             QueueFullError: if fewer than `images` places are free.
+            TooLargeError: if there are not so many at all.
             UnavailableError: if the engine is stopping.
         """
         if self._closed:
             raise UnavailableError("the server is shutting down")
         self._places.check(images, priority, self._pace)
-
-    def submit(
-        self,
-        work: Work,
-        prepare: Callable[[], Tensor],
-        deadline: float,
-        due: float | None = None,
-        priority: int = NORMAL,
-    ) -> Future[Answer]:
-        """Take one image.
-
-        Args:
-            work: what to do with it; batched with equal ones.
-            prepare: makes the image [3, H, W]; runs in the pool. What it raises, the future raises.
-            deadline: when the answer is of no more use, in the time of `clock`.
-            due: when it should be there; default: at the deadline. Decides what is urgent.
-            priority: of the image; the higher one goes first, whatever is due.
-
-        Returns:
-            The answer to come. Cancelling it gives the place free at once; a forward that
-            runs already is not stopped. Raises DeadlineError if inference had too little time.
-
-        Raises:
-            DeadlineError: if the deadline has passed.
-            QueueFullError: if no place is free, or what waits will take longer than there is.
-            ShortDeadlineError: if the deadline is too near even for an idle engine.
-            UnavailableError: if the engine is stopping.
-        """
-        return self.submit_all(work, [prepare], deadline, due, priority)[0]
 
     def submit_all(
         self,
@@ -164,10 +137,27 @@ class Engine:
         due: float | None = None,
         priority: int = NORMAL,
     ) -> list[Future[Answer]]:
-        """Take several images, all or none; each is answered, or fails, by itself.
+        """Take images, all or none; each is answered, or fails, by itself.
 
-        Arguments and errors as in `submit`. What prepares an image is taken out of the list, so
-        that its upload is not kept by it.
+        Args:
+            work: what to do with each; batched with equal ones.
+            prepares: make the images [3, H, W]; run in the pool. What one raises, its future
+                raises. They are taken out of the list, so that their uploads are not kept by it.
+            deadline: when the answers are of no more use, in the time of `clock`.
+            due: when they should be there; default: at the deadline. Decides what is urgent.
+            priority: of the images; the higher one goes first, whatever is due.
+
+        Returns:
+            The answers to come. Cancelling one gives its place free at once; a forward that
+            runs already is not stopped. Raises DeadlineError if inference had too little time.
+
+        Raises:
+            DeadlineError: if the deadline has passed.
+            QueueFullError: if not enough places are free, or what waits will take longer than
+                there is.
+            ShortDeadlineError: if the deadline is too near even for an idle engine.
+            TooLargeError: if there are not so many places at all.
+            UnavailableError: if the engine is stopping.
         """
         with self._wake:
             self._scheduler.asked(work, len(prepares), now := self.clock())
@@ -176,15 +166,16 @@ class Engine:
             if now >= deadline:
                 raise DeadlineError("the deadline passed before the images were there")
             late = deadline > due
+            allowed = (deadline - now) * self._scheduler.doubt(work, now)
             alone = self._scheduler.alone(work, len(prepares), late)
-            if now + alone > deadline:
+            if alone > allowed:
                 what = "an image takes" if len(prepares) == 1 else f"{len(prepares)} images take"
                 raise ShortDeadlineError(
                     f"{what} about {alone:.3g} s on this server even when nothing else waits, "
                     f"and {round(deadline - now, 3):g} s are left; allow more time or a higher rate"
                 )
             wait = self._scheduler.wait(work, due, len(prepares), late, now, priority)
-            if now + wait > deadline:
+            if wait > allowed:
                 raise QueueFullError(
                     f"what waits will take {wait:.3g} s, and the answer is wanted in "
                     f"{deadline - now:.3g} s",
@@ -209,7 +200,7 @@ class Engine:
         Args:
             work: what to do with it this time.
             image: [3, H, W], prepared.
-            deadline, due, priority: as of `submit`, and the same as before.
+            deadline, due, priority: as of `submit_all`, and the same as before.
 
         Raises:
             DeadlineError: if there is not enough time left for it.
@@ -227,6 +218,7 @@ class Engine:
                 )
             self._places.take(priority)
             job = Job(work, None, deadline, due, next(self._numbers), now, priority)
+            job.again = True
             self._scheduler.arrived(job, now)
             job.hold(image)
             job.add_done_callback(self._leave)
@@ -246,7 +238,7 @@ class Engine:
 
     def _prepare(self, job: Job) -> None:
         prepare, job.prepare = job.prepare, None
-        if prepare is None or job.done() or self._expire(job, "decode"):
+        if prepare is None or job.done() or self._expire(job):
             return
         job.began = self.clock()
         try:
@@ -277,30 +269,32 @@ class Engine:
             if self.clock() < job.deadline:
                 self.observer.cancelled(job.work)
             else:  # whoever waits for an answer gives it up when its time is over
-                self.observer.missed(job.work, "queue")
+                self._late(job)
 
     def _loop(self) -> None:
         set_torch_threads(1)  # work takes more where it has use for them
         while not (self._drained and not self._scheduler and not self._calls):
             self._beat = self.clock()
-            jobs: Sequence[Job] = []
-            try:
-                self._call_next()
-                if (batch := self._take()) is None:
-                    continue
-                jobs = batch.jobs
-                ready = [
-                    job
-                    for job in jobs
-                    if not self._expire(job, "queue") and job.set_running_or_notify_cancel()
-                ]
-                if ready:
-                    self._run(batch.work, batch.reason, ready)
-            except Exception as error:  # a bug of ours must not end the service of everyone
-                logger.exception("the engine's worker goes on after an error of its own")
-                for job in jobs:
-                    with suppress(InvalidStateError):
-                        job.set_exception(error)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Do what is next.
+
+        Not in the loop itself: what waits for the next batch must not keep the last one's images.
+        """
+        jobs: Sequence[Job] = []
+        try:
+            self._call_next()
+            if (batch := self._take()) is None:
+                return
+            jobs = batch.jobs
+            if ready := [job for job in jobs if not self._expire(job) and job.begin()]:
+                self._run(batch.work, batch.reason, ready)
+        except Exception as error:  # a bug of ours must not end the service of everyone
+            logger.exception("the engine's worker goes on after an error of its own")
+            for job in jobs:
+                with suppress(InvalidStateError):
+                    job.set_exception(error)
 
     def _call_next(self) -> None:
         if not self._calls:
@@ -323,7 +317,7 @@ class Engine:
             self._wait_for_prepared()
             now = self.clock()
             for job in self._scheduler.give_up(now):
-                self._miss(job, "queue")
+                self._miss(job)
             return self._scheduler.take(now)
 
     def _wait_for_company(self) -> None:
@@ -380,18 +374,23 @@ class Engine:
                 )
             )
         if self.observer:
-            self.observer.ran(work, reason, len(jobs), spent, queued)
+            self.observer.ran(work, reason, images.shape, spent, queued)
             for job in jobs:
                 if started + spent > job.deadline:
-                    self.observer.missed(work, "inference")
+                    self._late(job)
 
-    def _expire(self, job: Job, stage: str) -> bool:
+    def _expire(self, job: Job) -> bool:
         """Fail a job that has not begun and is past its deadline; return whether it was."""
         if late := self.clock() >= job.deadline:
-            self._miss(job, stage)
+            self._miss(job)
         return late
 
-    def _miss(self, job: Job, stage: str) -> None:
+    def _miss(self, job: Job) -> None:
         error = DeadlineError("too little time was left for inference before the deadline")
-        if job.fail(error) and self.observer:
-            self.observer.missed(job.work, stage)
+        if job.fail(error):
+            self._late(job)
+
+    def _late(self, job: Job) -> None:
+        """Tell of an image that is late, unless the answer of an earlier run stands for it."""
+        if self.observer and not job.again:
+            self.observer.missed(job.work, job.stage)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from server.engine.scheduler import Runnable, Work
+from server.engine.work import Runnable, Work
 
 #: By its priority, when an image is decoded as if it were due: this much of its time from its
 #: arrival. No priority waits for ever, as it might if another went first always.
@@ -54,6 +54,10 @@ class Job(Future[Answer]):
     shape: tuple[int, ...]
     began = math.inf
     decode = 0.0
+    # Where it is on its way: `decode`, `queue` or `inference`.
+    stage = "decode"
+    # Whether it ran before, and has an answer that stands if this run is late.
+    again = False
 
     def __init__(
         self,
@@ -78,6 +82,14 @@ class Job(Future[Answer]):
     def hold(self, image: Tensor) -> None:
         """Take the prepared image."""
         self.image, self.shape = image, tuple(image.shape)
+        self.stage = "queue"
+
+    def begin(self) -> bool:
+        """Begin its forward, unless it was given up; return whether it began."""
+        if not self.set_running_or_notify_cancel():
+            return False
+        self.stage = "inference"
+        return True
 
     def fail(self, error: Exception) -> bool:
         """Fail an image that has not begun, unless it was given up; return whether it failed."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.scheduler import Runnable, Work
+from server.engine.work import Runnable, Work
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class Observer(Protocol):
         ...
 
     def ran(
-        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+        self,
+        work: Runnable,
+        reason: str,
+        shape: tuple[int, ...],
+        seconds: float,
+        queued: Sequence[float],
     ) -> None:
-        """Take note of a batch, and of the seconds that each of its images had waited."""
+        """Take note of a batch [B, 3, H, W], and of the seconds that each image had waited."""
         ...
 
     def failed(self, work: Work, stage: str) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from server.engine.turns import HIGH, LOW
-from server.errors import QueueFullError
+from server.errors import QueueFullError, TooLargeError
 
 #: One in so many places is kept for high priority, if there is any.
 KEPT = 8
@@ -37,16 +37,23 @@ class Places:
             pace: seconds after which one place comes free, about.
 
         Raises:
-            QueueFullError: if they may not.
+            QueueFullError: if they may not now.
+            TooLargeError: if they never may.
         """
         limit = self.limit if priority == HIGH else self.limit - self._kept
+        half = (self.limit + 1) // 2
+        most = half if priority == LOW else limit
+        if images > most:
+            raise TooLargeError(
+                f"{images} images are more than the {most} places that the queue has for this "
+                "priority: send fewer at once"
+            )
         if (taken := self.taken) + images > limit:
             kept = f" ({self._kept} more are kept for high priority)" if limit < self.limit else ""
             raise QueueFullError(
                 f"{taken} of {limit} places in the queue are taken{kept}; {images} would be needed",
                 retry_after=taken * pace,
             )
-        half = (self.limit + 1) // 2
         if priority == LOW and (low := self._taken[LOW]) + images > half:
             raise QueueFullError(
                 f"{low} of the {half} places in the queue for low priority are taken; {images} "

@@ -12,77 +12,16 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from server.engine.rates import Controller, Decision, Elsewhere
 from server.engine.times import DELAY, Flow, largest_batch, sacrificed
 from server.engine.turns import NORMAL, Turns
+from server.engine.work import Runnable, Waiting, Work
 
-
-class Work(Protocol):
-    """What images of one batch share; equal works run together."""
-
-    @property
-    def rate(self) -> int | None:
-        """The rate that was asked for; None: one in `low`..`high`, chosen for each batch."""
-        ...
-
-    @property
-    def low(self) -> int:
-        """The lowest rate allowed."""
-        ...
-
-    @property
-    def high(self) -> int:
-        """The highest rate allowed."""
-        ...
-
-    @property
-    def controller(self) -> Controller:
-        """The controller of the model, which knows how long its batches take."""
-        ...
-
-    def at(self, rate: int) -> "Runnable":
-        """Return the same work at one of these rates."""
-        ...
-
-    def __hash__(self) -> int:
-        """Hash what the work depends on."""
-        ...
-
-
-class Runnable(Work, Protocol):
-    """Work at an exact rate."""
-
-    @property
-    def rate(self) -> int:
-        """The rate that it runs at."""
-        ...
-
-    def __call__(self, images: Any) -> Sequence[Any]:
-        """Run images [B, 3, H, W] to one output each."""
-        ...
-
-
-class Waiting(Protocol):
-    """An image that waits: its work, when it came and is due, its number, priority and shape.
-
-    After its deadline it is of no more use. Its preparation began some time, or did not yet (inf).
-    """
-
-    work: Work
-    arrived: float
-    began: float
-    due: float
-    deadline: float
-    number: int
-    priority: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the image; only images of one shape run together."""
-        ...
-
+#: How long, in windows of its controller, no image of a model is let in before its times are
+#: doubted, as only what runs tells how long it takes; and how many times too long they may be then.
+STALE, DOUBT = 4.0, 4.0
 
 #: What images of one batch have in common.
 Alike: TypeAlias = tuple[Work, tuple[int, ...]]
@@ -131,6 +70,7 @@ class Scheduler:
         self._coming: dict[Work, dict[int, Waiting]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
+        self._let_in: dict[Controller, float] = {}  # when the last image of each model was
         self._turns = Turns(share)
         self._waiting: Counter[int] = Counter()  # images, by their priority
         self._gathering: _Gathering | None = None  # while the next batch waits for more
@@ -205,13 +145,24 @@ class Scheduler:
         Were those that are refused not counted, the others would seem to be few enough for the
         rate at which there is no room for all.
         """
+        self._let_in.setdefault(work.controller, now)
         if work.rate is None:
             self._controllers.add(work.controller)
             work.controller.arrived(images, now)
 
+    def doubt(self, work: Work, now: float) -> float:
+        """Return how many times too long images that were asked for may seem to take.
+
+        If all were refused for seeming too slow, none would ever tell that they no longer are.
+        """
+        controller = work.controller
+        stale = now - self._let_in[controller] > STALE * controller.window
+        return DOUBT if stale else 1.0
+
     def arrived(self, job: Waiting, now: float) -> None:
         """Take note that an image was let in; it is added when it is prepared."""
         work = job.work
+        self._let_in[work.controller] = now
         self._coming.setdefault(work, {})[job.number] = job
         if work.rate is not None:
             seconds = work.controller.seconds(work.rate, self.max_batch)
@@ -256,9 +207,9 @@ class Scheduler:
 
     def take(self, now: float) -> Batch | None:
         """Take the next batch out of its queue; None if nothing waits."""
+        self._gathering = None  # also if what waited was given up
         if not self._queues:
             return None
-        self._gathering = None
         priorities = self._priorities()
         turn, alike, _ = self._next()
         work, queue = alike[0], self._queues[alike]

@@ -76,16 +76,11 @@ class ServiceTimes:
         self._table = _Table({**cells, **settled}, pace, {})
 
     def forget(self, rate: int) -> list[int]:
-        """Forget a rate, which has become faster by itself; return the sizes that were known."""
+        """Forget a rate, which has changed by itself; return the sizes that were known."""
         cells, pace, _ = self._table
         others = {key: seconds for key, seconds in cells.items() if key[0] != rate}
         self._table = _Table(others, pace, {})
         return [size for known, size in cells if known == rate]
-
-    @property
-    def known(self) -> set[tuple[int, int]]:
-        """The rates and sizes of batches that were measured, or settled."""
-        return set(self._table.cells)
 
     def batch(self, rate: int, images: int) -> float:
         """Return the seconds to expect of a batch; 0 before anything was measured."""
@@ -168,8 +163,10 @@ def largest_batch(
     if slack > DELAY * times.batch(rate, 1):
         allowed = min(allowed, slack / DELAY)
     size = min(waiting, limit)
-    while size > 1 and times.batch(rate, size) > allowed:
-        size -= 1
+    while size > 1 and (seconds := times.batch(rate, size)) > allowed:
+        # Of one bucket, times go by images: those between take too long. One more, for rounding.
+        fits = math.floor(size * allowed / seconds) + 1
+        size = min(size - 1, max(fits, _bucket(size) // 2))
     return size
 
 

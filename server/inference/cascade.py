@@ -69,9 +69,9 @@ def cascade_work(model: ServedModel, query: RateQuery, trace: bool) -> CascadeWo
 
 def _cascade(model: ServedModel) -> Cascade:
     whose = f"the model {model.name!r}{model.of_ladder}"
-    if model.backbone.projects:
+    if model.kind != "classification":
         raise ParameterError(
-            f"rate=cascade goes by how sure a classification is, and {whose} has no classes"
+            f"rate=cascade goes by how sure a classification is, and {whose} is for {model.kind}"
         )
     if model.cascade is None:
         raise ParameterError(f"{whose} has no calibration for rate=cascade: {_HOW}")
@@ -153,14 +153,19 @@ class Climbing(Future[Answer]):
 
     def cancel(self) -> bool:
         """Give the image up, unless it is answered; a forward that runs is not stopped."""
+        # First, so that a run that begins meanwhile sees it.
+        cancelled = super().cancel()
         if (run := self._run) is not None:
             run.cancel()
         self._image = None
-        return super().cancel()
+        return cancelled
 
     def so_far(self) -> Answer | None:
-        """Return the answer that stands as there is no time for more; None: there is none yet."""
-        if not self._done:
+        """Give up what still runs, and return the answer that stands; None: there is none yet.
+
+        None, too, if the image is answered at this moment.
+        """
+        if not self._done or not self.cancel():
             return None
         self._count("deadline")
         return _whole(self._done, "deadline")
@@ -175,11 +180,10 @@ class Climbing(Future[Answer]):
             self._settle(error if not self._done or not isinstance(error, DeadlineError) else None)
             return
         self._done = (*self._done, run.result())
-        if (next_run := self._next()) is None:
-            return
-        assert self._image is not None
+        if (next_run := self._next()) is None or (image := self._image) is None:
+            return  # it is answered, or was given up meanwhile
         try:
-            again = self._engine.submit_again(next_run, self._image, *self._urgency)
+            again = self._engine.submit_again(next_run, image, *self._urgency)
         except TocomError:  # no time is left, or the server ends
             self._settle(None, "deadline")
         else:

@@ -136,7 +136,8 @@ class JsonRateQuery(Entry, RateQuery):
     @classmethod
     def _as_text(cls, rate: Any) -> Any:
         if isinstance(rate, float):
-            return f"{rate:g}"  # some clients have no other numbers: 8.0 is 8
+            # Some clients have no other numbers: 8.0 is 8.
+            return str(int(rate)) if rate.is_integer() else repr(rate)
         return str(rate) if type(rate) is int else rate
 
 

@@ -212,9 +212,9 @@ async def answer_all(
 
 def _outcome(future: Future[Answer]) -> Answer | TocomError:
     """Return what became of an image whose time has come."""
+    if isinstance(future, Climbing) and not future.done() and (answer := future.so_far()):
+        return answer
     if not future.done():
-        if isinstance(future, Climbing) and (answer := future.so_far()) is not None:
-            return answer
         return DeadlineError("the deadline passed before the answer was there")
     error = future.exception()
     if error is None:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tocom import ConfigError, FoldedWeights, Variant, bundled_folder
+from tocom.pictures import in_rgb, turn_of
 
 if TYPE_CHECKING:
     from tocom.engines.layers import Ranges  # needs OpenVINO
@@ -65,15 +66,22 @@ class Calibration:
     def _images(self, model: VisionTransformer) -> Tensor:
         """Return the pictures [B, 3, H, W] as a model wants them."""
         transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-        pictures = (Image.open(BytesIO(data)).convert("RGB") for data in self._files)
-        return torch.stack([transform(picture) for picture in pictures])
+        return torch.stack([transform(_decode(data)) for data in self._files])
 
 
 def _check(name: str, data: bytes) -> None:
     try:
-        Image.open(BytesIO(data)).load()
+        _decode(data)
     except Exception as error:  # Pillow's formats raise what they like
         raise ConfigError(f"int8_pictures: {name}: {error}") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Return a picture as models see it in service."""
+    image = Image.open(BytesIO(data))
+    image.load()
+    turn, picture = turn_of(image), in_rgb(image)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _read(source: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from server.engine.threads import Team
 from server.engine.times import Flow
 from server.errors import UnavailableError
-from tocom import TOME, Delta, FoldedWeights, Variant
+from tocom import TOME, Delta, FoldedWeights, Ladder, Variant
 from tocom.allocator import return_freed_memory
 from tocom.vit import Outputs, embed, outputs
 
@@ -49,8 +49,9 @@ TRIES = 3
 
 #: Runs something where batches run, between two of them.
 Call: TypeAlias = Callable[[Callable[[], Any]], Future[Any]]
-#: Is told that a forward has become faster; returns what measures it again.
-Faster: TypeAlias = Callable[[], Sequence[Callable[[], None]]]
+#: Is told that a model became faster or slower at a rate of a ladder; returns what measures it
+#: again.
+Changed: TypeAlias = Callable[[VisionTransformer, Ladder, int], Sequence[Callable[[], None]]]
 
 
 class Forward(NamedTuple):
@@ -91,6 +92,7 @@ Measure: TypeAlias = Callable[[Any, Forward], Mapping[str, tuple[float, float]]]
 class _Cell:
     """What is known of the forwards that share a graph."""
 
+    of: tuple[VisionTransformer, Ladder, int]  # what a graph makes faster
     spent: Flow = field(default_factory=Flow)  # seconds that they ran eagerly
     used: float = 0.0  # when the graph ran last
     graph: Callable[..., Outputs] | None = None
@@ -125,8 +127,14 @@ class Graphs:
         self._pause = 0.0  # when the next graph may be made
         self._making: threading.Thread | None = None
 
-    def start(self, call: Call) -> None:
-        """Begin to make graphs; `call` runs something where batches run, between two of them."""
+    def start(self, call: Call, changed: Changed) -> None:
+        """Begin to make graphs.
+
+        Args:
+            call: runs something where batches run, between two of them.
+            changed: is called there when a graph is taken, and then what it returns. Also when a
+                graph is lost; then the next batches tell how long they take.
+        """
         if not self._limit:
             return
         try:
@@ -134,7 +142,7 @@ class Graphs:
         except ImportError:
             logger.info("forwards are not compiled: pip install 'tocom-serve[openvino]'")
             return
-        self._call = call
+        self._call, self._changed = call, changed
 
     def stop(self) -> None:
         """Wait for the graph that is being made; to be called when no more batches run.
@@ -144,15 +152,8 @@ class Graphs:
         if self._making is not None:
             self._making.join()
 
-    def run(self, forward: Forward, images: Tensor, faster: Faster) -> Outputs:
-        """Run images [B, 3, H, W], by graphs where there are some.
-
-        Args:
-            forward: what to do with them.
-            images: any number.
-            faster: is called between two batches once a graph has made this forward faster, and
-                so is each of what it returns.
-        """
+    def run(self, forward: Forward, images: Tensor) -> Outputs:
+        """Run any number of images [B, 3, H, W], by graphs where there are some."""
         done, rest = [], images
         for size in SIZES:
             cell = self._cell(forward, size)
@@ -162,7 +163,8 @@ class Graphs:
                     done.append(cell.graph(rest[:size], forward.variant))
                 except Exception:
                     logger.exception("%s runs eagerly: its graph failed", forward.name)
-                    cell.graph, cell.eager = None, True
+                    cell.eager = True
+                    self._lose(cell)
                     break
                 rest = rest[size:]
             if len(rest) >= size:
@@ -171,7 +173,7 @@ class Graphs:
                 now = self._clock()
                 cell.spent.add(now - began, now, WINDOW)
                 if forward.is_folded and self._is_worth_it(cell):
-                    self._make(forward, size, cell, faster)
+                    self._make(forward, size, cell)
                 break
         return _joined(done)
 
@@ -183,8 +185,9 @@ class Graphs:
         key = model, variant.ladder, variant.rate, variant.proportional, weights, size
         if key not in self._cells:
             for other in [*filter(_is_over, self._cells)]:
-                del self._cells[other]
-            self._cells[key] = _Cell()
+                self._lose(self._cells.pop(other))
+            assert isinstance(variant.rate, int)  # as that of all that is served
+            self._cells[key] = _Cell((model, variant.ladder, variant.rate))
         return self._cells[key]
 
     def _is_worth_it(self, cell: _Cell) -> bool:
@@ -201,25 +204,30 @@ class Graphs:
         if not idle:
             return False
         oldest = min(idle, key=lambda cell: cell.used)
-        oldest.graph, oldest.spent = None, Flow()
+        oldest.spent = Flow()
+        self._lose(oldest)
         return True
 
-    def _make(self, forward: Forward, size: int, cell: _Cell, faster: Faster) -> None:
+    def _lose(self, cell: _Cell) -> None:
+        """Run eagerly from now on what a graph may have run."""
+        if cell.graph is not None:
+            cell.graph = None
+            self._changed(*cell.of)
+
+    def _make(self, forward: Forward, size: int, cell: _Cell) -> None:
         self._pause = math.inf  # until it is made
-        arguments = self._engine, forward, size, cell, faster
+        arguments = self._engine, forward, size, cell
         # Where batches run is a daemon, which threads that it starts would be, too.
         self._making = threading.Thread(
             target=self._compile, args=arguments, name="compile", daemon=False
         )
         self._making.start()
 
-    def _compile(
-        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Faster
-    ) -> None:
+    def _compile(self, engine: Any, forward: Forward, size: int, cell: _Cell) -> None:
         """Compile a graph, beside the service, and take it if it is faster."""
         began = self._clock()
         try:
-            self._try_out(engine, forward, size, cell, faster)
+            self._try_out(engine, forward, size, cell)
         except Exception:  # whatever it is, the service goes on without the graph
             logger.exception("%s runs eagerly: its graph cannot be had", forward.name)
             cell.eager = True
@@ -228,9 +236,7 @@ class Graphs:
             return_freed_memory()
             self._pause = self._clock() + PAUSE * (self._clock() - began)
 
-    def _try_out(
-        self, engine: Any, forward: Forward, size: int, cell: _Cell, faster: Faster
-    ) -> None:
+    def _try_out(self, engine: Any, forward: Forward, size: int, cell: _Cell) -> None:
         reason = engine.unsupported(forward.model, forward.variant.ladder.method)
         if reason is not None:
             logger.info("%s runs eagerly: %s", forward.name, reason)
@@ -242,10 +248,9 @@ class Graphs:
         graph = engine.Graph(*arguments)
         with suppress(UnavailableError):  # the server ends
             compiled, eager = self._compare(forward, size, graph)
-            self._call(partial(self._take, forward, size, cell, graph, compiled, eager)).result()
-            if cell.graph is not None:
-                for measure in self._call(faster).result():
-                    self._call(measure).result()
+            take = partial(self._take, forward, size, cell, graph, compiled, eager)
+            for measure in self._call(take).result():
+                self._call(measure).result()
 
     def _compare(
         self, forward: Forward, size: int, graph: Callable[..., Outputs]
@@ -287,16 +292,18 @@ class Graphs:
         graph: Callable[..., Outputs],
         compiled: float,
         eager: float,
-    ) -> None:
-        """Take a graph if it is faster."""
+    ) -> Sequence[Callable[[], None]]:
+        """Take a graph if it is faster; return what measures again what became so."""
         cell.eager = compiled >= eager
-        if not cell.eager:
-            cell.graph, cell.used = graph, self._clock()
         logger.info(
             "%s, %d images: %.1f ms compiled, %.1f ms eagerly: %s",
             forward.name, size, 1000 * compiled, 1000 * eager,
             "stays eager" if cell.eager else "compiled from now on",
         )  # fmt: skip
+        if cell.eager:
+            return ()
+        cell.graph, cell.used = graph, self._clock()
+        return self._changed(*cell.of)
 
 
 def _joined(parts: Sequence[Outputs]) -> Outputs:

@@ -1,6 +1,6 @@
 """The ladders that a model is served on, as its settings name them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,38 @@ def check_learned(
         ladder.check_learned(backbone.model, learned)
     except ReductionError as error:
         raise ConfigError(f"model {model!r}: {error}") from error
+
+
+def banks_of(
+    model: str, tuned: Sequence[tuple[Ladder, int]], bank: Bank | None
+) -> list[Bank | None]:
+    """Return the bank that a model has on each of its ladders: a bank is for one of them.
+
+    Args:
+        model: its name.
+        tuned: its ladders, each with the rate of it that it was tuned at; 0 if on another one.
+        bank: the only one that it has.
+
+    Raises:
+        ConfigError: if the bank is for none of the ladders, or for another one than the model was
+            tuned on.
+    """
+    if bank is None:
+        return [None] * len(tuned)
+    banks = [bank if are_same(ladder, bank.ladder) else None for ladder, _ in tuned]
+    if not any(banks):
+        there = ", ".join(ladder.name for ladder, _ in tuned)
+        raise ConfigError(
+            f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, on which the "
+            f"model {model!r} is not served; its ladders are: {there}"
+        )
+    for (ladder, source), its in zip(tuned, banks, strict=True):
+        if source and its is None:
+            raise ConfigError(
+                f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, and the model "
+                f"{model!r} was tuned on another one, {ladder.name!r}, at rate {source}"
+            )
+    return banks
 
 
 def are_same(one: Ladder, other: Ladder) -> bool:

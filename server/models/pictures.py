@@ -31,7 +31,7 @@ def prepare(data: bytes | bytearray, model: ServedModel, settings: Settings) -> 
     """Decode an uploaded image and bring it into the form [3, H, W] that the model wants.
 
     Raises:
-        ServerError: what `pictures.decode` raises.
+        ServerError: what `decoding` raises.
     """
     least_side = model.least_side if settings.reduce_jpegs else None
     with decoding(data, settings.max_pixels, least_side) as picture:
@@ -45,24 +45,14 @@ def decoding(
     least_side: int | None = None,
     max_aspect: int = MAX_ASPECT,
 ) -> Iterator[Image.Image]:
-    """Decode an image once there is room for its pixels, which are held meanwhile.
-
-    Arguments and errors as in `decode`; `max_aspect` is how often the shorter side may fit into
-    the longer one.
-    """
-    image = _open(data, max_pixels, least_side, max_aspect)
-    with DECODING.hold(_pixels_in_memory(image), max_pixels):
-        yield _load(image)
-
-
-def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = None) -> Image.Image:
-    """Decode an image, upright and in RGB.
+    """Decode an image, upright and in RGB, once there is room for its pixels; they are held.
 
     Args:
         data: a JPEG, PNG or WebP file; of an animation the first frame is taken.
         max_pixels: what width x height may be.
         least_side: a JPEG may come out at 1/2, 1/4 or 1/8 of its size, which decodes faster, as
             long as both sides keep so many pixels; None: at its own size.
+        max_aspect: how often the shorter side may fit into the longer one.
 
     Raises:
         BadRequestError: if there are no bytes.
@@ -70,11 +60,13 @@ def decode(data: bytes | bytearray, max_pixels: int, least_side: int | None = No
         TooLargeError: if it has too many pixels; none of them was decoded then.
         ImageError: if it is truncated, damaged, far too elongated or mostly metadata.
     """
-    return _load(_open(data, max_pixels, least_side))
+    image = _open(data, max_pixels, least_side, max_aspect)
+    with DECODING.hold(_pixels_in_memory(image), max_pixels):
+        yield _load(image)
 
 
 def _open(
-    data: bytes | bytearray, max_pixels: int, least_side: int | None, max_aspect: int = MAX_ASPECT
+    data: bytes | bytearray, max_pixels: int, least_side: int | None, max_aspect: int
 ) -> ImageFile.ImageFile:
     """Open an image without decoding it; arguments and errors as in `decoding`."""
     if not data:
@@ -125,7 +117,7 @@ def _pixels_in_memory(image: ImageFile.ImageFile) -> int:
 
 
 def _load(image: ImageFile.ImageFile) -> Image.Image:
-    """Decode an open image, upright and in RGB; errors as in `decode`."""
+    """Decode an open image, upright and in RGB; errors as in `decoding`."""
     with _image_errors():
         image.load()
         check_tags(exif_of(image))

@@ -1,10 +1,13 @@
 """The models that are served, by name, while they may be replaced."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from timm.models.vision_transformer import VisionTransformer
 
 from server.errors import UnknownModelError
 from server.models.served import ServedModel
+from tocom import Ladder
 
 
 class Registry:
@@ -41,6 +44,22 @@ class Registry:
         """Return the handles that are served now, the default one first."""
         with self._lock:
             return tuple(self._models.values())
+
+    def measure_again(
+        self, network: VisionTransformer, ladder: Ladder, rate: int
+    ) -> list[Callable[[], None]]:
+        """Forget how long a network takes at a rate of a ladder, for all models that have it.
+
+        Returns:
+            What takes note of how long it takes now; all is to be called where batches run.
+        """
+        return [
+            measure
+            for model in self.all()
+            for each in model.ladders
+            if each.backbone.model is network and each.ladder == ladder
+            for measure in each.measure_again(rate)
+        ]
 
     def replace(self, model: ServedModel) -> None:
         """Let a handle take the place of the one of its name; the old one is let go.

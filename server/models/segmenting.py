@@ -4,6 +4,7 @@ Pictures keep their proportions, so that their sizes differ: those of one size r
 one costs goes by its size, too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from adapters.segmentation.task import MAX_RATIO, Colour
 from server.engine.threads import set_torch_threads
 from server.models.budget import DECODING
 from server.models.pictures import decoding
-from server.models.served import RateWork, ServedModel
+from server.models.served import RateWork, ServedModel, entering
 from server.schemas import Kind
 from server.settings import Settings
 from tocom import Cost, Ladder, cost
@@ -69,6 +70,15 @@ class ServedSegmenter(ServedModel):
             self._costs[rate, size] = found
         return found
 
+    def tokens(self, rate: int, size: Size) -> int:
+        """Return how many tokens enter all blocks together, of all windows of a picture."""
+        _, windows = windows_of(self.segmenter, size)
+        return windows * entering(self.cost_of(rate, size))
+
+    def measure_again(self, rate: int) -> list[Callable[[], None]]:
+        """Return nothing: it never runs by graphs, and takes as long as before."""
+        return []
+
     def at(self, rate: int, compensate: bool, trace: bool = False) -> "SceneWork":
         """Return the work of a forward at `rate`, in 0..max_rate, as other models do."""
         work = super().at(rate, compensate, trace)
@@ -107,7 +117,7 @@ class Scene:
         """Return the image [3, H, W] that the model wants.
 
         Raises:
-            ServerError: what `pictures.decode` raises.
+            ServerError: what `pictures.decoding` raises.
         """
         data, self._data = self._data, b""  # what is decoded is held no longer
         with decoding(data, self._max_pixels, max_aspect=MAX_RATIO) as picture:
@@ -137,16 +147,23 @@ def scene_transform(segmenter: Segmenter) -> Any:
     return Compose([resized, ToTensor(), Normalize(config["mean"], config["std"])])
 
 
+def windows_of(segmenter: Segmenter, size: Size) -> tuple[Size, int]:
+    """Return the size of the windows of a picture that was brought to a size, and their number."""
+    info = segmenter.info
+    window = min(info.window[0], size[0]), min(info.window[1], size[1])
+    number = 1
+    for length, part, stride in zip(size, window, info.stride, strict=True):
+        number *= len(starts(length, part, stride))
+    return window, number
+
+
 def segmentation_cost(segmenter: Segmenter, rate: int, size: Size, ladder: Ladder) -> Cost:
     """Return what a picture costs: its windows through the encoder, and the decoder as the head.
 
     The plan of tokens is that of one window.
     """
-    info, model = segmenter.info, segmenter.backbone.model
-    window = min(info.window[0], size[0]), min(info.window[1], size[1])
-    windows = 1
-    for length, part, stride in zip(size, window, info.stride, strict=True):
-        windows *= len(starts(length, part, stride))
+    model = segmenter.backbone.model
+    window, windows = windows_of(segmenter, size)
     one = cost(model, rate, window, ladder=ladder, adapter=segmenter.backbone.adapter)
     down, across = model.patch_embed.patch_size
     head = segmenter.decoder.macs((window[0] // down) * (window[1] // across))

@@ -5,7 +5,6 @@ changes; what it makes on demand (the delta for a rate) is kept, for all threads
 ends, requests that run on it still end on it.
 """
 
-import logging
 import math
 import threading
 import time
@@ -25,14 +24,12 @@ from adapters.segmentation import SegmentationInfo
 from server.engine.rates import Controller
 from server.errors import ParameterError, UnknownLadderError
 from server.models.graphs import Forward, Graphs
-from server.models.ladders import are_same, check_learned
-from server.models.weights import Deltas, calibration_of
+from server.models.ladders import banks_of, check_learned
+from server.models.weights import Deltas, calibration_of, check_bank
 from server.schemas import Evaluation, Kind
 from tocom import TOME, AnyDelta, Backbone, ConfigError, Cost, Ladder, RateError, Variant, cost
 from tocom.reduction import ReductionWeights
 from tocom.vit import trace
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +76,7 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         if self.bank is not None:
-            self.bank.check_geometry(self.backbone)
-            self.bank.check_attention(self.backbone, self.source)
-            # Not check_fits: warnings are the whole process's, and this may run while it serves.
-            if (overridden := self.bank.overrides(self.backbone)) is not None:
-                logger.warning("%s", overridden)
-            if not self.bank.distilled_on(self.backbone):
-                logger.info(
-                    "bank %s was distilled on other weights than %s has: right for a model tuned "
-                    "from that backbone, useless for another",
-                    self.bank.info.name, self.backbone.name,
-                )  # fmt: skip
+            check_bank(self.bank, self.backbone, self.source)
         _ = self.calibration  # what it warns of is said when the model is loaded
 
     @property
@@ -207,32 +194,19 @@ class ServedModel:
             ConfigError: if it is for none of the ladders, or for another one than the model was
                 tuned on, or does not reach the rate that it was tuned at.
         """
-        own = [bank is not None and are_same(each.ladder, bank.ladder) for each in self.ladders]
-        if bank is not None and not any(own):
-            there = ", ".join(each.ladder.name for each in self.ladders)
-            raise ConfigError(
-                f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, on which the "
-                f"model {self.name!r} is not served; its ladders are: {there}"
-            )
-        for each, has_bank in zip(self.ladders, own, strict=True):
-            if each.source and bank is not None and not has_bank:
-                raise ConfigError(
-                    f"bank {bank.info.name!r} is for the ladder {bank.ladder.name!r}, and the "
-                    f"model {self.name!r} was tuned on another one, {each.ladder.name!r}, at rate "
-                    f"{each.source}"
-                )
-        first, *others = (
-            replace(each, bank=bank if has_bank else None)
-            for each, has_bank in zip(self.ladders, own, strict=True)
-        )
-        for each in (first, *others):
+        tuned = [(each.ladder, each.source) for each in self.ladders]
+        own, *other_banks = banks_of(self.name, tuned, bank)
+        pairs = zip(self.others, other_banks, strict=True)
+        others = tuple(replace(each, bank=its) for each, its in pairs)
+        model = replace(self, bank=own, others=others)
+        for each in model.ladders:
             if each.source > each.max_rate:
                 raise ConfigError(
                     f"model {self.name!r}: its source rate must be in 0..{each.max_rate}, got "
                     f"{each.source}"
                 )
             check_learned(self.name, each.ladder, each.backbone, each.learned)
-        return replace(first, others=tuple(others))
+        return model
 
     @cached_property
     def learned(self) -> ReductionWeights | None:
@@ -248,9 +222,23 @@ class ServedModel:
                 self._made[rate] = self.deltas.get(self.bank, self.source, rate, scale)
             return self._made[rate]
 
+    def measure_again(self, rate: int) -> list[Callable[[], None]]:
+        """Forget how long batches take at a rate; return what takes note of how long they do now.
+
+        All is to be called where batches run.
+        """
+        sizes = self.controller.times.forget(rate)
+        if rate > self.max_rate:  # of a bank that is served no more
+            return []
+        return [partial(self.at(rate, compensate=True).warm_up, [size]) for size in sizes]
+
     def share(self, rate: int) -> float:
         """Return the multiply-adds of an image at a rate, compared to rate 0."""
         return self.costs[rate].macs / self.costs[0].macs
+
+    def tokens(self, rate: int, size: tuple[int, int]) -> int:
+        """Return how many tokens enter all blocks together, of an image of a size at a rate."""
+        return entering(self.costs[rate])
 
     @property
     def proportional(self) -> bool:
@@ -288,6 +276,11 @@ class ServedModel:
         """Patches down and across."""
         height, width = self.backbone.model.patch_embed.patch_size
         return self.input_size[1] // height, self.input_size[2] // width
+
+
+def entering(what: Cost) -> int:
+    """Return how many tokens enter all blocks together."""
+    return what.plan.tokens_in + sum(what.plan.tokens[:-1])
 
 
 class Output(NamedTuple):
@@ -333,7 +326,7 @@ class RateWork:
         if self.trace:
             return [*chain(*graphs.team.run(partial(self._traced, self.variant()), images))]
         forward = Forward(self.model.backbone.model, self.variant())
-        features, logits, _ = graphs.run(forward, images, self._measure_again)
+        features, logits, _ = graphs.run(forward, images)
         return [*map(Output, logits.float().cpu(), features.float().cpu())]
 
     def variant(self) -> Variant:
@@ -361,18 +354,20 @@ class RateWork:
 
         To be called where batches run, so that it takes as long as they do.
         """
-        with torch.inference_mode():
-            self(torch.zeros(1, *self.model.input_size))  # makes what is made at first
-            for size in sizes:
-                images = torch.zeros(size, *self.model.input_size)
-                began = time.perf_counter()
-                self(images)
-                self.controller.times.measured(self.rate, size, time.perf_counter() - began)
+        self._seconds(1)  # makes what is made at first
+        for size in sizes:
+            # A rate at which one image seems slow is not chosen, and so never measured again.
+            tries = 2 if size == 1 else 1
+            seconds = min(self._seconds(size) for _ in range(tries))
+            self.controller.times.measured(self.rate, size, seconds)
 
-    def _measure_again(self) -> list[Callable[[], None]]:
-        """Forget how long batches took before; return what takes note of how long they take now."""
-        sizes = self.controller.times.forget(self.rate)
-        return [partial(self.warm_up, [size]) for size in sizes]
+    def _seconds(self, size: int) -> float:
+        """Return how long a batch of blank images takes."""
+        images = torch.zeros(size, *self.model.input_size)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self(images)
+        return time.perf_counter() - began
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,25 @@ class Backbones:
         return Deltas(backbone, self._max_folded_bytes)
 
 
+def check_bank(bank: Bank, backbone: Backbone, source: int) -> None:
+    """Check that a bank is for a backbone that was tuned at a rate; log what speaks against it.
+
+    Raises:
+        BankError: if it is for another one.
+    """
+    bank.check_geometry(backbone)
+    bank.check_attention(backbone, source)
+    # Not check_fits: warnings are the whole process's, and this may run while it serves.
+    if (overridden := bank.overrides(backbone)) is not None:
+        logger.warning("%s", overridden)
+    if not bank.distilled_on(backbone):
+        logger.info(
+            "bank %s was distilled on other weights than %s has: right for a model tuned from that "
+            "backbone, useless for another",
+            bank.info.name, backbone.name,
+        )  # fmt: skip
+
+
 def calibration_of(
     name: str, backbone: Backbone, bank: Bank | None, source: int
 ) -> Calibration | None:

@@ -13,8 +13,8 @@ from functools import partial
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from server.engine.scheduler import Runnable, Work
 from server.engine.times import Flow
+from server.engine.work import Runnable, Work
 from server.models.registry import Registry
 from server.models.served import RateWork
 
@@ -117,7 +117,7 @@ class Metrics:
         for stage in ("decode", "inference"):
             self._failed.labels(stage)
             self._stages.labels(stage)
-        for reason in ("quality", "deadline", "backlog", "load", "cooling"):
+        for reason in ("quality", "deadline", "backlog", "load", "cooling", "slack"):
             self._decisions.labels(reason)
         for result in ("hit", "miss"):
             self._lookups.labels(result)
@@ -133,17 +133,22 @@ class Metrics:
         self._stages.labels("decode").observe(seconds)
 
     def ran(
-        self, work: Runnable, reason: str, images: int, seconds: float, queued: Sequence[float]
+        self,
+        work: Runnable,
+        reason: str,
+        shape: tuple[int, ...],
+        seconds: float,
+        queued: Sequence[float],
     ) -> None:
         """Count a batch."""
         assert isinstance(work, RateWork)
         model = work.model.name, work.model.ladder.name
-        plan = work.model.costs[work.rate].plan
+        images, _, height, width = shape
         self._recent.add(images, self._clock(), WINDOW)
         self._batches.observe(images)
         self._stages.labels("inference").observe(seconds)
         self._images.labels(*model, work.rate).inc(images)
-        self._tokens.labels(*model).inc(images * (plan.tokens_in + sum(plan.tokens[:-1])))
+        self._tokens.labels(*model).inc(images * work.model.tokens(work.rate, (height, width)))
         for waited in queued:
             self._queued.observe(waited)
         if reason != "asked":

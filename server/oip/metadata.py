@@ -74,7 +74,7 @@ async def all_statistics(serving: ServingDep, statistics: StatisticsDep) -> Stat
     return StatisticsList(model_stats=[statistics.of(model.name) for model in serving.models.all()])
 
 
-@router.get(MODEL, summary="Describe the tensors of a model", responses=described(404))
+@router.get(MODEL, summary="Describe the tensors of a model", responses=described(404, 422))
 @router.get(VERSIONED, include_in_schema=False)
 async def model_metadata(model: AskedModel) -> ModelMetadata:
     """Tell what a model takes and gives."""
@@ -94,7 +94,7 @@ async def model_metadata(model: AskedModel) -> ModelMetadata:
     )
 
 
-@router.get(MODEL + "/ready", summary="Is a model ready?", responses=described(404, 503))
+@router.get(MODEL + "/ready", summary="Is a model ready?", responses=described(404, 422, 503))
 @router.get(VERSIONED + "/ready", include_in_schema=False)
 async def model_ready(model: AskedModel, serving: ServingDep) -> ModelReady:
     """Tell whether requests for a model should be sent here."""
@@ -102,7 +102,7 @@ async def model_ready(model: AskedModel, serving: ServingDep) -> ModelReady:
     return ModelReady(name=model.name, ready=True)
 
 
-@router.get(MODEL + "/config", summary="Configuration of a model", responses=described(404))
+@router.get(MODEL + "/config", summary="Configuration of a model", responses=described(404, 422))
 @router.get(VERSIONED + "/config", include_in_schema=False)
 async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
     """Tell how a model is served, as Triton would say it."""
@@ -137,14 +137,14 @@ async def model_config(model: AskedModel, serving: ServingDep) -> ModelConfig:
     )
 
 
-@router.get(MODEL + "/stats", summary="Statistics of a model", responses=described(404))
+@router.get(MODEL + "/stats", summary="Statistics of a model", responses=described(404, 422))
 @router.get(VERSIONED + "/stats", include_in_schema=False)
 async def model_statistics(model: AskedModel, statistics: StatisticsDep) -> StatisticsList:
     """Tell what a model has done for requests of this protocol."""
     return StatisticsList(model_stats=[statistics.of(model.name)])
 
 
-@repository.post("/v2/repository/index", summary="List all models")
+@repository.post("/v2/repository/index", summary="List all models", responses=described(401))
 async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
     """List the models. All are loaded, so that asking for the ready ones changes nothing."""
     state = "READY" if serving.warm.is_set() else "LOADING"
@@ -157,7 +157,7 @@ async def repository_index(serving: ServingDep) -> list[RepositoryEntry]:
 @repository.post(
     "/v2/repository/models/{name}/load",
     summary="Load a model",
-    responses=described(400, 401, 403, 404, 408, 413),
+    responses=described(400, 401, 403, 404, 408, 413, 422),
 )
 async def load(request: Request, name: str, serving: ServingDep) -> None:
     """Confirm that a model is loaded: all models of the server always are."""
@@ -170,7 +170,7 @@ async def load(request: Request, name: str, serving: ServingDep) -> None:
 @repository.post(
     "/v2/repository/models/{name}/unload",
     summary="Unload a model",
-    responses=described(401, 403, 404),
+    responses=described(401, 403, 404, 422),
 )
 async def unload(name: str, serving: ServingDep) -> None:
     """Always refused: models are served as long as the server runs."""

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Annotated, Any
 
-from anyio import fail_after
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.engine.job import Answer
 from server.inference.query import ClassifyQuery
@@ -32,20 +31,11 @@ class _Lines(StreamingResponse):
 
     media_type = LINES[0]
     body_iterator: Any  # an async generator, which aclosing() asks for
-    #: Seconds that a client may take to make room for a line. Not an argument of __init__, whose
-    #: signature FastAPI looks at.
-    patience = math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            with fail_after(self.patience):
-                await send(message)
-
         # Without the base's own watch, which would take the rest of the request for itself.
         async with aclosing(self.body_iterator):
-            # Who has stopped reading is as good as gone, and would keep its place here for ever.
-            with suppress(TimeoutError):
-                await self.stream_response(send_in_time)
+            await self.stream_response(send)
 
 
 @router.post(
@@ -117,9 +107,7 @@ async def classify_batch(
     lines = body()
     # Before there is a first line, what is wrong with the request can still be its status.
     await anext(lines)
-    answer = _Lines(lines)
-    answer.patience = serving.settings.timeout_ms / 1000
-    return answer
+    return _Lines(lines)
 
 
 def _encode(line: BatchLine) -> bytes:

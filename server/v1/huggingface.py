@@ -25,6 +25,7 @@ from server.v1.running import asked_for, run, whole
 from server.web.access import priority_of
 from server.web.body import FORM, JSON, content_type, described_body, in_time, read
 from server.web.fetching import URL, FetcherDep
+from server.web.origins import BANK_DIGEST, CACHED, RATE, REASON
 from server.web.problems import described
 from server.web.serving import ServingDep
 
@@ -119,11 +120,11 @@ async def classify_as_hugging_face(
     async with fetcher.files([image], deadline.left) as images:
         (answer,) = whole(await run(request, serving, work, images, deadline), "image")
     ran = Ran.of(answer)
-    response.headers.update({"X-Rate": str(ran.rate), "X-Reason": ran.reason})
+    response.headers.update({RATE: str(ran.rate), REASON: ran.reason})
     if ran.cached:
-        response.headers["X-Cached"] = "true"
+        response.headers[CACHED] = "true"
     if ran.bank_digest is not None:
-        response.headers["X-Bank-Digest"] = ran.bank_digest
+        response.headers[BANK_DIGEST] = ran.bank_digest
     usual = "sigmoid" if model.backbone.multi_label else "softmax"
     return _scores(answer, asked.function_to_apply or usual, predictions)
 

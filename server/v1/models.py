@@ -16,7 +16,7 @@ async def list_models(serving: ServingDep) -> ModelList:
     return ModelList(models=[answers.summary(model) for model in serving.models.all()])
 
 
-@router.get("/v1/models/{name}", summary="Describe a model", responses=described(404))
+@router.get("/v1/models/{name}", summary="Describe a model", responses=described(404, 422))
 async def describe_model(name: str, serving: ServingDep) -> ModelDetail:
     """Describe one model."""
     return answers.detail(serving.models.get(name))

@@ -7,8 +7,9 @@ first, and half of the places in the queue stay free for those.
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,12 +138,9 @@ class Stream:
         # ahead, and an image that arrives. Taking a large one may leave more than that ahead, but
         # nothing of the next has arrived then, and no more is read until both fit again.
         reserved = 2 * self._serving.settings.max_body_bytes
-        self._serving.budget.take(reserved)
-        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
-        timer = self._set_timer()
         end: _End | None = None
         failed = 0
-        try:
+        with self._serving.budget.streaming(reserved), self._working():
             while end is None or self.done < self._taken:
                 event = await self._events.get()
                 if isinstance(event, Exception):
@@ -161,6 +159,14 @@ class Stream:
                 self._unread.release()
             if end.failure:
                 raise end.failure
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Read, and watch the client and the clock; what is not done at the end is given up."""
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        timer = self._set_timer()
+        try:
+            yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -168,7 +174,6 @@ class Stream:
                 timer.cancel()
             for future in tuple(self._running):
                 future.cancel()  # also takes the image out of the engine's queue
-            self._serving.budget.release(reserved)
 
     def _set_timer(self) -> asyncio.TimerHandle | None:
         if math.isinf(self._deadline):

@@ -25,7 +25,7 @@ from adapters.schema import first_fault
 from server.errors import BadRequestError, ParameterError, TooLargeError, UnsupportedTypeError
 from server.settings import Settings
 from server.web import encoded, multipart
-from server.web.body import FORM, JSON, content_type, read
+from server.web.body import FORM, JSON, check_json, content_type, read
 
 T = TypeVar("T")
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -213,8 +213,7 @@ def parse(kind: type[Schema], body: bytes | bytearray, limit: int) -> Schema:
         return kind.model_validate_json(body)
     except ValidationError as error:
         (fault, *_) = error.errors(include_url=False, include_input=False)
-        if fault["type"] == "json_invalid":
-            raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
+        check_json(fault)
         of = "'s" if fault["loc"] else ":"
         form = ""
         if kind is EncodedImages and len(fault["loc"]) < 2:

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from server.errors import UploadTimeoutError
+from server.errors import BadRequestError, UnsupportedTypeError, UploadTimeoutError
 
 FORM = "multipart/form-data"
 JSON = "application/json"
@@ -21,8 +21,28 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def content_type(request: Request) -> str:
-    """Return what a request says its body is, without parameters; empty if it says nothing."""
+    """Return what a request says its body is, without parameters; empty if it says nothing.
+
+    Raises:
+        UnsupportedTypeError: if it is compressed.
+    """
+    check_plain(request)
     return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def check_plain(request: Request) -> None:
+    """Raise UnsupportedTypeError if a request says that its body is compressed."""
+    encoding = request.headers.get("Content-Encoding", "identity").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise UnsupportedTypeError(
+            f"a body is read here as it is, not {encoding[:40]}; send it without Content-Encoding"
+        )
+
+
+def check_json(fault: Mapping[str, Any]) -> None:
+    """Raise BadRequestError if the fault that pydantic finds with a body is that it is no JSON."""
+    if fault["type"] == "json_invalid":
+        raise BadRequestError(f"the body is not JSON: {fault['msg']}") from None
 
 
 async def read(request: Request) -> bytearray:
@@ -39,13 +59,17 @@ async def read_json(request: Request, kind: type[Schema]) -> Schema:
     """Return a small body of JSON: unlike a parameter of a route it is read after keys are checked.
 
     Raises:
-        RequestValidationError: as if it were a parameter.
+        UnsupportedTypeError: if it is compressed.
         UploadTimeoutError: if it does not arrive soon.
+        BadRequestError: if it is not JSON.
+        RequestValidationError: if it is something else, as if it were a parameter.
     """
+    check_plain(request)
     body = await in_time(read(request), SOON, round(1000 * SOON))
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        check_json(error.errors()[0])
         faults = [fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults) from None
 

@@ -52,6 +52,7 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self._streamed = 0
 
     def take(self, size: int) -> None:
         """Hold so many bytes more.
@@ -82,6 +83,28 @@ class Budget:
             yield
         finally:
             self.release(size)
+
+    @contextmanager
+    def streaming(self, size: int) -> Iterator[None]:
+        """Hold the bytes of a stream until its end.
+
+        Streams may last for ever. What several hold is half at most, so that others find room.
+
+        Raises:
+            UnavailableError: if there is no room for them.
+        """
+        allowed = self.limit // 2
+        if self._streamed and self._streamed + size > allowed:
+            raise UnavailableError(
+                f"streams of images hold {self._streamed:,} of the {allowed:,} bytes that they "
+                "may have together"
+            )
+        with self.holding(size):
+            self._streamed += size
+            try:
+                yield
+            finally:
+                self._streamed -= size
 
 
 class BodyLimit:

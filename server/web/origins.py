@@ -12,9 +12,12 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 #: Of an answer that is no JSON: what ran, as JSON.
 ANSWER = "X-Answer"
 
+#: Of an answer in another interface's words: what ran.
+RAN = RATE, REASON, BANK_DIGEST, CACHED = "X-Rate", "X-Reason", "X-Bank-Digest", "X-Cached"
+
 #: Headers that scripts of other origins may send, and read of answers.
 SENT = ("Authorization", "Content-Type", "X-API-Key", REQUEST_ID, JSON_LENGTH)
-READ = (REQUEST_ID, "Server-Timing", "Retry-After", ANSWER, JSON_LENGTH)
+READ = (REQUEST_ID, "Server-Timing", "Retry-After", ANSWER, JSON_LENGTH, *RAN)
 
 
 def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

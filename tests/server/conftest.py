@@ -92,6 +92,14 @@ def work() -> Double:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Where a thread has one torch thread it is not by chance: those to come begin with two."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def make(clock: Clock) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
@@ -117,6 +125,11 @@ def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
     """Return a coarse random pattern; tokens of plain noise would all be alike."""
     values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def seen(model: ServedModel, data: bytes) -> torch.Tensor:
+    """Return what a model makes of a file in RGB, [3, H, W]."""
+    return model.transform(Image.open(io.BytesIO(data)))
 
 
 def png(image: Image.Image) -> bytes:

@@ -4,8 +4,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.app import create_app
+from server.models.graphs import Graphs
 from server.progress import Progress
-from server.settings import BUNDLED_MODEL
+from server.settings import BUNDLED_MODEL, ApiKey
 from tocom import BackboneError, ConfigError
 
 
@@ -90,6 +91,24 @@ def test_problems_are_described_once(client):
         assert len(content["example"]) == 2
 
 
+def test_every_problem_is_described_as_one(client):
+    """A route with parameters would else be described with FastAPI's own kind of a 422."""
+    assert "HTTPValidationError" not in client.get("/openapi.json").text
+
+
+def test_a_route_that_wants_a_key_is_described_as_refusing_others(settings):
+    keys = (ApiKey(name="one", key="k" * 16),)
+    described = create_app(settings.model_copy(update={"api_keys": keys})).openapi()
+    wanting = [
+        operation
+        for methods in described["paths"].values()
+        for operation in methods.values()
+        if "security" in operation
+    ]
+    assert len(wanting) > 10
+    assert all("401" in operation["responses"] for operation in wanting)
+
+
 PAGE = "https://app.example.org"
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
 
@@ -111,6 +130,11 @@ def test_pages_of_other_origins_may_ask_if_they_are_named(settings, photo):
             assert answer.headers["access-control-allow-origin"] == PAGE
             exposed = answer.headers["access-control-expose-headers"].split(", ")
             assert {"X-Request-Id", "Server-Timing", "Retry-After"} <= {*exposed}
+        # What another interface tells in headers, scripts can read, too.
+        answer = client.post("/models/tiny", content=photo, headers={"Origin": PAGE})
+        told = {"x-rate", "x-reason", "x-bank-digest"}
+        assert told <= {*answer.headers} & {name.lower() for name in exposed}
+        assert "X-Cached" in exposed
 
 
 def test_pages_of_other_origins_may_not_ask_by_default(client, photo):
@@ -129,9 +153,21 @@ def test_the_engine_runs_warm_while_the_application_does(settings):
         tiny = app.state.serving.models.get("tiny")
         assert list(tiny._made) == [5, 4, 3, 2, 1]
         times = tiny.controller.times
-        assert times.known == {(rate, size) for rate in range(6) for size in (1, 2, 4, 8, 16)}
+        sizes = (1, 2, 4, 8, 16)
+        assert set(times._table.cells) == {(rate, size) for rate in range(6) for size in sizes}
         assert times.batch(4, 16) > times.batch(4, 1) > 0
     assert not engine.running
+
+
+def test_an_engine_does_not_outlive_a_start_that_fails(settings, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("OpenVINO is broken")
+
+    monkeypatch.setattr(Graphs, "start", fail)
+    app = create_app(settings)
+    with pytest.raises(RuntimeError, match="OpenVINO is broken"), TestClient(app):
+        pass
+    assert not app.state.serving.engine._worker.is_alive()
 
 
 def test_it_tells_how_far_it_is(settings):

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 from server.arguments import parser, settings
 from server.cli import main
 from server.commands import greet
-from server.models.pictures import decode
 from server.models.registry import Registry
 from server.settings import Settings
+from tests.server.conftest import seen
 from tests.server.segmenters import streets
 
 ROOT = Path(__file__).parents[2]
@@ -205,14 +204,6 @@ def test_a_mistake_is_one_clear_line(arguments, message, capsys):
     assert complaint.count("\n") == 1
 
 
-def test_a_port_in_use(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        assert main(["--port", str(port)]) == 2
-    message = f"tocom-serve: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
-    assert capsys.readouterr().err == message
-
-
 def test_every_setting_is_an_option_with_its_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
@@ -294,7 +285,7 @@ def test_classify_without_a_server(models, served, photo, photo_file, capsys):
     arguments = ["classify", photo_file, photo_file, "--rate", "3", "--top-k", "2", *models]
     assert main([*arguments, "--json"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    image = served.transform(decode(photo, 10**6))
+    image = seen(served, photo)
     scores = served.at(3, True)(image[None])[0].logits.softmax(0)
     assert first == second
     assert first["photo"] == photo_file

@@ -32,6 +32,13 @@ KSERVE = {
 DEPLOYMENT = MANIFEST["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]
 (CONTAINER,) = POD["spec"]["containers"]
+RUNTIME = KSERVE["ServingRuntime"]["spec"]
+(KSERVE_CONTAINER,) = RUNTIME["containers"]
+#: Of each manifest: what becomes a pod, the container and the seconds that it has to end.
+PODS = {
+    "kubernetes": (POD["spec"], CONTAINER, POD["spec"]["terminationGracePeriodSeconds"]),
+    "kserve": (RUNTIME, KSERVE_CONTAINER, 30),  # what pods have unless told otherwise
+}
 EXPRESSIONS = [
     (panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]
 ]
@@ -49,7 +56,7 @@ def series(app):
     serving = app.state.serving
     metrics, model = serving.metrics, serving.models.get(None)
     metrics.answered(model.name, model.ladder.name, 0, 200, 0.1)
-    metrics.ran(model.at(0, True), "quality", 1, 0.1, [0])
+    metrics.ran(model.at(0, True), "quality", (1, *model.input_size), 0.1, [0])
     metrics.rejected("queue_full")
     metrics.passed([model.at(0, True)], "sure")
     text = generate_latest(metrics.registry) + generate_latest(State(serving))
@@ -139,6 +146,10 @@ def test_the_service_finds_the_pods():
     assert MANIFEST["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
 
 
+def test_no_service_sets_a_setting():
+    assert POD["spec"]["enableServiceLinks"] is False
+
+
 def test_probes_ask_routes_that_there_are(paths):
     (port,) = CONTAINER["ports"]
     probes = [CONTAINER[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
@@ -150,39 +161,58 @@ def test_probes_ask_routes_that_there_are(paths):
     assert notes["prometheus.io/port"] == str(port["containerPort"])
 
 
+@pytest.fixture(params=PODS)
+def deployed(request):
+    """What `PODS` has of a manifest."""
+    return PODS[request.param]
+
+
 @pytest.fixture
-def configured(monkeypatch):
+def configured(deployed, monkeypatch):
     """The settings of a server in the container."""
-    for variable in CONTAINER["env"]:
+    for variable in deployed[1]["env"]:
         monkeypatch.setenv(variable["name"], variable["value"])
     return load_settings()
 
 
-def test_the_environment_consists_of_settings(configured):
-    names = {variable["name"].removeprefix("TOCOM_").lower() for variable in CONTAINER["env"]}
+def test_the_environment_consists_of_settings(deployed, configured):
+    _, container, _ = deployed
+    names = {variable["name"].removeprefix("TOCOM_").lower() for variable in container["env"]}
     assert names <= set(Settings.model_fields)
-    assert configured.port == CONTAINER["ports"][0]["containerPort"]
-    assert configured.threads == int(CONTAINER["resources"]["requests"]["cpu"])
+    assert configured.port == container["ports"][0]["containerPort"]
+    assert configured.threads == int(container["resources"]["requests"]["cpu"])
 
 
-def test_the_last_request_is_answered_before_the_pod_is_killed(configured):
-    grace = POD["spec"]["terminationGracePeriodSeconds"]
+def test_the_last_request_is_answered_before_the_pod_is_killed(deployed, configured):
+    _, _, grace = deployed
     assert grace >= (configured.drain_delay_ms + configured.timeout_ms) / 1000 + 10
 
 
-def test_requests_are_taken_until_the_service_knows_better(configured):
-    probe = CONTAINER["readinessProbe"]
+def test_requests_are_taken_until_the_service_knows_better(deployed, configured):
+    _, container, _ = deployed
+    probe = container["readinessProbe"]
     assert configured.drain_delay_ms / 1000 > probe["periodSeconds"] * probe["failureThreshold"]
 
 
-def test_the_user_is_that_of_the_image():
-    user = POD["spec"]["securityContext"]["runAsUser"]
-    assert f"USER {user}" in DOCKERFILE
+def test_the_container_may_do_no_more_than_it_has_to(deployed):
+    pod, container, _ = deployed
+    allowed = pod.get("securityContext", {}) | container["securityContext"]
+    assert allowed["runAsNonRoot"]
+    assert f"USER {allowed['runAsUser']}" in DOCKERFILE
+    assert not allowed["allowPrivilegeEscalation"]
+    assert allowed["capabilities"] == {"drop": ["ALL"]}
+    assert allowed["seccompProfile"] == {"type": "RuntimeDefault"}
+    # Nothing is written but to /tmp.
+    assert allowed["readOnlyRootFilesystem"]
+    (mount,) = container["volumeMounts"]
+    (volume,) = pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/tmp"}
+    assert "emptyDir" in volume
 
 
 def test_the_runtime_of_kserve_serves_the_model_by_its_service_s_name(paths, monkeypatch):
     runtime, service = KSERVE["ServingRuntime"], KSERVE["InferenceService"]
-    (container,) = runtime["spec"]["containers"]
+    container = KSERVE_CONTAINER
     for variable in container["env"]:
         monkeypatch.setenv(variable["name"], variable["value"])
     name = service["metadata"]["name"]
@@ -191,9 +221,6 @@ def test_the_runtime_of_kserve_serves_the_model_by_its_service_s_name(paths, mon
     (model,) = settings.models
     assert (model.name, model.backbone) == (name, "/mnt/models/model")
     assert model.bank == "/mnt/models/bank"
-    (port,) = container["ports"]
-    assert settings.port == port["containerPort"]
-    assert settings.threads == int(container["resources"]["requests"]["cpu"])
     for probe in (container["readinessProbe"], container["livenessProbe"]):
         assert probe["httpGet"]["path"] in paths
         assert probe["httpGet"]["port"] == settings.port
@@ -205,19 +232,24 @@ def test_the_runtime_of_kserve_serves_the_model_by_its_service_s_name(paths, mon
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     formats = [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
     assert model["modelFormat"]["name"] in formats
-    assert container["securityContext"]["runAsUser"] == POD["spec"]["securityContext"]["runAsUser"]
 
 
 @pytest.mark.parametrize(
-    ("extras", "options"),
-    [("", []), ("otel", ["--extra", "otel"]), ("otel,ray", ["--extra", "otel", "--extra", "ray"])],
-)
-def test_the_image_gets_the_extras_that_are_asked_for(extras, options):
+    ("torch", "extras", "options"),
+    [
+        ("cpu", "", "--torch-backend cpu --requirements pyproject.toml"),
+        ("", "otel", "--requirements pyproject.toml --extra otel"),
+        (
+            "cu128", "otel,ray",
+            "--torch-backend cu128 --requirements pyproject.toml --extra otel --extra ray",
+        ),
+    ],
+)  # fmt: skip
+def test_the_image_gets_the_torch_and_the_extras_that_are_asked_for(torch, extras, options):
     (command,) = re.findall(r"^RUN (uv .*--requirements (?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE)
     done = subprocess.run(
         ["sh", "-c", f'uv() {{ printf "%s\\n" "$@"; }}\n{command}'],
-        env=os.environ | {"TORCH": "cpu", "EXTRAS": extras},
+        env=os.environ | {"TORCH": torch, "EXTRAS": extras},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    _, asked = done.stdout.split("pyproject.toml\n")
-    assert asked.split() == options
+    assert done.stdout.split() == ["pip", "install", *options.split()]

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from server.app import create_app
-from server.models.pictures import decode
 from server.observe.metrics import Metrics
-from tests.server.conftest import MAX_RATE, listening, picture, png
+from tests.server.conftest import MAX_RATE, listening, picture, png, seen
 from tests.server.works import PATIENCE
 from tocom import trace
 from tocom.backbones import weights_digest
 
 PICTURES = [png(picture(seed)) for seed in range(8)]
-REQUESTS = 500
+REQUESTS = 200
 THREADS = 8
 
 #: Below this margin another rounding may merge another pair of tokens, and rightly so.
@@ -43,7 +42,7 @@ class Expected:
 
 
 def alone(served, data: bytes, rate: int, compensate: bool) -> Expected:
-    image = served.transform(decode(data, 10**6))[None]
+    image = seen(served, data)[None]
     delta = served.delta(rate) if compensate and rate != served.source else None
     traced = trace(served.backbone.model, image, rate, delta)
     return Expected(traced.logits[0], bool(traced.margin[0] < TIE))
@@ -114,6 +113,6 @@ def test_mixed_rates_from_eight_threads(settings, served, decoded):
 
     assert weights_digest(model) == digest
     for index, data in enumerate(PICTURES):
-        stock = model(served.transform(decode(data, 10**6))[None])[0]
+        stock = model(seen(served, data)[None])[0]
         torch.testing.assert_close(at_source[index], stock)
         assert torch.equal(returned[index], at_source[index])

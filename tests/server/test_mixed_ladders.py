@@ -10,16 +10,15 @@ import torch
 from fastapi.testclient import TestClient
 
 from server.app import create_app
-from server.models.pictures import decode
 from server.observe.metrics import Metrics
-from tests.server.conftest import MAX_RATE, picture, png
+from tests.server.conftest import MAX_RATE, picture, png, seen
 from tests.server.ladders import CLUSTERS, RINGS, UNEVEN, on_ladders
 from tests.server.works import PATIENCE
 from tocom import TOME, trace
 
 PICTURES = [png(picture(seed)) for seed in range(4)]
 LADDERS = (TOME, UNEVEN, RINGS, CLUSTERS)
-REQUESTS = 500
+REQUESTS = 200
 THREADS = 8
 
 #: Below this margin another rounding may merge another pair of tokens, and rightly so.
@@ -44,7 +43,7 @@ def test_mixed_ladders_from_eight_threads(settings, tiny, served, tmp_path, monk
     ]
     expected = {}
     for index, ladder, rate in cases:
-        image = served.transform(decode(PICTURES[index], 10**6))[None]
+        image = seen(served, PICTURES[index])[None]
         delta = served.delta(rate) if ladder == TOME and rate else None
         expected[index, ladder, rate] = trace(
             served.backbone.model, image, rate, delta, ladder=ladder

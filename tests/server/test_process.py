@@ -40,7 +40,7 @@ def processes(tiny, tmp_path_factory) -> Iterator[dict[str, Process]]:
     folder = tmp_path_factory.mktemp("processes")
     model = f"tiny={tiny.backbone},bank={tiny.bank}"
     command = [sys.executable, "-m", "server.cli", "--port", "0", "--model", model]
-    delays = {"ended": 0, "drained": 3000, "hurried": 600_000}
+    delays = {"ended": 0, "drained": 8000, "hurried": 600_000}
     with ExitStack() as stack:
         started = {}
         for name, delay in delays.items():

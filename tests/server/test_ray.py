@@ -38,7 +38,7 @@ from server.ray import NAME, Arguments, Replica, UserConfig, build
 from server.settings import load_settings
 from tests.server.conftest import MAX_RATE, picture, png
 from tests.server.works import PATIENCE
-from tocom import ConfigError
+from tocom import ConfigError, StoreError
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 ROOT = Path(__file__).parents[2]
@@ -84,11 +84,19 @@ def test_the_file_for_clusters_says_what_there_is():
 
 
 @pytest.fixture
-def replica(settings, monkeypatch) -> Replica:
+def store(bank_folder, tmp_path) -> Store:
+    """It has the bank that the server begins with, too."""
+    store = Store(tmp_path / "store")
+    store.publish(Bank.load(bank_folder))
+    return store
+
+
+@pytest.fixture
+def replica(settings, store, monkeypatch) -> Replica:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(log, "configure", lambda settings: None)
-    return Replica(settings)
+    return Replica(settings.model_copy(update={"store": store.root}))
 
 
 def test_banks_are_what_the_user_config_says_whatever_they_were(replica, bank_folder):
@@ -105,6 +113,14 @@ def test_banks_are_what_the_user_config_says_whatever_they_were(replica, bank_fo
     with pytest.raises(UnknownBankError, match="no bank is 'tiny@00000000'"):
         banks(tiny="tiny@00000000")
     assert banks() == {"tiny": digest, "bare": None}
+
+
+def test_a_bank_that_serves_no_more_can_be_deleted(replica, store):
+    with pytest.raises(StoreError, match="is in use"):
+        store.delete("tiny")
+    asyncio.run(replica.reconfigure({"banks": {"tiny": None}}))
+    store.delete("tiny")
+    assert store.versions() == []
 
 
 def test_a_replica_whose_engine_is_stuck_is_not_healthy(replica, monkeypatch):
@@ -172,7 +188,12 @@ def cluster(tiny, other_bank, tmp_path_factory) -> Iterator[Cluster]:
         "import_path": "server.ray:build",
         "args": {"config": str(settings)},
         "deployments": [
-            {"name": NAME, "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}},
+            {
+                "name": NAME,
+                "num_replicas": 2,
+                "ray_actor_options": {"num_cpus": 0.5},
+                "graceful_shutdown_timeout_s": 1,
+            },
         ],
     }
     file = {"http_options": {"port": port}, "applications": [application]}

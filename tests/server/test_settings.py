@@ -138,6 +138,44 @@ def test_a_list_in_the_environment_that_is_not_json(tmp_path, monkeypatch):
     assert "secret" not in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("TOCOM_MAX_QEUE", "max_queue"),
+        ("TOCOM_CONFG", "config"),
+        ("TOCOM_MODEL__0__NAME", "models"),
+        ("TOCOM_API_PORT", "port"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_refused(monkeypatch, variable, meant):
+    monkeypatch.setenv(variable, "7")
+    message = rf"^the variable {variable} is no setting, did you mean {meant}\?$"
+    with pytest.raises(ConfigError, match=message):
+        load_settings()
+
+
+@pytest.mark.parametrize("service", ["TOCOM_SERVE", "TOCOM_API", "TOCOM_MODEL"])
+def test_what_kubernetes_tells_of_services_is_ignored(monkeypatch, service):
+    for variable, value in {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(f"{service}_{variable}", value)
+    monkeypatch.setenv("TOCOM_UNLIKE_ALL", "1")
+    assert load_settings().model_dump() == Settings().model_dump()
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        load_settings(tmp_path)
+
+
 def test_the_largest_bodies_must_find_room():
     with pytest.raises(ConfigError, match="^the settings: .*max_inflight_bytes must be at least"):
         load_settings(max_body_bytes=400_000_000)

@@ -13,6 +13,8 @@ from server.engine.engine import Engine
 from server.engine.job import Answer
 from server.engine.rates import Controller
 from server.engine.times import ServiceTimes
+from server.engine.turns import NORMAL
+from server.engine.work import Work
 
 
 def controller(max_batch: int = 8, highest: int = 16, slo: float = math.inf) -> Controller:
@@ -91,8 +93,19 @@ def image(value: float) -> Callable[[], Tensor]:
     return lambda: torch.full((3, 1, 1), float(value))
 
 
+def submit_one(
+    engine: Engine,
+    work: Work,
+    prepare: Callable[[], Tensor],
+    deadline: float,
+    due: float | None = None,
+    priority: int = NORMAL,
+) -> Future[Answer]:
+    return engine.submit_all(work, [prepare], deadline, due, priority)[0]
+
+
 def submit(engine: Engine, work: Double, value: float, deadline: float = math.inf) -> Future:
-    return engine.submit(work, image(value), deadline)
+    return submit_one(engine, work, image(value), deadline)
 
 
 def settle(engine: Engine) -> None:
@@ -101,7 +114,7 @@ def settle(engine: Engine) -> None:
     def fail() -> Tensor:
         raise LookupError
 
-    future = engine.submit(Double("none"), fail, math.inf)
+    future = submit_one(engine, Double("none"), fail, math.inf)
     assert isinstance(future.exception(timeout=PATIENCE), LookupError)
 
 

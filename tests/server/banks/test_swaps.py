@@ -23,6 +23,7 @@ from server.models.weights import Backbones
 from tests.server.banks.conftest import NARROW, attach, files, listed
 from tests.server.conftest import MAX_RATE, problem
 from tests.server.ladders import CLUSTERS, UNEVEN, on_ladders
+from tests.server.works import submit_one
 from tocom import FoldedWeights, StoreError, fold, forward
 
 
@@ -174,13 +175,20 @@ def test_a_choice_that_is_none(admin, choice):
     problem(answer)
 
 
-@pytest.mark.parametrize(("depth", "status"), [(100, 422), (400, 422), (100_000, 413)])
+@pytest.mark.parametrize(("depth", "status"), [(100, 422), (400, 400), (100_000, 413)])
 def test_a_choice_that_is_nested_deeply(admin, depth, status):
     body = b'{"bank":' + b"[" * depth + b"]" * depth + b"}"
     headers = {"Content-Type": "application/json"}
     answer = admin.put("/v1/models/tiny/bank", content=body, headers=headers)
     assert answer.status_code == status
     problem(answer)
+
+
+@pytest.mark.parametrize("body", [b"", b"bank=tiny", b'{"bank": "tiny"', b'{"bank": "\xff"}'])
+def test_a_choice_that_is_no_json(admin, body):
+    answer = admin.put("/v1/models/tiny/bank", content=body)
+    assert answer.status_code == 400
+    assert problem(answer).startswith("the body is not JSON: Invalid JSON")
 
 
 # What is deleted
@@ -318,7 +326,7 @@ def test_no_answer_is_a_mixture(admin, registry, served, make_bank):
 
     def ask(i: int):
         work = registry.get("tiny").at(i % (MAX_RATE + 1), compensate=True)
-        return engine.submit(work, partial(images.__getitem__, i % 8), deadline=math.inf)
+        return submit_one(engine, work, partial(images.__getitem__, i % 8), deadline=math.inf)
 
     futures = []
     for i in range(24):

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from server.errors import DeadlineError, QueueFullError, UnavailableError
-from tests.server.works import PATIENCE, Double, Exact, image, settle, submit, value
+from tests.server.works import (
+    PATIENCE,
+    Double,
+    Exact,
+    image,
+    settle,
+    submit,
+    submit_one,
+    value,
+)
 
 
 def test_answers_are_those_of_the_images(make, work):
@@ -83,8 +92,8 @@ def test_only_the_guilty_of_a_failing_batch_fails(make, work):
 def test_an_image_that_fits_no_batch_fails_alone(make, work):
     engine = make()
     good = submit(engine, work, 1)
-    bad = engine.submit(work, lambda: torch.zeros(3, 9, 9), math.inf)
-    odd = engine.submit(work, lambda: torch.zeros(0), math.inf)
+    bad = submit_one(engine, work, lambda: torch.zeros(3, 9, 9), math.inf)
+    odd = submit_one(engine, work, lambda: torch.zeros(0), math.inf)
     settle(engine)
     engine.start()
     assert value(good) == 2
@@ -95,7 +104,7 @@ def test_an_image_that_fits_no_batch_fails_alone(make, work):
 
 def test_a_forward_that_returns_too_little_is_an_error(make):
     engine = make()
-    future = engine.submit(Exact(lambda images: images[:0]), image(1), math.inf)
+    future = submit_one(engine, Exact(lambda images: images[:0]), image(1), math.inf)
     engine.start()
     with pytest.raises(ValueError, match="shorter"):
         future.result(PATIENCE)
@@ -125,9 +134,9 @@ def test_what_is_late_is_dropped_before_inference(make, work, clock):
 def test_what_is_late_is_not_even_prepared(make, work, clock):
     engine = make()
     go = threading.Event()
-    engine.submit(work, lambda: go.wait(PATIENCE) and image(0)(), math.inf)
+    submit_one(engine, work, lambda: go.wait(PATIENCE) and image(0)(), math.inf)
     prepared: list[bool] = []
-    late = engine.submit(work, lambda: prepared.append(True) or image(1)(), clock.now + 1)
+    late = submit_one(engine, work, lambda: prepared.append(True) or image(1)(), clock.now + 1)
     clock.now += 5
     go.set()
     with pytest.raises(DeadlineError):
@@ -138,7 +147,7 @@ def test_what_is_late_is_not_even_prepared(make, work, clock):
 def test_the_most_urgent_image_is_prepared_first(make, work, clock):
     engine = make()
     begun, go = threading.Event(), threading.Event()
-    engine.submit(work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
+    submit_one(engine, work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
     assert begun.wait(PATIENCE)
     prepared: list[int] = []
 
@@ -147,7 +156,7 @@ def test_the_most_urgent_image_is_prepared_first(make, work, clock):
         return image(number)()
 
     for number, seconds in ((1, math.inf), (2, 30), (3, 20), (4, 40)):
-        engine.submit(work, partial(note, number), clock.now + seconds)
+        submit_one(engine, work, partial(note, number), clock.now + seconds)
     go.set()
     settle(engine)
     assert prepared == [3, 2, 4, 1]
@@ -160,11 +169,11 @@ def test_the_upload_of_an_image_that_is_given_up_is_free_at_once(make, work):
 
     engine = make()
     begun, go = threading.Event(), threading.Event()
-    engine.submit(work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
+    submit_one(engine, work, lambda: begun.set() or (go.wait(PATIENCE) and image(0)()), math.inf)
     assert begun.wait(PATIENCE)
     upload = Upload()
     held = weakref.ref(upload)
-    future = engine.submit(work, upload, math.inf)
+    future = submit_one(engine, work, upload, math.inf)
     del upload
     assert held() is not None
     future.cancel()
@@ -193,7 +202,7 @@ def test_what_is_given_up_while_it_is_prepared_does_not_run(make, work):
         go.wait(PATIENCE)
         return image(1)()
 
-    future = engine.submit(work, slow, math.inf)
+    future = submit_one(engine, work, slow, math.inf)
     assert begun.wait(PATIENCE)
     assert future.cancel()
     go.set()
@@ -212,7 +221,7 @@ def test_a_running_forward_is_not_given_up(make):
         return images.flatten(1)
 
     engine.start()
-    future = engine.submit(Exact(run), image(1), math.inf)
+    future = submit_one(engine, Exact(run), image(1), math.inf)
     assert begun.wait(PATIENCE)
     assert not future.cancel()
     go.set()
@@ -243,11 +252,11 @@ def test_a_full_queue_says_when_to_come_back(make, clock):
         return images.flatten(1)
 
     engine.start()
-    answer = engine.submit(Exact(slow), image(1), math.inf).result(PATIENCE)
+    answer = submit_one(engine, Exact(slow), image(1), math.inf).result(PATIENCE)
     assert answer.inference == 3
     go = threading.Event()
     for _ in range(4):
-        engine.submit(Exact(slow), partial(go.wait, PATIENCE), math.inf)
+        submit_one(engine, Exact(slow), partial(go.wait, PATIENCE), math.inf)
     with pytest.raises(QueueFullError) as raised:
         engine.check_room()
     assert raised.value.retry_after == 12  # 4 images, 3 seconds each
@@ -265,7 +274,7 @@ def test_times_are_told(make, clock):
         clock.now += 4
         return images.flatten(1)
 
-    future = engine.submit(Exact(run), prepare, math.inf)
+    future = submit_one(engine, Exact(run), prepare, math.inf)
     settle(engine)
     clock.now += 2
     engine.start()
@@ -296,7 +305,7 @@ def test_silence_grows_while_a_batch_runs(make, clock):
         return images.flatten(1)
 
     engine.start()
-    engine.submit(Exact(run), image(1), math.inf).result(PATIENCE)
+    submit_one(engine, Exact(run), image(1), math.inf).result(PATIENCE)
     assert heard == [7]
 
 
@@ -327,7 +336,7 @@ def test_the_wait_for_company_ends_where_an_image_would_be_late(make, clock):
     work = Exact(lambda images: ran.set() or images.flatten(1))
     work.controller.times.measured(0, 1, 2.0)
     engine.start()
-    engine.submit(work, image(1), clock.now + 2.0)  # not a moment to spare
+    submit_one(engine, work, image(1), clock.now + 2.0)  # not a moment to spare
     assert ran.wait(PATIENCE)
 
 
@@ -339,7 +348,21 @@ def test_a_stop_ends_the_wait_for_company(make, work):
     assert value(future) == 2
 
 
-def test_forwards_run_without_gradients_and_on_one_thread_unless_they_take_more(make):
+def test_an_idle_worker_keeps_no_images(make):
+    kept: list[weakref.ref[Tensor]] = []
+
+    def prepare() -> Tensor:
+        made = image(1)()
+        kept.append(weakref.ref(made))
+        return made
+
+    engine = make()
+    engine.start()
+    submit_one(engine, Exact(lambda images: [0] * len(images)), prepare, math.inf).result(PATIENCE)
+    assert engine.call(lambda: [each() for each in kept]).result(PATIENCE) == [None]
+
+
+def test_forwards_run_without_gradients_and_on_one_thread_unless_they_take_more(make, two_threads):
     seen: list[tuple[bool, int]] = []
     prepared: list[int] = []
 
@@ -351,9 +374,12 @@ def test_forwards_run_without_gradients_and_on_one_thread_unless_they_take_more(
         prepared.append(torch.get_num_threads())
         return image(1)()
 
-    engine = make()
+    engine = make(max_batch=1)
+    futures = [submit_one(engine, Exact(run), prepare, math.inf) for _ in range(2)]
+    settle(engine)
+    torch.set_num_threads(2)  # the pool has set one, for threads to come
     engine.start()
-    engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
-    engine.submit(Exact(run), prepare, math.inf).result(PATIENCE)
+    for future in futures:
+        future.result(PATIENCE)
     assert seen == [(True, 1)] * 2
     assert prepared == [1, 1]

@@ -12,7 +12,17 @@ from torch import Tensor
 from server.engine.scheduler import Scheduler
 from server.engine.turns import HIGH, LOW, NORMAL
 from server.errors import DeadlineError, QueueFullError, ShortDeadlineError, UnavailableError
-from tests.server.works import PATIENCE, Double, Exact, Open, controller, image, settle, submit
+from tests.server.works import (
+    PATIENCE,
+    Double,
+    Exact,
+    Open,
+    controller,
+    image,
+    settle,
+    submit,
+    submit_one,
+)
 
 
 def test_what_would_be_answered_too_late_is_refused_at_once(make, clock):
@@ -77,12 +87,12 @@ def test_an_open_rate_is_chosen_for_the_batch_and_told(make, clock):
     work = Open(function=run, controller=controller())
     for rate in (0, 16):
         work.controller.times.measured(rate, 1, 2.0 - rate / 16)
-    relaxed = engine.submit(work, image(1), math.inf)
+    relaxed = submit_one(engine, work, image(1), math.inf)
     settle(engine)
     engine.start()
     assert (relaxed.result(PATIENCE).work.rate, relaxed.result(PATIENCE).reason) == (0, "quality")
     # 2 s at rate 0 do not fit into what may be planned with of 2.2 s.
-    urgent = engine.submit(work, image(2), math.inf, due=clock.now + 2.2).result(PATIENCE)
+    urgent = submit_one(engine, work, image(2), math.inf, due=clock.now + 2.2).result(PATIENCE)
     assert 0 < urgent.work.rate < 16
     assert urgent.reason == "deadline"
     assert ran == [1, 2]
@@ -96,7 +106,7 @@ def test_what_ran_is_measured(make, clock):
     work = Exact(slow)
     engine = make()
     engine.start()
-    engine.submit(work, image(1), math.inf).result(PATIENCE)
+    submit_one(engine, work, image(1), math.inf).result(PATIENCE)
     engine.call(lambda: None).result(PATIENCE)  # the batch is over, its notes taken
     assert work.controller.times.batch(0, 1) == 3
 
@@ -119,8 +129,8 @@ class Notes:
     def decoded(self, work, seconds):
         self.taken.append(("decoded", seconds))
 
-    def ran(self, work, reason, images, seconds, queued):
-        self.taken.append(("ran", work.rate, reason, images, seconds, list(queued)))
+    def ran(self, work, reason, shape, seconds, queued):
+        self.taken.append(("ran", work.rate, reason, shape, seconds, list(queued)))
 
     def failed(self, work, stage):
         self.taken.append(("failed", stage))
@@ -150,7 +160,7 @@ def test_an_observer_is_told_what_happens(make, work, clock):
         ("failed", "decode"),  # the one that `settle` sends
         ("cancelled",),
         ("missed", "queue"),
-        ("ran", 0, "asked", 1, 0, [1]),
+        ("ran", 0, "asked", (1, 3, 1, 1), 0, [1]),
         ("failed", "inference"),
     ]
 
@@ -265,6 +275,19 @@ def test_it_waits_for_nothing_of_a_lower_priority():
     assert gathering(1, [50.0], priority=HIGH).gather(50.0, preparing=1.0) == 1.0
 
 
+def test_the_wait_of_a_batch_that_was_given_up_is_not_that_of_the_next():
+    scheduler = gathering(1, [50.0])
+    assert scheduler.gather(50.0, preparing=0.7) == 1.0
+    (work,) = scheduler.queued()
+    for number in range(2):
+        scheduler.discard(Shaped(work, number, (3, 8, 8), due=100.0))
+    assert scheduler.take(51.0) is None
+    for number in range(2, 4):
+        scheduler.arrived(Shaped(work, number, (3, 8, 8), began=90.0), 90.0)
+    scheduler.add(Shaped(work, 2, (3, 8, 8), arrived=60.0, due=190.0))
+    assert scheduler.gather(90.0, preparing=0.7) == 1.0
+
+
 def test_what_is_more_urgent_ends_the_wait_of_others():
     scheduler = gathering(1, [50.0])
     assert scheduler.gather(50.0, preparing=1.0) > 0
@@ -289,11 +312,11 @@ def test_an_image_that_is_ready_waits_for_the_next_in_the_engine(make, work, clo
 
     begun, known = threading.Semaphore(0), threading.Event()
     engine.start()
-    assert engine.submit(work, after(None, 1.0), math.inf).result(PATIENCE).batch_size == 1
+    assert submit_one(engine, work, after(None, 1.0), math.inf).result(PATIENCE).batch_size == 1
     begun.acquire()
-    both = [engine.submit(work, after(known), math.inf)]
+    both = [submit_one(engine, work, after(known), math.inf)]
     assert begun.acquire(timeout=PATIENCE)
-    both.append(engine.submit(work, after(None), math.inf))
+    both.append(submit_one(engine, work, after(None), math.inf))
     assert begun.acquire(timeout=PATIENCE)
     known.set()
     assert [each.result(PATIENCE).batch_size for each in both] == [2, 2]

@@ -17,7 +17,7 @@ from server.engine.threads import (
     begin_beside_forwards,
     set_torch_threads,
 )
-from tests.server.works import Clock
+from tests.server.works import PATIENCE, Clock
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -110,7 +110,7 @@ def test_threads_beside_forwards_are_nicer_and_alone_in_that():
     assert os.nice(0) == before
 
 
-def test_a_sandbox_that_forbids_niceness_stops_no_thread(monkeypatch):
+def test_a_sandbox_that_forbids_niceness_stops_no_thread(monkeypatch, two_threads):
     def forbidden(*_: int) -> None:
         raise PermissionError
 
@@ -178,11 +178,11 @@ def test_when_the_neighbour_has_gone_it_gets_all_again(machine, team):
     assert [machine.run(team, 1.0) for _ in range(20)].count(2) > 15
 
 
-def test_shares_are_run_side_by_side_and_come_back_in_order():
+def test_shares_are_run_side_by_side_and_come_back_in_order(two_threads):
     team, together = Team(3), threading.Barrier(3)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        together.wait()  # for ever, unless all three run at once
+        together.wait(PATIENCE)  # breaks, unless all three run at once
         assert torch.is_inference_mode_enabled()
         assert torch.get_num_threads() == 1
         return images + 1

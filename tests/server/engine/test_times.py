@@ -3,10 +3,10 @@ import sys
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.engine.times import Flow, ServiceTimes, largest_batch, sacrificed
+from server.engine.times import DELAY, SLICE, Flow, ServiceTimes, largest_batch, sacrificed
 from tests.server.engine.test_rates import timed
 
 
@@ -161,6 +161,38 @@ def test_a_flow_forgets():
 def test_the_size_of_a_batch(waiting, limit, budget, slack, size):
     times = timed().times
     assert largest_batch(times, 0, waiting, limit, budget, slack) == size
+
+
+@given(
+    seconds=st.dictionaries(st.sampled_from([1, 2, 4, 8, 16, 64]), st.floats(0.01, 1), min_size=1),
+    waiting=st.integers(0, 100),
+    limit=st.sampled_from([1, 3, 16, 64]),
+    budget=st.floats(0.01, 3) | st.just(math.inf),
+    slack=st.floats(0.01, 2) | st.just(math.inf),
+)
+@example(  # where rounding matters
+    seconds={64: 0.01}, waiting=64, limit=64, budget=3 * 0.01 * 29 / 64, slack=math.inf
+)
+def test_the_size_of_a_batch_is_the_largest_that_fits(seconds, waiting, limit, budget, slack):
+    times = ServiceTimes(lambda rate: 1)
+    for images, took in seconds.items():
+        times.measured(0, images, took)
+    allowed = SLICE * budget
+    if slack > DELAY * times.batch(0, 1):
+        allowed = min(allowed, slack / DELAY)
+    size = min(waiting, limit)
+    while size > 1 and times.batch(0, size) > allowed:
+        size -= 1
+    assert largest_batch(times, 0, waiting, limit, budget, slack) == size
+
+
+def test_a_large_batch_is_cut_in_few_steps():
+    times, asked = ServiceTimes(lambda rate: 1), []
+    times.measured(0, 1, 1.0)
+    batch = times.batch
+    times.batch = lambda rate, images: asked.append(images) or batch(rate, images)
+    assert largest_batch(times, 0, 1000, 1000, 15.5, math.inf) == 5
+    assert len(asked) < 20
 
 
 def behind() -> ServiceTimes:

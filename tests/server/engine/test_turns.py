@@ -12,8 +12,8 @@ from benchmarks.elastic.simulated import Image
 from server.engine.places import Places
 from server.engine.scheduler import Scheduler
 from server.engine.turns import HIGH, LOW, NORMAL, Turns
-from server.errors import QueueFullError
-from tests.server.works import PATIENCE, Exact, controller, image, settle
+from server.errors import QueueFullError, TooLargeError
+from tests.server.works import PATIENCE, Exact, controller, image, settle, submit_one
 
 SHARE = 0.1
 
@@ -184,6 +184,15 @@ def test_some_places_are_kept_for_high_priority():
         places.check(3, HIGH, pace=0.0)
 
 
+def test_more_images_than_there_are_places_are_never_taken():
+    places = Places(16, keep=True)
+    for priority, most in ((HIGH, 16), (NORMAL, 14), (LOW, 8)):
+        places.check(most, priority, pace=0.0)
+        text = f"{most + 1} images are more than the {most} places that the queue has for this"
+        with pytest.raises(TooLargeError, match=text):
+            places.check(most + 1, priority, pace=0.0)
+
+
 def test_an_engine_runs_and_decodes_the_higher_priority_first(make):
     ran: list[float] = []
 
@@ -207,10 +216,10 @@ def test_an_engine_runs_and_decodes_the_higher_priority_first(make):
         return prepare
 
     same = Exact(run)
-    engine.submit(same, hold, math.inf)
+    submit_one(engine, same, hold, math.inf)
     assert begun.wait(PATIENCE)
     for number, priority in ((1, LOW), (2, NORMAL), (3, HIGH)):
-        engine.submit(same, note(number), 1000.0, priority=priority)
+        submit_one(engine, same, note(number), 1000.0, priority=priority)
     go.set()
     settle(engine)
     engine.start()

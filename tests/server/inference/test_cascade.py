@@ -1,13 +1,10 @@
-"""Images that decide their own compute, over HTTP and in the engine."""
+"""Images that decide their own compute, over HTTP."""
 
 import base64
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +15,16 @@ from torch import Tensor
 from adapters.cascade import Cascade, CascadePoint, margins, write_cascade
 from adapters.ladder import digest
 from server.app import create_app
-from server.engine.engine import Engine
-from server.engine.job import Answer
-from server.errors import DeadlineError
-from server.inference.cascade import CascadeWork, Climbing, submit_all
+from server.errors import ParameterError
+from server.inference.cascade import cascade_work
+from server.inference.query import RateQuery
 from server.models.cascades import misfit
 from server.models.loading import load_model
 from server.models.pictures import prepare
-from server.models.served import Output, ServedModel
+from server.models.served import ServedModel
 from server.settings import ModelSettings, Settings
 from tests.server.conftest import picture, png, problem
-from tests.server.works import PATIENCE, Clock, Exact, controller, settle
+from tests.server.segmenters import streets
 from tocom import ConfigError, RateError
 
 PHOTOS = [png(picture(seed)) for seed in range(12)]
@@ -189,6 +185,12 @@ def test_what_cannot_be_had_is_refused(
     assert re.search(message, problem(answer))
 
 
+def test_a_cascade_is_for_classification(tiny: ModelSettings, tmp_path: Path) -> None:
+    model = load_model(streets(tiny, tmp_path))
+    with pytest.raises(ParameterError, match="classification is, and .* 'streets' is for segmenta"):
+        cascade_work(model, RateQuery(rate="cascade"), trace=False)
+
+
 def test_the_protocol_tells_all_runs(client: TestClient) -> None:
     alone = [ask(client, photo)["rates"] for photo in PHOTOS]
     body = {
@@ -259,92 +261,3 @@ def test_a_wrong_rate_is_told_that_there_is_a_cascade(tiny: ModelSettings, path:
     model = load_model(tiny.model_copy(update={"cascade": str(path)}))
     with pytest.raises(RateError, match="0 to 5, whole numbers, auto or cascade; got rate='99'"):
         model.parse_rate("99")
-
-
-# In the engine, with works that need no model.
-
-
-class Said(Exact):
-    """Work whose answers lead by the image's value, a hundred times as much at rate 0."""
-
-    def __call__(self, images: Tensor) -> list[Output]:
-        leads = images[:, 0, 0, 0] * (1 if self.rate else 100)
-        rows = torch.stack([leads, torch.zeros_like(leads)], dim=1)
-        return [Output(row, row, None) for row in rows]
-
-
-def climb(engine: Engine, values: list[float], deadline: float = math.inf) -> list[Future[Any]]:
-    shared = controller()
-    work = CascadeWork(
-        None, (Said(rate=4, controller=shared), Said(rate=0, controller=shared)), (0.5,)
-    )  # type: ignore[arg-type]
-    images: list[Callable[[], Tensor]] = [
-        lambda value=value: torch.full((3, 1, 1), value) for value in values
-    ]
-    return submit_all(engine, work, images, deadline)  # type: ignore[arg-type]
-
-
-def test_runs_share_batches_with_others(make: Callable[..., Engine]) -> None:
-    engine = make()
-    first, second = climb(engine, [0.5, 2.0])
-    settle(engine)
-    engine.start()
-    unsure, sure = first.result(PATIENCE), second.result(PATIENCE)
-    assert (unsure.work.rate, unsure.reason, unsure.batch_size) == (0, "unsure", 1)
-    assert (sure.work.rate, sure.reason, sure.batch_size) == (4, "sure", 2)
-    (before,) = unsure.before
-    assert before.work.rate == 4
-    assert unsure.inference >= before.inference
-
-
-def test_without_time_for_more_the_answer_stands(make: Callable[..., Engine], clock: Clock) -> None:
-    engine = make(max_queue=1)
-    (image,) = climb(engine, [0.5], deadline=clock.now + 5)
-    image._work.runs[1].controller.times.measured(0, 1, 60.0)
-    engine.start()
-    answer = image.result(PATIENCE)
-    assert (answer.work.rate, answer.reason, answer.before) == (4, "deadline", ())
-
-
-def test_a_second_run_needs_no_free_place(make: Callable[..., Engine]) -> None:
-    engine = make(max_queue=1)
-    (image,) = climb(engine, [0.5])
-    engine.start()
-    assert image.result(PATIENCE).work.rate == 0
-    assert engine.load().taken == 0
-
-
-def test_what_fails_at_first_fails(make: Callable[..., Engine], clock: Clock) -> None:
-    engine = make()
-    (late,) = climb(engine, [0.5], deadline=clock.now + 5)
-    settle(engine)
-    clock.now += 10
-    engine.start()
-    with pytest.raises(DeadlineError, match="too little time was left for inference"):
-        late.result(PATIENCE)
-
-
-def test_an_image_that_is_given_up_runs_no_more(make: Callable[..., Engine]) -> None:
-    engine = make()
-    (image,) = climb(engine, [0.5])
-    settle(engine)
-    assert image.cancel()
-    assert engine.load().taken == 0
-    assert isinstance(image, Climbing)
-    assert image.so_far() is None
-
-
-def test_an_answer_that_stands_when_time_is_over_is_counted(make: Callable[..., Engine]) -> None:
-    counted: list[tuple[list[int], str]] = []
-    engine = make()
-    (image,) = climb(engine, [0.5])
-    assert isinstance(image, Climbing)
-    engine.observer = SimpleNamespace(
-        passed=lambda works, reason: counted.append(([work.rate for work in works], reason))
-    )
-    assert image.so_far() is None
-    first = image._work.runs[0]
-    image._done = (Answer(None, first, "asked", decode=0, queue=0, inference=0, batch_size=1),)
-    assert image.so_far().reason == "deadline"
-    assert counted == [([4], "deadline")]
-    engine.observer = None

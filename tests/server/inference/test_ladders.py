@@ -8,12 +8,10 @@ from fastapi.testclient import TestClient
 
 from adapters import Bank
 from server.app import create_app
-from server.models.pictures import decode
-from tests.server.conftest import MAX_RATE, problem
+from tests.server.conftest import MAX_RATE, problem, seen
 from tests.server.ladders import CLUSTERS, RINGS, UNEVEN, on_ladders
 from tocom import TOME, cost, trace
 
-FAR = 1_000_000
 LADDERS = (TOME, UNEVEN, RINGS, CLUSTERS)
 
 
@@ -34,7 +32,7 @@ def ask(client: TestClient, image: bytes, **query: object):
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
 def test_an_answer_is_that_of_the_ladder_and_says_so(client, served, photo, ladder):
-    image = served.transform(decode(photo, FAR))[None]
+    image = seen(served, photo)[None]
     for rate in range((ladder.top or MAX_RATE) + 1):
         body = ask(client, photo, ladder=ladder.name, rate=rate, logits=True, merge_map=True).json()
         counted = cost(served.backbone.model, rate, ladder=ladder)

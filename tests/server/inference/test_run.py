@@ -4,10 +4,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from server.app import create_app
-from server.models.pictures import decode
-from tests.server.conftest import picture, png, problem
-
-FAR = 1_000_000
+from tests.server.conftest import picture, png, problem, seen
 
 
 def ask(client: TestClient, image: bytes, **query: object):
@@ -73,7 +70,7 @@ def test_a_deadline_of_the_request(client, photo):
 
 def test_the_merge_map(client, served, photo):
     body = ask(client, photo, rate=4, merge_map=True).json()
-    image = served.transform(decode(photo, FAR))[None]
+    image = seen(served, photo)[None]
     source = served.at(4, True, trace=True)(image)[0].source
     assert body["merge_map"] == {"grid": [4, 4], "tokens": source[1:].tolist(), "dropped": 0}
     assert len(set(body["merge_map"]["tokens"])) == body["tokens"]["final"] - 1

@@ -7,15 +7,17 @@ import itertools
 import tarfile
 import weakref
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from server.int8.calibration import PICTURES, Calibration
 from server.models import graphs, loading
 from server.models.graphs import Forward, Graphs
 from server.models.loading import load_models
 from tests.server.conftest import picture, png
-from tests.server.models.test_graphs import at_once, wait_for_compiler
+from tests.server.models.test_graphs import Changes, at_once, wait_for_compiler
 from tests.tocom_models import pictures, small_model
 from tocom import ConfigError, FoldedWeights, Variant
 from tocom.delta import target_layers
@@ -81,6 +83,21 @@ def test_of_many_pictures_some_are_taken_from_everywhere(folder):
 def test_a_folder_that_is_called_like_a_picture_is_none(folder):
     (folder / "x.jpg").mkdir()
     assert len(Calibration(folder)._files) == 10
+
+
+def test_pictures_are_seen_as_in_service(tmp_path, model):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    plain, odd = tmp_path / "plain", tmp_path / "odd"
+    for folder in (plain, odd):
+        folder.mkdir()
+    picture(0).save(plain / "a.png")
+    picture(0).rotate(180).save(odd / "a.png", exif=turned)
+    Image.fromarray(grey).save(plain / "b.png")
+    Image.fromarray(grey.astype(np.uint16) << 8).save(odd / "b.png")
+    images = [Calibration(folder)._images(model) for folder in (plain, odd)]
+    assert torch.equal(*images)
 
 
 def test_each_forward_is_measured_once_on_whole_batches(folder, model):
@@ -165,7 +182,8 @@ def test_a_server_has_a_graph_in_int8_for_each_bank(in_int8, monkeypatch):
 
     cells = model.graphs._cells
     eager, bare = logits(model), model.with_bank(None)
-    model.graphs.start(at_once)
+    changes = Changes()
+    model.graphs.start(at_once, changes)
     assert torch.equal(logits(model), eager)  # the graph is made now
     rounded = logits(model)
     assert not torch.equal(rounded, eager)
@@ -179,3 +197,4 @@ def test_a_server_has_a_graph_in_int8_for_each_bank(in_int8, monkeypatch):
     with torch.inference_mode():
         bare.at(1, compensate=True)(images)
     assert [owner for *_, owner, _ in cells if owner[0] is not None] == []
+    assert changes.rates == [3, 3, 3]  # two graphs are taken, one is lost

@@ -17,9 +17,8 @@ from server.models.containers import (
     MAX_TAGS,
     check_container,
 )
-from server.models.pictures import decode
 from tests.server.conftest import picture, png
-from tests.server.models.test_pictures import encoded
+from tests.server.models.test_pictures import decode, encoded
 
 LIMIT = 1_000_000
 

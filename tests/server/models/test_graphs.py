@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from server.errors import UnavailableError
 from server.models import graphs
 from server.models.graphs import IDLE, WINDOW, WORTH, Forward, Graphs
 from server.models.loading import load_models
+from server.models.registry import Registry
 from tests.server.conftest import picture, png
 from tests.tocom_models import pictures, small_model
 from tocom import TOME, Variant
@@ -52,6 +54,17 @@ class Double:
         return graph
 
 
+class Changes:
+    """Takes note of the rates that became faster or slower."""
+
+    def __init__(self):
+        self.rates = []
+
+    def __call__(self, model, ladder, rate):
+        self.rates.append(rate)
+        return []
+
+
 def at_once(function):
     done = Future()
     done.set_result(function())
@@ -75,17 +88,17 @@ def model():
     return small_model()
 
 
-def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0):
+def started(monkeypatch, clock, engine, limit=2, call=at_once, pause=0.0, changed=lambda *of: []):
     monkeypatch.setattr(graphs, "import_module", lambda name: engine)
     monkeypatch.setattr(graphs, "PAUSE", pause)
     made = Graphs(limit, clock, threads=3)
-    made.start(call)
+    made.start(call, changed)
     return made
 
 
-def run(made, model, images, rate=2, faster=lambda: ()):
+def run(made, model, images, rate=2):
     """Run and let what is being compiled become ready; return the logits."""
-    logits = made.run(Forward(model, Variant(rate)), images, faster).logits
+    logits = made.run(Forward(model, Variant(rate)), images).logits
     wait_for_compiler()
     return logits
 
@@ -97,17 +110,17 @@ def wait_for_compiler():
 
 
 def test_what_runs_often_is_compiled_and_answers_the_same(monkeypatch, clock, model):
-    engine = Double(clock)
-    made = started(monkeypatch, clock, engine)
-    images, calls = pictures(model, 6), []
+    engine, calls = Double(clock), []
+    made = started(monkeypatch, clock, engine, changed=lambda *of: [partial(calls.append, of)] * 2)
+    images = pictures(model, 6)
     expected = run(Graphs(), model, images)
     for _ in range(3):
-        logits = run(made, model, images, faster=lambda: [lambda: calls.append(1)])
+        logits = run(made, model, images)
         torch.testing.assert_close(logits, expected)
     # First for fours, then for what is left of six; each is tried before it is used.
     assert engine.made == [(2, 4, 3), (2, 1, 3)]
     assert engine.ran[-3:] == [(2, 4), (2, 1), (2, 1)]
-    assert len(calls) == 2
+    assert calls == [(model, TOME, 2)] * 4
 
 
 def test_many_images_are_shared_out_and_get_the_same_answers(monkeypatch, model):
@@ -157,21 +170,23 @@ def test_what_is_not_faster_or_has_no_graph_stays_eager(monkeypatch, clock, mode
 
 
 def test_a_graph_that_fails_is_not_asked_again(monkeypatch, clock, model):
-    engine = Double(clock)
-    made = started(monkeypatch, clock, engine)
+    engine, changes = Double(clock), Changes()
+    made = started(monkeypatch, clock, engine, changed=changes)
     image = pictures(model, 1)
     expected = run(made, model, image)
+    assert changes.rates == [2]
     (cell,) = (cell for cell in made._cells.values() if cell.graph)
     cell.graph = lambda *_: 1 / 0
     for _ in range(2):
         torch.testing.assert_close(run(made, model, image), expected)
     assert cell.graph is None
     assert len(engine.made) == 1
+    assert changes.rates == [2, 2]
 
 
 def test_who_has_not_run_for_long_gives_way(monkeypatch, clock, model):
-    engine = Double(clock)
-    made = started(monkeypatch, clock, engine, limit=1)
+    engine, changes = Double(clock), Changes()
+    made = started(monkeypatch, clock, engine, limit=1, changed=changes)
     image = pictures(model, 1)
     run(made, model, image, rate=1)
     run(made, model, image, rate=2)
@@ -181,6 +196,7 @@ def test_who_has_not_run_for_long_gives_way(monkeypatch, clock, model):
     assert [rate for rate, *_ in engine.made] == [1, 2]
     run(made, model, image, rate=1)
     assert [rate for rate, *_ in engine.made] == [1, 2]  # now the other one is in use
+    assert changes.rates == [1, 1, 2]
 
 
 def test_a_server_that_ends_is_not_disturbed(monkeypatch, clock, model, caplog):
@@ -201,7 +217,7 @@ def test_without_openvino_all_runs_eagerly(monkeypatch, clock, model, caplog):
     monkeypatch.setattr(graphs, "import_module", missing)
     made = Graphs(2, clock)
     with caplog.at_level("INFO"):
-        made.start(at_once)
+        made.start(at_once, Changes())
     assert "pip install 'tocom-serve[openvino]'" in caplog.text
     for _ in range(2):
         assert run(made, model, pictures(model, 1)).shape == (1, 10)
@@ -237,7 +253,7 @@ def test_one_graph_is_made_at_a_time_and_tried_in_single_runs(monkeypatch, clock
     made = started(monkeypatch, clock, engine, call=later)
     image = pictures(model, 1)
     for rate in (1, 2):
-        made.run(Forward(model, Variant(rate)), image, lambda: ())
+        made.run(Forward(model, Variant(rate)), image)
     answered = 0
     while any(thread.name == "compile" for thread in threading.enumerate()):
         if len(calls) > answered:
@@ -250,22 +266,26 @@ def test_one_graph_is_made_at_a_time_and_tried_in_single_runs(monkeypatch, clock
     assert len(engine.ran) == graphs.TRIES
 
 
-def test_a_forward_that_became_faster_is_measured_again(monkeypatch, eager_is_slow, settings):
+def test_models_that_became_faster_are_measured_again(monkeypatch, eager_is_slow, settings):
     tiny, bare = load_models(settings.model_copy(update={"max_graphs": 9}))
     assert tiny.graphs is bare.graphs
     engine = Double(Clock())
     monkeypatch.setattr(graphs, "import_module", lambda name: engine)
-    tiny.graphs.start(at_once)
+    tiny.graphs.start(at_once, Registry([tiny, bare]).measure_again)
     measured = []
-    times = tiny.controller.times
-    for cell in ((3, 2), (3, 16), (4, 2)):
-        times.measured(*cell, 1.0)
-    monkeypatch.setattr(times, "measured", lambda *cell: measured.append(cell[:2]))
+    for model, sizes in ((tiny, (2, 16)), (bare, (4,))):
+        times = model.controller.times
+        times.measured(4, 2, 1.0)
+        for size in sizes:
+            times.measured(3, size, 1.0)
+        note = partial(lambda name, *cell: measured.append((name, *cell[:2])), model.name)
+        monkeypatch.setattr(times, "measured", note)
     with torch.inference_mode():
         tiny.at(3, compensate=True)(torch.zeros(1, *tiny.input_size))
     wait_for_compiler()
-    assert measured == [(3, 2), (3, 16)]
-    assert times.known == {(4, 2)}
+    assert measured == [("tiny", 3, 2), ("tiny", 3, 16), ("bare", 3, 4)]
+    for model in (tiny, bare):
+        assert list(model.controller.times._table.cells) == [(4, 2)]
 
 
 def test_a_server_answers_by_graphs_what_it_answers_eagerly(eager_is_slow, settings):

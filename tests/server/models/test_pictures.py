@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from server.errors import BadRequestError, ImageError, TooLargeError, UnsupportedTypeError
 from server.models import pictures
 from server.models.budget import PixelBudget
-from server.models.pictures import decode, prepare
+from server.models.pictures import decoding, prepare
 from tests.server.conftest import picture, png
 
 LIMIT = 1_000_000
@@ -22,6 +22,11 @@ def encoded(image: Image.Image, kind: str, **arguments: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **arguments)
     return buffer.getvalue()
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    with decoding(data, max_pixels) as image:
+        return image
 
 
 def huge_png(width: int = 30_000, height: int = 30_000) -> bytes:

@@ -1,11 +1,16 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from server.errors import UnknownModelError
-from server.models.loading import load_model
+from server.models.loading import load_model, load_models
 from server.models.registry import Registry
 from server.models.served import ServedModel
+from server.settings import Settings
+from tests.server.ladders import UNEVEN
+from tests.server.segmenters import streets
+from tocom import TOME
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,21 @@ def test_no_model_is_added_later(served, bare):
     with pytest.raises(UnknownModelError, match="'bare'"):
         registry.replace(bare)
     assert registry.all() == (served,)
+
+
+def test_what_a_network_takes_is_forgotten_where_it_is_served(tiny, tmp_path):
+    asked = (tiny, tiny.model_copy(update={"name": "other"}), streets(tiny, tmp_path))
+    models = [*load_models(Settings(models=asked, device="cpu")), load_model(tiny)]
+    models[-1] = replace(models[-1], name="elsewhere")
+    for model in models:
+        for rate in (3, 9):
+            model.controller.times.measured(rate, 2, 1.0)
+    registry, network = Registry(models), models[0].backbone.model
+    assert len(registry.measure_again(network, TOME, 3)) == 2
+    assert registry.measure_again(network, TOME, 9) == []  # of a bank that is served no more
+    assert registry.measure_again(network, UNEVEN, 3) == []
+    left = [list(model.controller.times._table.cells) for model in models]
+    assert left == [[], [], [(3, 2), (9, 2)], [(3, 2), (9, 2)]]
 
 
 def test_readers_see_one_of_the_handles_while_they_change(served):

@@ -5,12 +5,15 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
+from server.models.loading import load_model
 from server.models.registry import Registry
 from server.models.served import AutoWork
 from server.observe.metrics import Metrics
 from tests.server.conftest import MAX_RATE
+from tests.server.segmenters import streets
 
 TINY = {"model": "tiny", "ladder": "tome"}
+SIZE = (3, 64, 64)
 
 
 class Clock:
@@ -35,8 +38,8 @@ def value(metrics, name, **labels):
 
 
 def test_a_batch_counts_its_images_and_their_tokens(metrics, served):
-    metrics.ran(served.at(0, True), "asked", 2, 0.01, [0.1, 0.3])
-    metrics.ran(served.at(2, True), "asked", 3, 0.01, [0, 0, 0])
+    metrics.ran(served.at(0, True), "asked", (2, *SIZE), 0.01, [0.1, 0.3])
+    metrics.ran(served.at(2, True), "asked", (3, *SIZE), 0.01, [0, 0, 0])
     assert value(metrics, "images_total", **TINY, rate="0") == 2
     assert value(metrics, "images_total", **TINY, rate="2") == 3
     # 16 patches and a class token enter the first of 3 blocks; 2 go in each.
@@ -48,15 +51,29 @@ def test_a_batch_counts_its_images_and_their_tokens(metrics, served):
     assert value(metrics, "stage_duration_seconds_sum", stage="inference") == pytest.approx(0.02)
 
 
+def test_a_picture_of_several_windows_counts_the_tokens_of_all(tiny, tmp_path):
+    segmenter = load_model(streets(tiny, tmp_path))
+    metrics = Metrics(Registry([segmenter]), slo=0.2)
+    metrics.ran(segmenter.at(2, True), "asked", (2, 3, 64, 96), 0.01, [0, 0])
+    assert value(metrics, "images_total", model="streets", ladder="tome", rate="2") == 2
+    # Two windows of 64 pixels side by side.
+    assert value(metrics, "tokens_total", model="streets", ladder="tome") == 2 * 2 * (17 + 15 + 13)
+
+
 def test_only_rates_that_the_server_chose_are_its_decisions(metrics, served):
-    metrics.ran(served.at(4, True), "asked", 8, 0.01, [0] * 8)
-    metrics.ran(served.at(1, True), "load", 1, 0.01, [0])
-    metrics.ran(served.at(5, True), "load", 3, 0.01, [0] * 3)
+    metrics.ran(served.at(4, True), "asked", (8, *SIZE), 0.01, [0] * 8)
+    metrics.ran(served.at(1, True), "load", (1, *SIZE), 0.01, [0])
+    metrics.ran(served.at(5, True), "load", (3, *SIZE), 0.01, [0] * 3)
     assert value(metrics, "rate_decisions_total", reason="load") == 2
     assert value(metrics, "rate_decisions_total", reason="quality") == 0
     assert value(metrics, "rate_decisions_total", reason="asked") is None
     assert value(metrics, "auto_rate_count", **TINY) == 4
     assert value(metrics, "auto_rate_sum", **TINY) == 1 + 3 * 5
+
+
+def test_all_reasons_begin_at_zero(metrics):
+    for reason in ("quality", "deadline", "backlog", "load", "cooling", "slack"):
+        assert value(metrics, "rate_decisions_total", reason=reason) == 0
 
 
 def test_what_does_not_come_out_is_counted_by_its_stage(metrics, served):
@@ -117,7 +134,7 @@ def test_images_a_second_are_those_of_the_last_seconds(metrics, served, clock):
     assert metrics.images_per_second() == 0
     for _ in range(600):
         clock.now += 0.1
-        metrics.ran(served.at(0, True), "asked", 2, 0.01, [0, 0])
+        metrics.ran(served.at(0, True), "asked", (2, *SIZE), 0.01, [0, 0])
     assert metrics.images_per_second() == pytest.approx(20, rel=0.02)
     clock.now += 60
     assert metrics.images_per_second() == pytest.approx(0, abs=0.1)

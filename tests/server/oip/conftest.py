@@ -10,9 +10,8 @@ from tritonclient.http import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from server.app import create_app
-from server.models.pictures import decode
 from server.models.served import ServedModel
-from tests.server.conftest import listening, picture, png
+from tests.server.conftest import listening, picture, png, seen
 
 PICTURES = [png(picture(seed)) for seed in range(3)]
 HEADER = "Inference-Header-Content-Length"
@@ -55,7 +54,7 @@ def pixels(values: np.ndarray, binary: bool = True) -> list[InferInput]:
 
 def prepared(served: ServedModel) -> np.ndarray:
     """The pictures as the model wants them, [3, 3, 64, 64]."""
-    return np.stack([served.transform(decode(data, 10**6)).numpy() for data in PICTURES])
+    return np.stack([seen(served, data).numpy() for data in PICTURES])
 
 
 def expected(served: ServedModel, rate: int = 0, compensate: bool = True) -> np.ndarray:

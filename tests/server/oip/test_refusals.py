@@ -190,11 +190,11 @@ def test_a_full_server_is_unavailable(app, address, triton):
         status, message = refusal(triton, "tiny", images(*[PICTURES[0]] * 30))
         assert status == "503"
         assert message == "3 of 32 places in the queue are taken; 30 would be needed"
-        parameters = {"deadline_ms": 50}
+        parameters = {"deadline_ms": 1000}
         status, message = refusal(triton, "tiny", images(PICTURES[0]), parameters=parameters)
         assert status == "504"
-        assert message == "image 0: the deadline passed before the answer was there"
-        assert refusal(triton, "tiny", images(PICTURES[0]), timeout=50_000)[0] == "504"
+        assert "the deadline passed before the" in message
+        assert refusal(triton, "tiny", images(PICTURES[0]), timeout=1_000_000)[0] == "504"
     finally:
         release.set()
     assert held.result()

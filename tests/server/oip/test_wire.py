@@ -243,7 +243,13 @@ def test_what_is_wrong_is_said(body, header, message):
 
 @pytest.mark.parametrize(
     ("parameters", "rate"),
-    [({"rate": 8}, "8"), ({"rate": 8.0}, "8"), ({"rate": 8.5}, "8.5"), ({"rate": "auto"}, "auto")],
+    [
+        ({"rate": 8}, "8"),
+        ({"rate": 8.0}, "8"),
+        ({"rate": 8.5}, "8.5"),
+        ({"rate": 8.0000001}, "8.0000001"),
+        ({"rate": "auto"}, "auto"),
+    ],
 )
 def test_a_rate_is_a_number_or_a_string(parameters, rate):
     body, header = request(floats([1], data=[0]), parameters=parameters)

@@ -40,7 +40,7 @@ in_browser = pytest.mark.skipif(
 @pytest.fixture(scope="package")
 def address(tiny) -> Iterator[str]:
     """A server of the bundled model, which was measured, and of a tiny one, which was not."""
-    settings = Settings(models=(BUNDLED_MODEL, tiny), device="cpu", max_batch=1)
+    settings = Settings(models=(BUNDLED_MODEL, tiny), device="cpu", max_batch=1, max_graphs=0)
     with listening(create_app(settings)) as address:
         yield f"http://{address}"
 

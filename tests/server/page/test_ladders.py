@@ -18,7 +18,7 @@ from tests.test_packaging import SAMPLES
 def address(tiny, tmp_path_factory) -> Iterator[str]:
     """A server of the bundled model and of a tiny one on ladders."""
     several = on_ladders(tiny, tmp_path_factory.mktemp("ladders"), "tome", "uneven", "rings")
-    settings = Settings(models=(BUNDLED_MODEL, several), device="cpu", max_batch=1)
+    settings = Settings(models=(BUNDLED_MODEL, several), device="cpu", max_batch=1, max_graphs=0)
     with listening(create_app(settings)) as address:
         yield f"http://{address}"
 

@@ -23,7 +23,7 @@ from tests.test_packaging import SAMPLES
 def address(tiny, tmp_path_factory) -> Iterator[str]:
     """A server of the bundled model and of a tiny segmenter."""
     segmenter = streets(tiny, tmp_path_factory.mktemp("tasks"))
-    settings = Settings(models=(BUNDLED_MODEL, segmenter), device="cpu", max_batch=1)
+    settings = Settings(models=(BUNDLED_MODEL, segmenter), device="cpu", max_batch=1, max_graphs=0)
     with listening(create_app(settings)) as address:
         yield f"http://{address}"
 

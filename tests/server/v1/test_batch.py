@@ -15,7 +15,7 @@ from server.settings import ApiKey
 from server.v1.batch import PATH
 from tests.server.conftest import picture, png, problem
 from tests.server.v1.conversation import Conversation, converse, settle
-from tests.server.works import Exact
+from tests.server.works import PATIENCE, Exact, submit_one
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 KEY = "k" * 16
@@ -134,7 +134,7 @@ class Held:
     def __call__(self, data, model, settings):
         self.count += 1
         self.begun.release()
-        assert self.go.acquire(timeout=10)
+        assert self.go.acquire(timeout=PATIENCE)
         return torch.zeros(model.input_size)
 
 
@@ -263,7 +263,7 @@ def test_a_client_that_goes_after_the_first_line(settings, photo, held):
 def test_a_full_queue_is_waited_for_and_half_of_it_is_left_to_others(settings, photo):
     async def talk(app):
         engine, go = app.state.serving.engine, threading.Event()
-        blockers = [engine.submit(Exact(), go.wait, float("inf")) for _ in range(2)]
+        blockers = [submit_one(engine, Exact(), go.wait, float("inf")) for _ in range(2)]
         batch = Conversation(app)
         batch.say(line(photo), more_body=False)
         await settle()

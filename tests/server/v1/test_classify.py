@@ -10,14 +10,11 @@ from fastapi.testclient import TestClient
 from adapters import Bank
 from adapters.ladder import digest
 from server.app import create_app
-from server.models.pictures import decode
 from server.settings import ModelSettings
-from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem
+from tests.server.conftest import CLASSES, MAX_RATE, call, picture, png, problem, seen
 from tests.server.models.test_pictures import encoded, huge_png
-from tests.server.works import Clock, Exact
+from tests.server.works import Clock, Exact, submit_one
 from tocom import TOME, forward
-
-FAR = 1_000_000
 
 
 def ask(client: TestClient, image: bytes, **query: object):
@@ -29,7 +26,7 @@ def test_the_answer_is_that_of_the_model_at_the_rate(client, served, photo, rate
     answer = ask(client, photo, rate=rate, logits=True)
     assert answer.status_code == 200, answer.text
     body = answer.json()
-    images = served.transform(decode(photo, FAR))[None]
+    images = seen(served, photo)[None]
     expected = served.at(rate, True)(images)[0].logits
     torch.testing.assert_close(torch.tensor(body["logits"]), expected, atol=1e-4, rtol=0)
     scores, classes = expected.softmax(0).topk(5)
@@ -69,7 +66,7 @@ def test_the_default_is_the_stock_model(client, served, photo):
 
 def test_without_compensation(client, served, photo):
     body = ask(client, photo, rate=4, compensate=False, logits=True).json()
-    expected = forward(served.backbone.model, served.transform(decode(photo, FAR))[None], 4)[0]
+    expected = forward(served.backbone.model, seen(served, photo)[None], 4)[0]
     torch.testing.assert_close(torch.tensor(body["logits"]), expected, atol=1e-4, rtol=0)
     assert body["compensate"] is False
 
@@ -159,7 +156,7 @@ def test_a_full_queue(settings, photo, tiny):
     app = create_app(small)
     with TestClient(app) as client:
         engine, go = app.state.serving.engine, threading.Event()
-        blockers = [engine.submit(Exact(), go.wait, float("inf")) for _ in range(2)]
+        blockers = [submit_one(engine, Exact(), go.wait, float("inf")) for _ in range(2)]
         answer = ask(client, photo)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
@@ -357,7 +354,7 @@ def test_health_of_an_engine_that_hangs(settings):
             return images.flatten(1)
 
         engine = app.state.serving.engine
-        future = engine.submit(Exact(hang), lambda: torch.zeros(3, 1, 1), float("inf"))
+        future = submit_one(engine, Exact(hang), lambda: torch.zeros(3, 1, 1), float("inf"))
         assert begun.wait(60)
         while engine.silence < 0.002:
             assert not future.done()

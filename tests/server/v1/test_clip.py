@@ -12,9 +12,8 @@ from torch.nn import functional as F
 import tocom
 from server.app import create_app
 from server.models.loading import load_model
-from server.models.pictures import decode
 from server.settings import ModelSettings
-from tests.server.conftest import problem
+from tests.server.conftest import problem, seen
 
 WIDTH = 512
 TOP = 16 // 2  # its patches, shared among its blocks
@@ -41,7 +40,7 @@ def client(settings, tiny, clip):
 def expected(clip, photo):
     """What the head makes of the photo at a rate, [D]."""
     served = load_model(clip)
-    image = served.transform(decode(photo, 10**6))[None]
+    image = seen(served, photo)[None]
 
     def projected(rate: int = 0) -> torch.Tensor:
         with torch.inference_mode():
@@ -120,7 +119,7 @@ def test_it_has_no_classes(client, photo, path):
 def test_no_cascade_can_be_calibrated_for_it(client, photo):
     answer = client.post("/v1/embed", params={"rate": "cascade"}, files={"file": photo})
     assert answer.status_code == 422
-    assert problem(answer).endswith("and the model 'clip' has no classes")
+    assert problem(answer).endswith("and the model 'clip' is for embedding")
 
 
 def test_who_names_no_model_is_answered_by_one_with_classes(client, photo):

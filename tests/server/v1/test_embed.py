@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from server.models.pictures import decode
-from tests.server.conftest import problem
-
-FAR = 1_000_000
+from tests.server.conftest import problem, seen
 
 
 @pytest.mark.parametrize("rate", [0, 3])
@@ -13,7 +10,7 @@ def test_the_features_are_what_the_head_reads(client, served, photo, rate):
     assert answer.status_code == 200, answer.text
     body = answer.json()
     features = torch.tensor(body["embedding"])
-    images = served.transform(decode(photo, FAR))[None]
+    images = seen(served, photo)[None]
     expected = served.at(rate, True)(images)[0]
     torch.testing.assert_close(features, expected.features, atol=1e-5, rtol=0)
     head = served.backbone.model.head

@@ -8,8 +8,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from server.app import create_app
-from server.models.pictures import decode
-from tests.server.conftest import CLASSES, listening, picture, png, problem
+from tests.server.conftest import CLASSES, listening, picture, png, problem, seen
 
 PHOTO = png(picture(0))
 B64 = base64.b64encode(PHOTO).decode()
@@ -24,7 +23,7 @@ def address(settings):
 
 @pytest.fixture(scope="module")
 def logits(served):
-    image = served.transform(decode(PHOTO, 10**6))[None]
+    image = seen(served, PHOTO)[None]
 
     def logits(rate: int = 0) -> torch.Tensor:
         with torch.inference_mode():

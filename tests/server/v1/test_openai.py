@@ -11,9 +11,8 @@ from fastapi.testclient import TestClient
 from torch.nn import functional as F
 
 from server.app import create_app
-from server.models.pictures import decode
 from server.settings import ApiKey
-from tests.server.conftest import listening, picture, png
+from tests.server.conftest import listening, picture, png, seen
 
 PATH = "/v1/embeddings"
 PICTURES = [png(picture(seed)) for seed in range(3)]
@@ -31,7 +30,7 @@ def part(data: bytes) -> dict:
 @pytest.fixture(scope="module")
 def expected(served):
     """The features of the pictures at a rate, [3, D]."""
-    images = torch.stack([served.transform(decode(data, 10**6)) for data in PICTURES])
+    images = torch.stack([seen(served, data) for data in PICTURES])
 
     def features(rate: int = 0) -> torch.Tensor:
         with torch.inference_mode():

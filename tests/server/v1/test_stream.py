@@ -16,7 +16,7 @@ from server.v1.batch import PATH
 from server.web.ahead import AHEAD
 from tests.server.conftest import listening, picture, png
 from tests.server.v1.conversation import Conversation, converse, settle
-from tests.server.works import PATIENCE, Exact
+from tests.server.works import PATIENCE, Exact, submit_one
 
 #: A small image with the longest name, most of what is told of it.
 LINE = (
@@ -97,7 +97,7 @@ def test_a_client_that_stops_reading_is_given_up(hurried, caplog):
         batch.say(LINE)
         assert (await batch.hear())["result"]
         batch.listening.clear()
-        blockers = [engine.submit(Exact(), go.wait, float("inf")) for _ in range(2)]
+        blockers = [submit_one(engine, Exact(), go.wait, float("inf")) for _ in range(2)]
         try:
             batch.say(LINE)  # waits behind them
             batch.say(b"broken\n")

@@ -3,8 +3,10 @@ import base64
 import json
 
 import pytest
+from fastapi.testclient import TestClient
 from starlette.requests import Request
 
+from server.app import create_app
 from server.errors import TooLargeError
 from server.settings import Settings
 from server.v1.uploads import EncodedImages, Upload, read_images
@@ -209,3 +211,38 @@ def test_a_list_far_too_long_is_refused_unparsed(client, monkeypatch):
     answer = client.post("/v1/classify", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert "far more than the 64 images" in problem(answer)
+
+
+@pytest.fixture(scope="module")
+def compressing(settings):
+    """A client with all rights that says of all its bodies that they are compressed."""
+    admin = Settings(admin_key="k" * 16).admin_key
+    headers = {"X-API-Key": "k" * 16, "Content-Encoding": "gzip"}
+    app = create_app(settings.model_copy(update={"admin_key": admin, "warmup": "none"}))
+    with TestClient(app, headers=headers) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "request_"),
+    [
+        ("POST", "/v1/classify", {"content": b"x"}),
+        ("POST", "/v1/embed", {"json": {"images": []}}),
+        ("POST", "/v1/embed", {"files": {"file": b"x"}}),
+        ("POST", "/v1/classify/batch", {"files": {"file": b"x"}}),
+        ("POST", "/v1/embeddings", {"json": {"input": "x"}}),
+        ("POST", "/models/tiny", {"json": {"inputs": "x"}}),
+        ("POST", "/models/tiny", {"content": b"x"}),
+        ("POST", "/v1/banks", {"files": {"info": b"x"}}),
+        ("PUT", "/v1/models/tiny/bank", {"json": {"bank": "x"}}),
+    ],
+)
+def test_a_compressed_body_is_refused(compressing, method, path, request_):
+    answer = compressing.request(method, path, **request_)
+    assert answer.status_code == 415
+    assert "a body is read here as it is, not gzip; send it without" in answer.text
+
+
+def test_a_body_may_say_that_it_is_not_compressed(client, photo):
+    headers = {"Content-Encoding": "identity"}
+    assert client.post("/v1/classify", content=photo, headers=headers).status_code == 200

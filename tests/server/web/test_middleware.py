@@ -75,6 +75,20 @@ def test_a_budget_is_not_overdrawn():
     budget.take(10)
 
 
+def test_streams_have_half_of_a_budget_unless_there_is_just_one():
+    budget = Budget(10)
+    refused = pytest.raises(UnavailableError, match="hold 6 of the 5 bytes")
+    with budget.streaming(6), refused, budget.streaming(1):
+        pass
+    with budget.streaming(2), budget.streaming(3):
+        budget.take(5)
+    with pytest.raises(UnavailableError, match="hold 5 of the 10 bytes"), budget.streaming(6):
+        pass
+    with budget.streaming(5):
+        assert budget.held == 10
+    assert budget.held == 5
+
+
 async def begin(app, path: str, sent: bytes, kind: str) -> tuple[asyncio.Task, asyncio.Queue, list]:
     """Send a part of a request's body and wait until it is read."""
     to_read: asyncio.Queue = asyncio.Queue()
@@ -137,7 +151,7 @@ def test_slow_uploads_hold_no_more_bytes_than_there_is_room_for(settings, path):
 
 
 def test_a_stream_reserves_what_it_may_hold(settings):
-    app = create_app(settings.model_copy(update={"max_inflight_bytes": 5 * 2**20}))
+    app = create_app(settings.model_copy(update={"max_inflight_bytes": 9 * 2**20}))
     budget = app.state.serving.budget
 
     async def run() -> list[dict]:
@@ -150,7 +164,10 @@ def test_a_stream_reserves_what_it_may_hold(settings):
 
     refused = asyncio.run(run())
     assert refused[0]["status"] == 503
-    assert "bytes that they may have together" in json.loads(refused[1]["body"])["detail"]
+    detail = json.loads(refused[1]["body"])["detail"]
+    assert detail == (
+        "streams of images hold 4,194,304 of the 4,718,592 bytes that they may have together"
+    )
     assert budget.held == 0
 
 
