@@ -21,13 +21,14 @@ from torch import Tensor
 
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
-from tocom import ConfigError
+from tocom import Backbone, ConfigError
 from training.ladders.chosen import described, named
 from training.measuring import (
     MANY_CLASSES,
     FoldedDeltas,
     Measurement,
     claim,
+    class_indices,
     load_model,
     refuse_processes,
     standard_error,
@@ -70,12 +71,7 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     """
     refuse_processes("calibrate")
     backbone = load_model(config.backbone, config.task, config.crop_pct)
-    bank = open_bank(config.bank)
-    source = backbone.source if config.source is None else config.source
-    bank.check_fits(backbone, source)
-    if backbone.multi_label and config.measure == "top1":
-        raise ConfigError(f"{backbone.name} {MANY_CLASSES}: there is no top-1, give measure=kl")
-    targets = _targets(config.targets, bank, source)
+    bank, source, targets = opened(config, backbone)
     path = folder / "calibration.json"
     if claim(folder, path.name, config, backbone, bank):
         return path
@@ -101,6 +97,18 @@ def calibrate(config: CalibrateConfig, folder: Path) -> Path:
     # Last: who finds it finds the table.
     replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def opened(config: CalibrateConfig, backbone: Backbone) -> tuple[Bank, int, list[int]]:
+    """Return the bank, the source and the targets of a recipe; errors as of `calibrate`."""
+    bank = open_bank(config.bank)
+    source = backbone.source if config.source is None else config.source
+    bank.check_fits(backbone, source)
+    if config.measure == "top1":
+        if backbone.multi_label:
+            raise ConfigError(f"{backbone.name} {MANY_CLASSES}: there is no top-1, give measure=kl")
+        class_indices(config.pictures, backbone, "measure=kl does without")
+    return bank, source, _targets(config.targets, bank, source)
 
 
 class Search:

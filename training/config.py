@@ -170,6 +170,10 @@ class DistillConfig(Recipe):
                 f"students ({self.students}) have distinct targets: at most max_rate + beyond, "
                 f"which is {self.highest}"
             )
+        if self.sources > (most := self.loop.micro_batch):
+            raise ValueError(
+                f"sources ({self.sources}) share out a micro-batch: at most {most}, its pictures"
+            )
         if self.from_zero + self.to_zero > 1:
             raise ValueError(
                 f"from_zero ({self.from_zero:g}) and to_zero ({self.to_zero:g}) are shares of all "

@@ -76,28 +76,9 @@ class ElasticTuning:
             unseen: batches [B, 3, H, W] of pictures that are not trained on.
 
         Raises:
-            ConfigError: if there is nothing to learn from, the ladder has not so many rungs, or the
-                backbone scores several classes a picture.
+            ConfigError: as of `tuned_ladder`.
         """
-        if backbone.multi_label:
-            raise ConfigError(
-                f"{backbone.name} {MANY_CLASSES}; elastic tuning is for models that answer one"
-            )
-        if not backbone.model.num_classes and not config.features and not config.tokens:
-            raise ConfigError(
-                f"{backbone.name} has no head, so there are no logits to learn from; "
-                "give its features or its tokens a weight: features=1.0, tokens=1.0"
-            )
-        self.ladder = chosen_ladder(config.ladder, backbone.model)
-        if self.ladder.method.learns:
-            in_bank = self.ladder.method.in_bank
-            how = "in a bank: distil one" if in_bank else "from labels: fine-tune on it"
-            raise ConfigError(f"the method {self.ladder.method.name!r} is learned {how}")
-        if self.ladder.top is not None and config.max_rate > self.ladder.top:
-            raise ConfigError(
-                f"max_rate ({config.max_rate}) must be a rung of the ladder "
-                f"{self.ladder.name!r}, at most {self.ladder.top}"
-            )
+        self.ladder = tuned_ladder(backbone, config)
         self.teacher = backbone.model.requires_grad_(False)
         self.student = copy.deepcopy(backbone.model)
         self.student.set_grad_checkpointing(config.loop.recompute_blocks)
@@ -173,6 +154,34 @@ class ElasticTuning:
             answer = outputs(self.student, tokens, variant)
             losses.append(answer_loss(answer, whole, self.teacher.num_classes > 0))
         return losses
+
+
+def tuned_ladder(backbone: Backbone, config: ElasticConfig) -> Ladder:
+    """Return the ladder that a backbone is tuned for.
+
+    Raises:
+        ConfigError: if there is nothing to learn from, the ladder has not so many rungs or is of a
+            learned method, or the backbone scores several classes a picture.
+    """
+    if backbone.multi_label:
+        raise ConfigError(
+            f"{backbone.name} {MANY_CLASSES}; elastic tuning is for models that answer one"
+        )
+    if not backbone.model.num_classes and not config.features and not config.tokens:
+        raise ConfigError(
+            f"{backbone.name} has no head, so there are no logits to learn from; "
+            "give its features or its tokens a weight: features=1.0, tokens=1.0"
+        )
+    ladder = chosen_ladder(config.ladder, backbone.model)
+    if ladder.method.learns:
+        how = "in a bank: distil one" if ladder.method.in_bank else "from labels: fine-tune on it"
+        raise ConfigError(f"the method {ladder.method.name!r} is learned {how}")
+    if ladder.top is not None and config.max_rate > ladder.top:
+        raise ConfigError(
+            f"max_rate ({config.max_rate}) must be a rung of the ladder {ladder.name!r}, at most "
+            f"{ladder.top}"
+        )
+    return ladder
 
 
 def draw_rungs(config: ElasticConfig, micro: int) -> list[int]:

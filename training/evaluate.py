@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapters import Bank, compose, open_bank
 from adapters.durable import replace_file
-from tocom import Backbone
+from tocom import Backbone, Ladder, cost
 from training.ladders.chosen import described, measured_attention, measured_ladder, named
 from training.measuring import (
     MEASURES,
@@ -39,6 +39,16 @@ _TITLES = {"map": "mAP %", "top1": "top-1 %", "agreement": "agreement %", "kl": 
 _FORMS = {"map": ".1f", "top1": ".1f", "agreement": ".1f", "kl": ".4f"}
 
 
+class Asked(NamedTuple):
+    """What is measured of a model."""
+
+    bank: Bank | None
+    ladder: Ladder
+    proportional: bool
+    pairs: list[tuple[int, int]]  # of rates (source, target)
+    scales: dict[tuple[int, int], float]  # multiplier of the bank's delta, where there is one
+
+
 def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     """Measure what the recipe asks for and return the path of `evaluation.json`.
 
@@ -48,6 +58,38 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
         BackboneError, BankError, ConfigError, DataError, RateError: before any compute is spent.
     """
     backbone = load_model(config.backbone, config.task, config.crop_pct)
+    asked = opened(config, backbone)
+    bank, pairs, scales = asked.bank, asked.pairs, asked.scales
+    searched = {f"{m}→{n}": s for (m, n), s in scales.items() if bank and s != bank.info.scale}
+    path = folder / "evaluation.json"
+    if claim(folder, path.name, config, backbone, bank, searched):
+        return path
+    measurement = measurement_of(config, backbone, asked)
+    result: dict[str, Any] = {
+        "model": config.model or backbone.architecture,
+        "weights_digest": backbone.digest,
+        **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
+        "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
+        "ladder": described(asked.ladder),
+        **({} if asked.proportional else {"proportional": False}),
+        "pictures": measurement.described,
+        "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
+    }
+    processes = PartialState()
+    if processes.is_main_process:
+        (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
+        plot_evaluation(result, folder)
+        if bank and len({source for source, _ in pairs}) > 1:
+            (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
+            plot_matrix(result, folder)
+        # Last: who finds it finds all the others.
+        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    processes.wait_for_everyone()
+    return path
+
+
+def opened(config: EvaluateConfig, backbone: Backbone) -> Asked:
+    """Return what a recipe asks for; errors as of `evaluate`."""
     bank = open_bank(config.bank) if config.bank else None
     sources = config.sources or (backbone.source,)
     if bank:
@@ -56,44 +98,19 @@ def evaluate(config: EvaluateConfig, folder: Path) -> Path:
     proportional = measured_attention(config.proportional, backbone, bank, sources)
     highest = bank.info.max_rate if bank else ladder.top or config.max_rate
     targets = config.targets or tuple(range(highest + 1))
+    for rate in (*sources, *targets):
+        cost(backbone.model, rate, ladder=ladder)  # refuses rates that the ladder does not have
     pairs = [(source, target) for source in sources for target in targets]
     scales = _multipliers(backbone, bank, pairs, config.multiplier) if bank else {}
-    searched = {f"{m}→{n}": s for (m, n), s in scales.items() if bank and s != bank.info.scale}
-    path = folder / "evaluation.json"
-    if claim(folder, path.name, config, backbone, bank, searched):
-        return path
-    measurement = Measurement(
-        backbone,
-        config.pictures,
-        config.batch_size,
-        config.workers,
-        config.labelled,
-        config.limit,
-        ladder,
-        proportional,
-        bank,
-    )
-    result: dict[str, Any] = {
-        "model": config.model or backbone.architecture,
-        "weights_digest": backbone.digest,
-        **({"task_digest": backbone.task_digest} if backbone.task_digest else {}),
-        "bank": {"name": bank.info.name, "digest": bank.info.digest} if bank else None,
-        "ladder": described(ladder),
-        **({} if proportional else {"proportional": False}),
-        "pictures": measurement.described,
-        "rows": measure(measurement, bank, pairs, scales, folder / "progress.json"),
-    }
-    processes = PartialState()
-    if processes.is_main_process:
-        (folder / "evaluation.md").write_text(table(result), encoding="utf-8")
-        plot_evaluation(result, folder)
-        if bank and len(sources) > 1:
-            (folder / "matrix.md").write_text(matrix_table(result), encoding="utf-8")
-            plot_matrix(result, folder)
-        # Last: who finds it finds all the others.
-        replace_file(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    processes.wait_for_everyone()
-    return path
+    return Asked(bank, ladder, proportional, pairs, scales)
+
+
+def measurement_of(config: EvaluateConfig, backbone: Backbone, asked: Asked) -> Measurement:
+    """Open the pictures of a recipe; errors as of `Measurement`."""
+    return Measurement(
+        backbone, config.pictures, config.batch_size, config.workers, config.labelled,
+        config.limit, asked.ladder, asked.proportional, asked.bank,
+    )  # fmt: skip
 
 
 def measure(

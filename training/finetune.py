@@ -131,6 +131,7 @@ def check_inputs(config: FinetuneConfig) -> list[str]:
         backbone.model, backbone.model.patch_embed.num_patches + backbone.model.num_prefix_tokens
     )  # refuses a source that the ladder does not have
     check_learns(ladder, config.source, backbone.model)
+    train_transform(backbone, config.augment)  # refuses what timm does not know
     names = class_names(open_pictures(config.pictures))
     if config.classes is not None:
         if len(names) > config.classes:

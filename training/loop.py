@@ -129,15 +129,15 @@ def run(
         clock: tells the seconds, for the recipe's time limit.
 
     Raises:
-        ConfigError: if `folder` holds a run of another recipe, or the batch cannot be shared
-            out to the processes, or to pairs of pictures to mix.
+        ConfigError: if `folder` holds a run of another recipe or of another number of pictures, or
+            the batch cannot be shared out to the processes, or to pairs of pictures to mix.
         DataError: if a picture cannot be read and the recipe says to stop.
         TrainingError: if the loss is not finite or the disk is full.
         KeyboardInterrupt: after a checkpoint was saved, when it was asked to stop or its time is
             up.
     """
     ends = math.inf if config.time_limit is None else clock() + 60 * config.time_limit
-    run_folder = RunFolder(folder, accelerator, config)
+    run_folder = RunFolder(folder, accelerator, config, len(keys))
     run_folder.claim(recipe)
     trained = [parameter for parameter in job.module.parameters() if parameter.requires_grad]
     job.module, optimizer = accelerator.prepare(job.module, config.make_optimizer(job.module))
@@ -156,6 +156,11 @@ def run(
     finish = pictures.transform.finish(accelerator.device)
     values = sum(parameter.numel() for parameter in trained)
     say(length(config, keys, values, step))
+    if config.warmup_steps >= config.steps:
+        say(
+            f"the learning rate rises for {config.warmup_steps:,} steps and the run has "
+            f"{config.steps:,}: it never reaches its peak"
+        )
     with _interruptible() as asked, run_folder.progress(step):
         while step < config.steps:
             began = time.perf_counter()

@@ -23,7 +23,9 @@ class _LoopConfig(Recipe):
 
     batch_size: int = Field(gt=0, description="pictures a step, over all processes")
     accumulation: int = Field(1, gt=0, description="micro-batches a step, in each process")
-    learning_rate: float = Field(gt=0, description="peak, as it is: not scaled by the batch")
+    learning_rate: float = Field(
+        gt=0, allow_inf_nan=False, description="peak, as it is: not scaled by the batch"
+    )
     weight_decay: float = Field(
         0.05, ge=0, description="of AdamW; not of biases, norms, positions and prefix tokens"
     )
@@ -59,6 +61,20 @@ class _LoopConfig(Recipe):
         description="gradient checkpointing: keep what enters a block, run it again for its "
         "gradients; less memory, more time",
     )
+
+    @property
+    def micro_batch(self) -> int:
+        """Pictures of a micro-batch, of all processes."""
+        return self.batch_size // self.accumulation
+
+    @model_validator(mode="after")
+    def _shared_out(self) -> "_LoopConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulation "
+                f"({self.accumulation})"
+            )
+        return self
 
 
 class LoopConfig(_LoopConfig):

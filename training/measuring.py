@@ -43,8 +43,8 @@ from training.multi_label.measures import compare_many
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
 from training.pictures.sets import class_names, open_pictures
-from training.recipe import Recipe
-from training.run_folder import has_begun, refuse_other_recipe
+from training.recipe import Recipe, differing
+from training.run_folder import OtherRunError, refuse_other_measurement
 from training.screen.progress import Progress, say
 
 MEASURES = ("top1", "agreement", "kl")
@@ -199,7 +199,7 @@ class Measurement:
             return 0, torch.zeros((), dtype=torch.float64)
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["of"] != self.count:
-            raise ConfigError(
+            raise OtherRunError(
                 f"{path.parent} was begun with {state['of']} pictures of {self.pictures.path}; "
                 f"there are {self.count} now; choose another run folder"
             )
@@ -265,6 +265,7 @@ def claim(
     backbone: Backbone,
     bank: Bank | None,
     multipliers: Mapping[str, float] | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
 ) -> bool:
     """Write down in a run folder what is measured there.
 
@@ -273,6 +274,7 @@ def claim(
         result: name of the file that is there when all is measured.
         recipe, backbone, bank: what is measured.
         multipliers: those that the model's calibration puts in place of the bank's own.
+        others: digests of what else is measured, by its name.
 
     Returns:
         Whether the folder holds its result already.
@@ -283,13 +285,15 @@ def claim(
     said = {
         "recipe": recipe.model_dump(mode="json"),
         "weights_digest": backbone.digest,
+        "task_digest": backbone.task_digest,
         "bank_digest": bank.info.digest if bank else None,
         "multipliers": multipliers or {},
+        "others": others or {},
     }
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
-    finished, path = (folder / result).exists(), folder / "config.json"
-    if path.exists() and has_begun(folder):
-        _check_same(folder, json.loads(path.read_text(encoding="utf-8")), json.loads(text))
+    finished = (folder / result).exists()
+    if then := refuse_other_measurement(folder, recipe):
+        _check_same(folder, then, json.loads(text))
         return finished
     if finished:
         raise ConfigError(
@@ -298,7 +302,7 @@ def claim(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if PartialState().is_main_process:
-        replace_file(path, text)
+        replace_file(folder / "config.json", text)
     return False
 
 
@@ -334,11 +338,18 @@ def standard_error(total: float, squares: float, count: int) -> float | None:
     return math.sqrt(max(0.0, squares - total**2 / count) / (count - 1) / count)
 
 
-def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
+def class_indices(
+    pictures: PicturesConfig, backbone: Backbone, instead: str = "labelled=false does without"
+) -> list[int]:
     """Return the model's class of each folder of a set of pictures.
 
     Folders are named by class name, of ImageNet's classes also by WordNet number (n01440764), or by
     class number; where none fits, as many folders as classes are taken in their order.
+
+    Args:
+        pictures: the set.
+        backbone: the model.
+        instead: what to do where they do not fit.
 
     Raises:
         DataError: if the folders cannot be the model's classes.
@@ -354,7 +365,7 @@ def class_indices(pictures: PicturesConfig, backbone: Backbone) -> list[int]:
         return list(range(len(names)))
     raise DataError(
         f"{pictures.path} has {len(names)} folders ({names[0]!r}, ...) that are neither numbers "
-        f"nor names of the {count} classes of {backbone.name}; labelled=false does without"
+        f"nor names of the {count} classes of {backbone.name}; {instead}"
     )
 
 
@@ -369,14 +380,20 @@ def _wordnet_numbers(backbone: Backbone) -> dict[str, int]:
 
 
 def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    refuse_other_recipe(folder, then.get("recipe", then), now["recipe"])
+    then = now | then  # older versions said less
     for key, what in (
         ("weights_digest", "backbone"),
+        ("task_digest", "task"),
         ("bank_digest", "bank"),
         ("multipliers", "calibration of the model"),
     ):
         if then[key] != now[key]:
-            raise ConfigError(
+            raise OtherRunError(
                 f"{folder} was measured with another {what} ({key} {then[key]}, now {now[key]}); "
                 "choose another run folder"
             )
+    if other := differing(then["others"], now["others"]):
+        raise OtherRunError(
+            f"{folder} was measured with other models, tasks, ladders or banks of "
+            f"{', '.join(other)}; choose another run folder"
+        )

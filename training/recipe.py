@@ -1,9 +1,10 @@
 """What all recipes have in common."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Recipe(BaseModel):
@@ -35,3 +36,26 @@ def table_at(kind: type[Recipe], path: Sequence[Any]) -> type[Recipe] | None:
             return None
         table = table_of(table.model_fields[key].annotation)
     return table
+
+
+def with_defaults(said: dict[str, Any], kind: type[Recipe]) -> dict[str, Any]:
+    """Return a written recipe with the defaults of keys that the version that wrote it lacked.
+
+    Args:
+        said: the recipe; what is none of this kind is returned as it is.
+        kind: the recipe's.
+    """
+    with suppress(ValidationError):
+        return kind.model_validate(said).model_dump(mode="json")
+    return said
+
+
+def differing(then: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the keys of two written recipes whose values differ, in full, with both values."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return {} if then == now else {key: (then, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for each in {**now, **then}:
+        inner = f"{key}.{each}" if key else each
+        found |= differing(then.get(each), now.get(each), inner)
+    return found

@@ -19,7 +19,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import gather_object
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from adapters.durable import new_folder, replace_file
@@ -27,7 +26,7 @@ from tocom import ConfigError, TocomError
 from training.config import DistillConfig, ElasticConfig
 from training.loop_config import LoopConfig
 from training.prune.config import PruneConfig
-from training.recipe import Recipe
+from training.recipe import Recipe, differing, with_defaults
 from training.screen.curves import Curves, figure
 from training.screen.progress import Progress, say
 
@@ -40,16 +39,23 @@ _FREE = {
         "tensorboard", "wandb",
     )
 }  # fmt: skip
+#: The same of what measures.
+_FREE_OF_MEASURING = {"workers", "save_every"}
 #: The length of a run, which may grow.
 _LENGTHS = ("loop.steps", "loop.epochs")
 #: What a run makes at its end.
 _RESULTS = re.compile(r"bank|model|task|(result|test-after)(-\d+-of-\d+)?\.json")
 _LONGEST_VALUE = 60  # characters of a value in a message
+_EPOCH = "pictures-an-epoch"  # their number, in a checkpoint
 _log = logging.getLogger(__name__)
 
 
 class TrainingError(TocomError):
     """A run that cannot go on; the last good checkpoint is kept."""
+
+
+class OtherRunError(ConfigError):
+    """A folder that holds another run than the one that is asked for."""
 
 
 def refuse_other_recipe(
@@ -64,15 +70,15 @@ def refuse_other_recipe(
         free: keys, such as loop.workers, that may differ.
 
     Raises:
-        ConfigError: naming the keys that differ, with both values.
+        OtherRunError: naming the keys that differ, with both values.
     """
     other = [
         f"{key} {_short(there)} there, {_short(here)} here"
-        for key, (there, here) in _differing(then, now).items()
+        for key, (there, here) in differing(then, now).items()
         if key not in free
     ]
     if other:
-        raise ConfigError(
+        raise OtherRunError(
             f"{folder} holds a run of another recipe: {'; '.join(other)}; choose another run folder"
         )
 
@@ -89,44 +95,49 @@ def refuse_other_run(folder: Path, recipe: Recipe) -> str:
     Raises:
         ConfigError: naming the keys that differ, with both values.
     """
-    if not (path := folder / "config.json").exists():
+    if not (said := _begun(folder)):
         return ""
-    try:
-        then = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} does not say which run the folder holds ({error}); choose another run folder"
-        ) from error
-    if not has_begun(folder):
-        return ""
-    with suppress(ValidationError):
-        # A run that an older version began does not say what is new since: the defaults.
-        then = type(recipe).model_validate(then).model_dump(mode="json")
-    now = recipe.model_dump(mode="json")
+    then, now = with_defaults(said, type(recipe)), recipe.model_dump(mode="json")
     longer = {
         key: f"{there:g}-{key.removeprefix('loop.')}"
-        for key, (there, here) in _differing(then, now).items()
+        for key, (there, here) in differing(then, now).items()
         if key in _LENGTHS and there is not None and here is not None and there < here
     }
     refuse_other_recipe(folder, then, now, {*_FREE, *longer})
     return next(iter(longer.values()), "")
 
 
-def has_begun(folder: Path) -> bool:
-    """Return whether a folder holds more than a recipe: one that could not be followed is free."""
-    names = (path.name for path in folder.iterdir())
-    return any(name != "config.json" and not name.startswith(".") for name in names)
+def refuse_other_measurement(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Refuse a folder in which another recipe is measured, to its end or not.
+
+    Returns:
+        All that its `config.json` says; empty if nothing has begun there.
+
+    Raises:
+        ConfigError: naming the keys that differ, with both values.
+    """
+    if said := _begun(folder):
+        then = with_defaults(said.get("recipe", said), type(recipe))
+        refuse_other_recipe(folder, then, recipe.model_dump(mode="json"), _FREE_OF_MEASURING)
+    return said
 
 
-def _differing(then: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the keys of two recipes whose values differ, in full, with both values."""
-    if not (isinstance(then, dict) and isinstance(now, dict)):
-        return {} if then == now else {key: (then, now)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for each in {**now, **then}:
-        inner = f"{key}.{each}" if key else each
-        found |= _differing(then.get(each), now.get(each), inner)
-    return found
+def _begun(folder: Path) -> dict[str, Any]:
+    """Return what `config.json` says of the run in a folder; empty if none has begun.
+
+    A folder that holds no more than a recipe is free: that could not be followed.
+    """
+    if not (path := folder / "config.json").exists():
+        return {}
+    try:
+        said = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} does not say which run the folder holds ({error}); choose another run folder"
+        ) from error
+    names = (each.name for each in folder.iterdir())
+    begun = any(name != "config.json" and not name.startswith(".") for name in names)
+    return said if begun else {}
 
 
 def _short(value: Any) -> str:
@@ -170,9 +181,12 @@ def facts(
 class RunFolder:
     """What a run leaves on disk, and its progress bar."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: LoopConfig) -> None:
-        """Remember the arguments; nothing is written yet."""
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, config: LoopConfig, pictures: int
+    ) -> None:
+        """Remember the arguments, such as the pictures of an epoch; nothing is written yet."""
         self.folder, self.accelerator, self.config = folder, accelerator, config
+        self.pictures = pictures
         self.recipe: dict[str, Any] = {}  # what was claimed
         self.curves = Curves()
         self._undrawn = False  # whether it was said that curves are not drawn
@@ -182,9 +196,10 @@ class RunFolder:
         """Write the recipe down; what came out of a run that is to get longer is put aside.
 
         Raises:
-            ConfigError: if the folder holds a run of another recipe, or one that is done and has
-                no checkpoint to go on from.
+            ConfigError: if the folder holds a run of another recipe or of another number of
+                pictures, or one that is done and has no checkpoint to go on from.
         """
+        self._refuse_other_pictures()
         self.recipe = recipe.model_dump(mode="json")
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +208,18 @@ class RunFolder:
             resolved = json.dumps(self.recipe, indent=2, ensure_ascii=False) + "\n"
             replace_file(self.folder / "config.json", resolved)
         self.accelerator.wait_for_everyone()
+
+    def _refuse_other_pictures(self) -> None:
+        """Refuse to go on with more or fewer: which ones a step sees follows from their number."""
+        then = self.pictures
+        for checkpoint in self._checkpoints()[-1:]:
+            with suppress(OSError, ValueError):  # older versions did not write it down
+                then = int((checkpoint / _EPOCH).read_text(encoding="utf-8"))
+        if then != self.pictures:
+            raise OtherRunError(
+                f"{self.folder} was begun with {then:,} pictures an epoch; there are "
+                f"{self.pictures:,} now; choose another run folder"
+            )
 
     def _put_aside(self, length: str) -> None:
         """Rename what came out of a run of this length: `bank` to `bank-200-steps`."""
@@ -312,6 +339,7 @@ class RunFolder:
         try:
             with new_folder(final, TrainingError) as beside:
                 self.accelerator.save_state(str(beside))
+                (beside / _EPOCH).write_text(str(self.pictures))
         # torch reports a failed write as RuntimeError.
         except (OSError, RuntimeError, SafetensorError) as error:
             self._unwritten(final, error)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -19,6 +20,14 @@ ARGUMENTS = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_c
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no curves, which takes longer than their few steps."""
     monkeypatch.setattr(RunFolder, "draw", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are put together but not drawn, which takes longer than what they show."""
+    if request.node.get_closest_marker("rendered") is None:
+        drawn = b"a figure"
+        monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: path.write_bytes(drawn))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
-"""The smallest training run, and runs of two processes."""
+"""The smallest training run."""
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,13 +61,3 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def in_two_processes(*arguments: str) -> None:
-    """Run tocom-train under torchrun."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "training.cli", *arguments,
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import pytest
 from adapters import Bank, TaskModel, compose
 from tocom import ConfigError, forward, load_backbone
 from training import distill as distilling
-from training import evaluate as module
 from training.calibrate import calibrate
 from training.config import DistillConfig, FinetuneConfig
 from training.distill import distill
@@ -23,12 +22,6 @@ from training.vtab.runs import Run, _recipe
 from training.vtab.tasks import VTAB
 
 LOOP = {"batch_size": 12, "learning_rate": 3e-3, "workers": 0}
-
-
-@pytest.fixture(autouse=True)
-def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than measuring a tiny model."""
-    monkeypatch.setattr(module, "plot_evaluation", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

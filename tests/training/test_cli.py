@@ -64,6 +64,20 @@ def test_the_other_commands_of_training_end_with_what_to_type_next(
     assert f"evaluate every-rate backbone.name={tmp_path / 'elastic' / 'model'} " in said.err
 
 
+def test_a_cascade_is_attached_where_there_is_a_folder(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "cascade.md").write_text("| a |\n|---|\n| 1 |\n")
+    path = tmp_path / "cascade.json"
+    monkeypatch.setattr("training.cascade.calibrate.calibrate_cascade", lambda *_: path)
+    for name, told in ((str(model_folder), True), ("bundled:deit_tiny", False)):
+        assert main(["calibrate-cascade", "cascade", f"backbone.name={name}", "pictures=x"]) == 0
+        said = capsys.readouterr().err
+        assert (f"tocom-train attach {path} {name}\n" in said) == told
+        assert f"={name},cascade={path}\n" in said
+
+
 def test_calibrate_then_attach(
     pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,10 +270,11 @@ def test_a_dry_run_checks_and_tells_and_writes_nothing(
     assert "tuned     full, at rate 0\n" in said
     assert "2 epochs\n" in said
     assert "at every rate\n" in told("evaluate", "every-rate", f"bank={bank}")
-    assert "multipliers and the bank's own\n" in told("calibrate", "multiplier", f"bank={bank}")
+    assert "the bank's own, at 4 rates\n" in told("calibrate", "multiplier", f"bank={bank}")
     assert "beside the stock model\n" in told("compare", "methods")
-    assert "with banks and seeds\n" in told("analyse", "which-tokens")
-    assert "tries for each\n" in told("search", "half-the-compute")
+    assert "tries for each\n" in told("search", "half-the-compute", "search_on=9", "judge_on=9")
+    assert main(["analyse", "which-tokens", *common, "--dry-run"]) == 2
+    assert "need more pictures than that to be compared, got 24" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -280,9 +295,11 @@ def test_a_dry_run_finds_what_is_missing(
 
 
 def test_a_dry_run_of_many_runs_looks_at_all_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     given = ["vtab", "vtab1k", f"root={tmp_path}", "tasks=['cifar','dtd']", "--dry-run"]
+    given.append(f"changes=['backbone.name={model_folder}']")
     assert main(given) == 2
     assert f"{tmp_path} is not complete:" in capsys.readouterr().err
     monkeypatch.setattr("training.vtab.runs.check", lambda config: "complete")

@@ -163,6 +163,7 @@ def test_several_sets_of_pictures() -> None:
         ("name=My Bank", r"name must match the pattern \^\[a-z0-9\].*got 'My Bank'"),
         ("name.deeper=1", "name is a value, not a table"),
         ("loop", "an override is key=value, got 'loop'"),
+        ("loop.learning_rate=inf", r"loop\.learning_rate must be a number, got inf"),
         ("loop.seed=-1", r"loop\.seed must be at least 0, got -1"),
         ("targets=[]", r"targets must have at least 1 of them"),
         ("targets=['q','v','q']", r"targets: each target may stand once, got q, v, q"),

@@ -26,7 +26,7 @@ from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.pictures.augment import evaluation_transform
 from training.pictures.batches import evaluation_batches
 from training.pictures.config import PicturesConfig
-from training.plot import changes, plot_evaluation
+from training.plot import changes, plot_evaluation, plot_matrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,13 +51,6 @@ def config(pictures: Path, model_folder: Path, bank: Path) -> EvaluateConfig:
     )
 
 
-@pytest.fixture
-def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than measuring a tiny model."""
-    for plot in ("plot_evaluation", "plot_matrix"):
-        monkeypatch.setattr(module, plot, lambda *_: None)
-
-
 def changed(config: EvaluateConfig, **changes: Any) -> EvaluateConfig:
     return EvaluateConfig.model_validate(config.model_dump() | changes)
 
@@ -71,7 +64,6 @@ def cell(result: dict[str, Any], source: int, target: int) -> dict[str, Any]:
     return next(r for r in result["rows"] if (r["source"], r["target"]) == (source, target))
 
 
-@pytest.mark.usefixtures("unplotted")
 def test_figures_are_those_of_single_forwards(config: EvaluateConfig, tmp_path: Path) -> None:
     backbone, bank = load_backbone(config.backbone.name), Bank.load(str(config.bank))
     result = read(evaluate(config, tmp_path / "out"))
@@ -103,6 +95,7 @@ def test_figures_are_those_of_single_forwards(config: EvaluateConfig, tmp_path: 
     assert "bank" not in same
 
 
+@pytest.mark.rendered
 def test_what_comes_out(config: EvaluateConfig, tmp_path: Path) -> None:
     result = read(evaluate(config, tmp_path))
     assert (tmp_path / "evaluation.md").read_text().count("\n| ") == 11
@@ -167,7 +160,6 @@ def test_a_recipe_may_see_more_or_less_of_the_pictures(
         changed(config, crop_pct=1.1)
 
 
-@pytest.mark.usefixtures("unplotted")
 def test_an_evaluation_sees_the_crop_of_its_recipe(config: EvaluateConfig, tmp_path: Path) -> None:
     config = changed(config, sources=[0], targets=[2])
     own, other = (
@@ -177,7 +169,6 @@ def test_an_evaluation_sees_the_crop_of_its_recipe(config: EvaluateConfig, tmp_p
     assert own["kl"] != other["kl"]
 
 
-@pytest.mark.usefixtures("unplotted")
 def test_without_a_bank_rates_are_up_to_max_rate(config: EvaluateConfig, tmp_path: Path) -> None:
     result = read(evaluate(changed(config, bank=None, sources=[0], max_rate=2), tmp_path))
     assert result["bank"] is None
@@ -211,15 +202,12 @@ def test_a_killed_run_goes_on_to_the_same_figures(
                 raise SystemExit("killed")
         write(path, text)
 
-    monkeypatch.setattr(measuring, "replace_file", die)
-    if killed_after < 4:  # 24 pictures are 4 batches
-        with pytest.raises(SystemExit, match="killed"):
+    with monkeypatch.context() as patched:
+        patched.setattr(measuring, "replace_file", die)
+        # 24 pictures are 4 batches; after the last one, before the result.
+        patched.setattr(module, "plot_evaluation", lambda *_: 1 / 0)
+        with pytest.raises(SystemExit if killed_after < 4 else ZeroDivisionError):
             evaluate(config, tmp_path / "killed")
-    else:  # after the last batch, before the result
-        monkeypatch.setattr(module, "plot_evaluation", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            evaluate(config, tmp_path / "killed")
-    monkeypatch.undo()
     embed = measuring.embed
 
     def count(model: Any, images: torch.Tensor) -> torch.Tensor:
@@ -232,7 +220,6 @@ def test_a_killed_run_goes_on_to_the_same_figures(
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-@pytest.mark.usefixtures("unplotted")
 def test_a_finished_run_is_returned_at_once(
     config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +229,6 @@ def test_a_finished_run_is_returned_at_once(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.usefixtures("unplotted")
 def test_a_folder_of_something_else_is_refused_by_name(
     config: EvaluateConfig, model_folder: Path, tmp_path: Path, finished: bool
 ) -> None:
@@ -267,7 +253,6 @@ def test_a_result_without_its_recipe_is_refused(config: EvaluateConfig, tmp_path
         evaluate(config, tmp_path)
 
 
-@pytest.mark.usefixtures("unplotted")
 def test_pictures_that_came_meanwhile_are_noticed(config: EvaluateConfig, tmp_path: Path) -> None:
     evaluate(config, tmp_path).unlink()
     progress = read(tmp_path / "progress.json")
@@ -308,6 +293,7 @@ def test_the_standard_error_of_a_mean() -> None:
 # --- what older versions wrote
 
 
+@pytest.mark.rendered
 @pytest.mark.parametrize("name", ["deit_tiny_imagenet", "deit_tiny_caltech101"])
 def test_older_results_stay_readable(name: str, tmp_path: Path) -> None:
     result = read(ROOT / "docs" / "results" / name / "evaluation.json")
@@ -320,7 +306,9 @@ def test_older_results_stay_readable(name: str, tmp_path: Path) -> None:
     assert matrix_table(result)
     assert changes(result, "kl")[2].shape[1] == len({row["target"] for row in result["rows"]})
     plot_evaluation(result, tmp_path)
-    assert (tmp_path / "evaluation.svg").exists()
+    plot_matrix(result, tmp_path)
+    for name in ("evaluation.svg", "matrix.png"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 # --- classes

@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from adapters import TaskModel
-from tests.training.jobs import in_two_processes
-from tests.training.lists import write_lists
 from tests.training.pictures.files import write_tar
+from tests.training.vtab.lists import write_lists
 from tocom import BackboneError, ConfigError, DataError, forward, load_backbone
 from training import finetune as module
-from training.cli import main
 from training.config import FinetuneConfig
 from training.finetune import finetune
 from training.loop import run as run_loop
@@ -329,16 +327,3 @@ def test_what_is_tested_is_what_was_written(
         assert torch.equal(tested[name], weight.float())
     said = json.loads((folder / "config.json").read_text())["training"]
     assert said["test_precision"] == "fp16 weights, fp32 forward"
-
-
-def test_processes_share_out_the_test(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
-    recipe = [
-        "deit-tiny-task", f"backbone.name={model_folder}", f"pictures.path={pictures}",
-        f"test.path={pictures}", "method=linear", "loop.epochs=4", "loop.batch_size=12",
-        "loop.learning_rate=3e-3",
-    ]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["finetune", *recipe, "loop.accumulation=2", "--folder", str(one)]) == 0
-    in_two_processes("finetune", *recipe, "--folder", str(two))
-    alone, together = (TaskModel.load(folder / "task").info.training for folder in (one, two))
-    assert together["test_accuracy"] == alone["test_accuracy"]

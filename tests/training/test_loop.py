@@ -1,4 +1,4 @@
-"""Runs of several processes, killed runs, full disks: what a loop must survive."""
+"""Killed runs, full disks: what a loop must survive."""
 
 import logging
 import signal
@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import Bank
 from tests.tocom_models import small_model
-from tests.training.jobs import Brightness, environment, in_two_processes, metrics, run_job
+from tests.training.jobs import Brightness, environment, metrics, run_job
 from tocom import TOME, Backbone, ConfigError, load_backbone
 from training import loop
 from training.config import DistillConfig, FinetuneConfig
-from training.distill import distill
+from training.distill import Distillation, distill
 from training.elastic import Weights
 from training.loop_config import LoopConfig
 from training.presets import read_recipe
@@ -58,25 +58,6 @@ def recipe(pictures: Path, model_folder: Path, tmp_path: Path) -> Path:
 
 def config(recipe: Path, *overrides: str) -> DistillConfig:
     return read_recipe(DistillConfig, str(recipe), overrides)
-
-
-def test_two_processes_make_the_bank_of_one_that_accumulates(recipe: Path, tmp_path: Path) -> None:
-    watching = ["unseen=5", "loop.watch_every=3"]
-    one = distill(config(recipe, "loop.accumulation=2", *watching), tmp_path / "one")
-    in_two_processes("distill", str(recipe), *watching, "--folder", str(tmp_path / "two"))
-    watched = 0
-    for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert alone["pairs"] == together["pairs"]
-        assert alone["loss"] == pytest.approx(together["loss"], abs=1e-7)
-        assert alone.keys() == together.keys()
-        unseen = [key for key in alone if key.startswith("unseen")]
-        watched += len(unseen)
-        for key in unseen:
-            assert alone[key] == pytest.approx(together[key], abs=1e-7)
-    assert watched == 2 * 2 * 4  # two watches of four rates, with and without the bank
-    first, second = Bank.load(one), Bank.load(tmp_path / "two" / "bank")
-    for name, tensor in first.tensors.items():
-        torch.testing.assert_close(tensor, second.tensors[name], rtol=1e-3, atol=1e-5)
 
 
 def test_accumulation_is_the_whole_batch(
@@ -186,9 +167,9 @@ def test_what_tunes_all_weights_lets_nothing_decay_that_timm_keeps(kind: str, wh
     assert not decays
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="8.*3"):
-        distill(config(recipe, "loop.accumulation=3"), tmp_path / "run")
+def test_a_batch_that_cannot_be_shared_out_is_refused(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size \(8\) must be a multiple of accum.*\(3\)"):
+        config(recipe, "loop.accumulation=3")
 
 
 def test_mixing_an_odd_micro_batch_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -196,9 +177,15 @@ def test_mixing_an_odd_micro_batch_is_refused(recipe: Path, tmp_path: Path) -> N
         distill(config(recipe, "loop.batch_size=7"), tmp_path / "run")
 
 
-def test_more_sources_than_pictures_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_more_sources_than_pictures_are_refused(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sources \(3\) share out a micro-batch: at most 2"):
+        config(recipe, "loop.batch_size=4", "loop.accumulation=2", "sources=3")
+    # Several processes make the micro-batches smaller.
+    asked = config(recipe, "augment.mixup=0", "augment.cutmix=0", "sources=3")
+    job = Distillation(load_backbone(asked.backbone.name), asked, [])
+    losses = job.losses(torch.zeros(2, 3, 32, 32), torch.zeros(2), 0)
     with pytest.raises(ConfigError, match="2 pictures cannot be shared out to 3 sources"):
-        distill(config(recipe, "loop.batch_size=2", "sources=3"), tmp_path / "run")
+        next(losses)
 
 
 #: tocom-train, killed while it writes the line of step 4.

@@ -247,3 +247,17 @@ def test_a_deterministic_run_is_torch_s_own(
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_pictures(
+    run: Run, pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    run(tmp_path)
+    config = LoopConfig(steps=4, batch_size=6, learning_rate=0.1, workers=0, save_every=1)
+    fewer = pictures.parent / "blue"
+    message = "was begun with 24 pictures an epoch; there are 8 now; choose another run folder"
+    with pytest.raises(ConfigError, match=message):
+        run_job(Brightness(), config, fewer, model_folder, tmp_path)
+    for checkpoint in tmp_path.glob("checkpoints/*/pictures-an-epoch"):
+        checkpoint.unlink()  # as an older version left them
+    run_job(Brightness(), config, fewer, model_folder, tmp_path)

@@ -11,7 +11,7 @@ Reference: Which Tokens to Use?, arXiv:2308.04657, section 5.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from adapters.durable import replace_file
 from tocom import Backbone, ConfigError, cost
@@ -20,9 +20,12 @@ from training.analysis.drawn import plot_depth, plot_proxies
 from training.analysis.observed import Observed, looked_at, observe
 from training.analysis.pairs import compared, finite, mean, measured, proxies
 from training.analysis.table import table
-from training.ladders.candidates import Candidate, Models, candidates_of
+from training.ladders.candidates import Candidate, Models, candidates_of, contents
 from training.measuring import MANY_CLASSES, Measurement, claim, refuse_processes
 from training.screen.progress import following
+
+#: A model and its candidates.
+Group: TypeAlias = tuple[Backbone, list[Candidate]]
 
 
 def analyse(config: AnalyseConfig, folder: Path) -> Path:
@@ -33,15 +36,10 @@ def analyse(config: AnalyseConfig, folder: Path) -> Path:
             spent.
     """
     refuse_processes("analyse")
-    models = Models(config.crop_pct)
-    backbone = models(config.backbone, config.task)
-    groups = _groups(config, backbone, models)
-    blocks = [looked_at(config.blocks, each.model, each.name) for each, _ in groups]
-    if len({len(each) for each in blocks}) > 1:
-        raise ConfigError("blocks: models of so few blocks have other quarters; name the blocks")
-    measurements = [_measurement(config, each) for each, _ in groups]
-    path = folder / "analysis.json"
-    if claim(folder, path.name, config, backbone, None):
+    groups, blocks, measurements = opened(config)
+    backbone = groups[0][0]
+    path, made_of = folder / "analysis.json", contents(each for _, mine in groups for each in mine)
+    if claim(folder, path.name, config, backbone, None, others=made_of):
         return path
     rows, observed = [], []
     for i, (model, candidates) in enumerate(groups):
@@ -70,10 +68,23 @@ def analyse(config: AnalyseConfig, folder: Path) -> Path:
     return path
 
 
-def _groups(
-    config: AnalyseConfig, backbone: Backbone, models: Models
-) -> list[tuple[Backbone, list[Candidate]]]:
+def opened(config: AnalyseConfig) -> tuple[list[Group], list[list[int]], list[Measurement]]:
+    """Open what a recipe names; errors as of `analyse`.
+
+    Returns:
+        The models with their candidates, the recipe's model first; of each the blocks that are
+        looked at; and the pictures as each sees them.
+    """
+    groups = _groups(config, Models(config.crop_pct))
+    blocks = [looked_at(config.blocks, each.model, each.name) for each, _ in groups]
+    if len({len(each) for each in blocks}) > 1:
+        raise ConfigError("blocks: models of so few blocks have other quarters; name the blocks")
+    return groups, blocks, [_measurement(config, each) for each, _ in groups]
+
+
+def _groups(config: AnalyseConfig, models: Models) -> list[Group]:
     """Return the candidates of each model, its rung 0 first; the recipe's model leads."""
+    backbone = models(config.backbone, config.task)
     groups = {id(backbone): (backbone, [_stock(backbone)])}
     for candidate in candidates_of(
         config.entries, config.backbone, config.task, config.shares, models

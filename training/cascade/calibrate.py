@@ -120,7 +120,12 @@ class Calibrated:
         if bank:
             bank.check_fits(backbone, source)
         ladder = measured_ladder(config.ladder, backbone, bank, [source])
-        return cls(backbone, bank, source, ladder, config.rates or _usual_rates(ladder, bank))
+        rates = config.rates or _usual_rates(ladder, bank)
+        for rate in rates:
+            cost(backbone.model, rate, ladder=ladder)  # refuses rates that the ladder does not have
+            if bank:
+                compose(bank, source, rate)  # and those that the bank does not have
+        return cls(backbone, bank, source, ladder, rates)
 
     @torch.inference_mode()
     def run(self, config: CascadeConfig) -> Runs:

@@ -4,7 +4,7 @@ An entry is a method on its usual ladder, a ladder, a bank, with which its ladde
 and repaired, or a model of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters import Bank, open_bank
 from adapters.bank import learned_with
-from adapters.ladder import read_ladder
+from adapters.ladder import digest, read_ladder
 from tocom import (
     Backbone,
     ConfigError,
@@ -153,6 +153,17 @@ def candidates_of(
             if named.setdefault(name, i) != i:
                 raise ConfigError(f"two entries are called {name!r}; give them different names")
             yield from _rungs(name, entry, model, bank, ladder, shares, seed)
+
+
+def contents(candidates: Iterable[Candidate]) -> dict[str, list[str]]:
+    """Return the digests of the models, tasks, ladders and banks of candidates, by their names."""
+    found: dict[str, set[str]] = {}
+    for each in candidates:
+        ladder = "" if each.ladder is None else digest(each.ladder)
+        bank = "" if each.bank is None else each.bank.info.digest
+        parts = {each.backbone.digest, each.backbone.task_digest, ladder, bank}
+        found.setdefault(each.name, set()).update(parts - {""})
+    return {name: sorted(parts) for name, parts in found.items()}
 
 
 def _ladder(

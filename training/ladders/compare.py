@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from adapters.durable import replace_file
-from tocom import Backbone, ConfigError, cost
+from tocom import ConfigError, cost
 from training.ladders.budgets import budgets
-from training.ladders.candidates import Candidate, Models, candidates_of
+from training.ladders.candidates import Candidate, Models, candidates_of, contents
 from training.ladders.compare_config import CompareConfig
 from training.ladders.compare_table import table
 from training.ladders.timing import time_forwards
@@ -40,12 +40,10 @@ def compare_methods(config: CompareConfig, folder: Path) -> Path:
             spent.
     """
     refuse_processes("compare")
-    models = Models(config.crop_pct)
-    backbone = models(config.backbone, config.task)
-    candidates = list(_candidates(config, backbone, models))
-    measurements = _measurements(config, candidates)
+    candidates, measurements = opened(config)
+    backbone = candidates[0].backbone
     path = folder / "compare.json"
-    if claim(folder, path.name, config, backbone, None):
+    if claim(folder, path.name, config, backbone, None, others=contents(candidates)):
         return path
     figures = _measure(measurements, candidates)
     groups: dict[Key, list[int]] = {}
@@ -78,7 +76,19 @@ def compare_methods(config: CompareConfig, folder: Path) -> Path:
     return path
 
 
-def _candidates(config: CompareConfig, backbone: Backbone, models: Models) -> Iterator[Candidate]:
+def opened(config: CompareConfig) -> tuple[list[Candidate], dict[int, Measurement]]:
+    """Open what a recipe names; errors as of `compare_methods`.
+
+    Returns:
+        The candidates, the stock model first, and the pictures as each model sees them, by the
+        model's identity.
+    """
+    candidates = list(_candidates(config, Models(config.crop_pct)))
+    return candidates, _measurements(config, candidates)
+
+
+def _candidates(config: CompareConfig, models: Models) -> Iterator[Candidate]:
+    backbone = models(config.backbone, config.task)
     model = backbone.model
     stock = Candidate("stock", backbone, 0, cost(model).macs)
     yield stock

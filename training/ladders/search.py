@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adapters.durable import replace_file
-from adapters.ladder import LadderInfo, read_ladder, write_ladder
+from adapters.ladder import LadderInfo, digest, read_ladder, write_ladder
 from tocom import Backbone, ConfigError, Ladder, Plan, cost
 from tocom.reduction import Method, Place, Unit, method_of
 from training.ladders.search_config import LadderSearchConfig
@@ -73,16 +73,11 @@ def search(config: LadderSearchConfig, folder: Path) -> Path:
     """
     refuse_processes("search")
     backbone = load_model(config.backbone, config.task, config.crop_pct)
-    method = method_of(config.method, config.options)
-    for option, values in config.try_options.items():
-        for value in values:
-            method_of(config.method, {**config.options, option: value})
-    if (reason := method.refuse(backbone.model)) is not None:
-        raise ConfigError(reason)
-    path = folder / "ladder.json"
-    if claim(folder, path.name, config, backbone, None):
+    method, start = opened(config, backbone)
+    path, others = folder / "ladder.json", {"start": [digest(start)]} if start else None
+    if claim(folder, path.name, config, backbone, None, others=others):
         return path
-    searched = Search(backbone, config, method, folder)
+    searched = Search(backbone, config, method, start, folder)
     searched.run()
     info = LadderInfo.of(searched.ladder(), searched.evidence())
     (folder / "search.md").write_text(table(info), encoding="utf-8")
@@ -91,14 +86,36 @@ def search(config: LadderSearchConfig, folder: Path) -> Path:
     return write_ladder(info, path)
 
 
+def opened(config: LadderSearchConfig, backbone: Backbone) -> tuple[Method, Ladder | None]:
+    """Return the method of a recipe and the ladder to start from; errors as of `search`."""
+    model = backbone.model
+    method = method_of(config.method, config.options)
+    for option, values in config.try_options.items():
+        for value in values:
+            method_of(config.method, {**config.options, option: value})
+    if (reason := method.refuse(model)) is not None:
+        raise ConfigError(reason)
+    draw(config)  # refuses to ask for more pictures than there are
+    if config.start is None:
+        return method, None
+    start = read_ladder(config.start).ladder()
+    start.amounts(0, len(model.blocks), model.patch_embed.num_patches)  # refuses other blocks
+    return method, start
+
+
 class Search:
     """A walk for each rung, the cheapest first."""
 
     def __init__(
-        self, backbone: Backbone, config: LadderSearchConfig, method: Method, folder: Path
+        self,
+        backbone: Backbone,
+        config: LadderSearchConfig,
+        method: Method,
+        start: Ladder | None,
+        folder: Path,
     ) -> None:
         """Draw and embed the pictures; read what was found before."""
-        self.backbone, self.config, self.method = backbone, config, method
+        self.backbone, self.config, self.method, self.start = backbone, config, method, start
         self.patches: int = backbone.model.patch_embed.num_patches
         self.depth = len(backbone.model.blocks)
         self.state = folder / "state.json"
@@ -213,11 +230,11 @@ class Search:
 
     def _begun(self, target: float) -> Removed | None:
         """Return what `start`'s rung with the nearest cost removes."""
-        if self.config.start is None:
+        if self.start is None:
             return None
-        ladder = read_ladder(self.config.start).ladder()
-        rungs = [self._plan(ladder, rung).removed for rung in range(1, (ladder.top or 0) + 1)]
-        return min(rungs, key=lambda removed: abs(self._macs(removed) - target), default=None)
+        rungs = range(1, (self.start.top or 0) + 1)
+        removed = [self._plan(self.start, rung).removed for rung in rungs]
+        return min(removed, key=lambda each: abs(self._macs(each) - target), default=None)
 
     def _choose_options(self, rung: int, removed: Removed) -> None:
         """Take the best of the values to try, one option after the other."""

@@ -23,10 +23,11 @@ from training.pictures.augment import evaluation_transform, least_side, train_tr
 from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 from training.pictures.sets import PictureSet, open_pictures
+from training.pictures.unseen import read_unseen
 from training.prune.config import PruneConfig
-from training.screen.progress import following
 from training.seeds import derive
 
+_AT_ONCE = 50  # pictures in a batch for measuring
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ class Pictures(Dataset[tuple[Tensor, Any, int]]):
     """Pictures of several sets under one transform, asked for by `Draw`.
 
     An item is the picture [3, H, W], its class, or which it has [C], and the number of unreadable
-    pictures that were passed over for it.
+    pictures that were passed over for it. Classes of several sets need not be the same: -1.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Pictures(Dataset[tuple[Tensor, Any, int]]):
         """
         picture, label, skipped = self._read(draw)
         seed_augmentation(draw)
-        return self.transform(picture), label, skipped
+        return self.transform(picture), label if len(self.parts) == 1 else -1, skipped
 
     def keys(self) -> list[tuple[int, int]]:
         """Return (part, index) of every picture that is not held out."""
@@ -163,10 +164,10 @@ class Unlabelled(NamedTuple):
     unseen: list[Tensor]  # batches [B, 3, H, W] that are held out, as they are measured
 
 
-def unlabelled(
+def split_off(
     backbone: Backbone, config: DistillConfig | ElasticConfig | PruneConfig
-) -> Unlabelled:
-    """Open the pictures of a recipe and hold some out; what is held out has no use for labels.
+) -> tuple[Pictures, list[tuple[int, int]]]:
+    """Open the pictures of a recipe and return them with the keys of those that are held out.
 
     Raises:
         ConfigError, DataError: if they cannot be had, or none would be left.
@@ -174,12 +175,24 @@ def unlabelled(
     pictures = Pictures(
         config.pictures, train_transform(backbone, config.augment), config.loop.on_unreadable
     )
-    held_out = pictures.hold_out(config.unseen)
+    return pictures, pictures.hold_out(config.unseen)
+
+
+def unlabelled(
+    backbone: Backbone, config: DistillConfig | ElasticConfig | PruneConfig
+) -> Unlabelled:
+    """Open the pictures of a recipe and read those that are held out, which need no labels.
+
+    Raises:
+        ConfigError, DataError: if they cannot be had, or none would be left.
+    """
+    pictures, held_out = split_off(backbone, config)
     seen = pictures.keys()
     keys = [key for key in seen for _ in range(config.pictures[key[0]].times)]
-    watched = evaluation_batches(backbone, config.pictures, held_out) if held_out else ()
-    unseen = [images for images, _ in following(watched, "reading unseen pictures", "batch")]
-    return Unlabelled(pictures, keys, len(seen), unseen)
+    shown = Pictures(config.pictures, evaluation_transform(backbone))
+    unseen = read_unseen(lambda key: shown[Draw(*key)][0], held_out, config.loop.on_unreadable)
+    batches = [torch.stack(unseen[i : i + _AT_ONCE]) for i in range(0, len(unseen), _AT_ONCE)]
+    return Unlabelled(pictures, keys, len(seen), batches)
 
 
 def train_batches(pictures: Pictures, sampler: StepSampler, workers: int) -> Batches:
@@ -194,7 +207,7 @@ def evaluation_batches(
     backbone: Backbone,
     parts: Sequence[PicturesConfig],
     keys: Sequence[tuple[int, int]] | None = None,
-    batch_size: int = 50,
+    batch_size: int = _AT_ONCE,
     workers: int = 0,
     process: int = 0,
     processes: int = 1,

@@ -170,8 +170,9 @@ def _calibrate_cascade(config: CascadeConfig, folder: Path) -> None:
 
     path = calibrate_cascade(config, folder)
     _tell_table(path.with_suffix(".md"))
+    model = config.task or config.backbone.name
     _tell_next(
-        f"tocom-train attach {_word(path)} {_word(config.task or config.backbone.name)}",
+        *([f"tocom-train attach {_word(path)} {_word(model)}"] if Path(model).is_dir() else []),
         _serve(config.name, config.backbone, task=config.task, bank=config.bank, cascade=path),
     )
     print(path)

@@ -1,11 +1,11 @@
 """`--dry-run`: open everything that a recipe names, and tell what would run."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adapters import open_bank
+from tocom import Backbone
 from training.analysis.config import AnalyseConfig
 from training.cascade.config import CascadeConfig
 from training.config import DistillConfig, ElasticConfig, FinetuneConfig
@@ -39,10 +39,10 @@ def dry_run(config: Recipe, folder: Path) -> str:
 
 
 def _inputs(config: Any) -> Iterator[tuple[str, str]]:
-    from training.measuring import class_indices, load_model
+    from training.measuring import load_model
     from training.pictures.sets import open_pictures
 
-    backbone = load_model(config.backbone, getattr(config, "task", None))
+    backbone = load_model(config.backbone, getattr(config, "task", None), config.crop_pct)
     weights = sum(each.numel() for each in backbone.model.parameters())
     yield "device", str(next(backbone.model.parameters()).device)
     yield "model", f"{backbone.name}, {weights / 1e6:.1f} M parameters"
@@ -50,60 +50,60 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
     counts = [len(open_pictures(each)) for each in sets]
     for each, count in zip(sets, counts, strict=True):
         yield "pictures", f"{each.path}: {count:,}"
-    if isinstance(config, EvaluateConfig | CompareConfig | AnalyseConfig) and config.labelled:
-        class_indices(config.pictures, backbone)
     if getattr(config, "bank", None) is not None:
         bank = open_bank(config.bank)
-        sources = getattr(config, "sources", ()) or (getattr(config, "source", None),)
-        bank.check_fits(backbone, sources[0])
         yield "bank", f"{bank.info.name}, rates 0 to {bank.info.max_rate} of {bank.ladder.name}"
     match config:
         case DistillConfig():
-            yield "steps", _distill(config, backbone, sum(counts))
+            _distill(config, backbone)
+            yield "steps", _steps(config, backbone)
         case ElasticConfig():
+            _elastic(config, backbone)
             yield "tuned", f"all weights, at the rates 0 to {config.max_rate}"
-            yield "steps", f"{config.loop.steps:,} of {config.loop.batch_size} pictures"
+            yield "steps", _steps(config, backbone)
         case FinetuneConfig():
             yield from _finetune(config, counts[0])
         case PruneConfig():
             yield "pruned", _prune(config)
-            yield "steps", f"{config.loop.steps:,} of {config.loop.batch_size} pictures"
+            yield "steps", _steps(config, backbone)
         case EvaluateConfig():
-            yield "run", f"{min(counts[0], config.limit or counts[0]):,} pictures at every rate"
+            yield "run", _evaluate(config, backbone)
         case CalibrateConfig():
-            yield "run", f"{len(config.multipliers)} multipliers and the bank's own"
+            yield "run", _calibrate(config, backbone)
         case CascadeConfig():
-            count = min(sum(counts), config.limit or sum(counts))
-            yield "run", f"{count:,} pictures at each rate, chains of up to {config.runs} runs"
+            yield "run", _cascade(config, sum(counts))
         case CompareConfig() | AnalyseConfig():
             yield "run", f"{len(config.entries)} methods and ladders beside the stock model"
-            yield "rungs", _candidates(config)
+            rungs = _compare(config) if isinstance(config, CompareConfig) else _analyse(config)
+            yield "rungs", f"{rungs}, with banks and seeds"
         case LadderSearchConfig():
-            yield "run", f"{len(config.shares)} rungs, {config.tries} tries for each"
+            yield "run", _search(config, backbone)
 
 
-def _candidates(config: CompareConfig | AnalyseConfig) -> str:
-    from training.ladders.candidates import Models, candidates_of
-
-    models = Models(config.crop_pct)
-    found = candidates_of(config.entries, config.backbone, config.task, config.shares, models)
-    return f"{len(list(found))}, with banks and seeds"
+# Each calls what the run begins with, which refuses what does not fit together.
 
 
-def _distill(config: DistillConfig, backbone: Any, count: int) -> str:
+def _distill(config: DistillConfig, backbone: Backbone) -> None:
     import torch
 
     from training.distill import Distillation
-    from training.pictures.augment import train_transform
-    from training.pictures.batches import Pictures
 
-    pictures = Pictures(config.pictures, train_transform(backbone, config.augment))
-    held_out = pictures.hold_out(config.unseen)
-    # Refuses what does not fit together; what is measured for relative losses is left out, and a
-    # metric begins from a blank picture.
+    # What is measured for relative losses is left out; a metric begins from a blank picture.
     blank = torch.zeros(1, *backbone.input_size)
     Distillation(backbone, config.model_copy(update={"relative": False}), [blank])
-    seen = config.loop.steps * config.loop.batch_size / (count - len(held_out))
+
+
+def _elastic(config: ElasticConfig, backbone: Backbone) -> None:
+    from training.elastic import tuned_ladder
+
+    tuned_ladder(backbone, config)
+
+
+def _steps(config: DistillConfig | ElasticConfig | PruneConfig, backbone: Backbone) -> str:
+    from training.pictures.batches import split_off
+
+    pictures, held_out = split_off(backbone, config)
+    seen = config.loop.steps * config.loop.batch_size / len(pictures.keys())
     return (
         f"{config.loop.steps:,} of {config.loop.batch_size} pictures, each seen "
         f"{seen:.3g} times; {len(held_out)} held out"
@@ -125,8 +125,52 @@ def _finetune(config: FinetuneConfig, count: int) -> Iterator[tuple[str, str]]:
 def _prune(config: PruneConfig) -> str:
     from training.prune.prune import Pruning, load
 
-    Pruning(load(config), config, [])  # refuses what does not fit together
+    Pruning(load(config), config, [])
     return f"{100 * config.target:g} % of the multiply-adds, by step {config.last_choice + 1:,}"
+
+
+def _evaluate(config: EvaluateConfig, backbone: Backbone) -> str:
+    from training.evaluate import measurement_of, opened
+
+    measurement = measurement_of(config, backbone, opened(config, backbone))
+    return f"{measurement.count:,} pictures at every rate"
+
+
+def _calibrate(config: CalibrateConfig, backbone: Backbone) -> str:
+    from training.calibrate import opened
+
+    _, _, targets = opened(config, backbone)
+    count = len(config.multipliers)
+    return f"{count} multipliers and the bank's own, at {len(targets)} rates"
+
+
+def _cascade(config: CascadeConfig, available: int) -> str:
+    from training.cascade.calibrate import Calibrated
+
+    rates = ", ".join(map(str, Calibrated.open(config).rates))
+    count = min(available, config.limit or available)
+    return f"{count:,} pictures at the rates {rates}, chains of up to {config.runs} runs"
+
+
+def _compare(config: CompareConfig) -> int:
+    from training.ladders.compare import opened
+
+    candidates, _ = opened(config)
+    return len(candidates) - 1  # but the stock model
+
+
+def _analyse(config: AnalyseConfig) -> int:
+    from training.analysis.analyse import opened
+
+    groups, _, _ = opened(config)
+    return sum(len(candidates) - 1 for _, candidates in groups)
+
+
+def _search(config: LadderSearchConfig, backbone: Backbone) -> str:
+    from training.ladders.search import opened
+
+    opened(config, backbone)
+    return f"{len(config.shares)} rungs, {config.tries} tries for each"
 
 
 def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[str, str]]:
@@ -159,25 +203,24 @@ def _segment(config: SegmentConfig | EvaluateSegmentConfig) -> Iterator[tuple[st
 
 
 def _vtab(config: VtabConfig) -> Iterator[tuple[str, str]]:
-    from training.vtab.runs import check, check_bank, chosen_tasks
+    from training.vtab.runs import check, check_bank, check_rates, chosen_tasks
 
     yield "pictures", check(config)
     if config.bank:
         check_bank(config)
         yield "bank", config.bank
+    check_rates(config)
     tasks, sources, seeds = len(chosen_tasks(config)), len(config.sources), len(config.seeds)
     yield "runs", f"{tasks * sources * seeds}: {tasks} tasks, {sources} sources, {seeds} seeds"
 
 
 def _folder(config: Recipe, folder: Path) -> str:
     """Say whether a run folder is new, or gone on with; what holds another run is refused."""
-    from training.run_folder import refuse_other_recipe, refuse_other_run
+    from training.run_folder import refuse_other_measurement, refuse_other_run
 
-    if not (path := folder / "config.json").exists():
+    if not (folder / "config.json").exists():
         return f"{folder}, new"
-    then = json.loads(path.read_text(encoding="utf-8"))
-    if "recipe" in then:  # what measures writes more than that
-        refuse_other_recipe(folder, then["recipe"], config.model_dump(mode="json"))
-        return f"{folder}, gone on with"
+    if not hasattr(config, "loop"):  # it measures, it does not train
+        return f"{folder}, {'gone on with' if refuse_other_measurement(folder, config) else 'new'}"
     longer = refuse_other_run(folder, config).replace("-", " ")
     return f"{folder}, gone on with{f' after its {longer}' if longer else ''}"

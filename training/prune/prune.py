@@ -85,6 +85,7 @@ class Pruning:
         Raises:
             ConfigError: if it has no channels that can go, not so many, or nothing to learn from,
                 scores several classes a picture, or its ladder's method is a learned one.
+            DataError: if the classes of labelled pictures, or of those of the test, are not its.
         """
         model = backbone.model
         if (reason := refusal(model)) is not None:
@@ -110,6 +111,8 @@ class Pruning:
         self.classes = None
         if config.labelled:
             self.classes = torch.tensor(class_indices(config.pictures[0], backbone))
+        if config.test is not None:  # it is tested at the end, after hours
+            class_indices(config.test, backbone, "pruning does without `test`")
         self.variant = Variant(backbone.source, None, None, backbone.proportional, backbone.ladder)
         self.teacher = model.requires_grad_(False)
         self.teacher_variant = replace(self.variant, adapter=backbone.adapter)

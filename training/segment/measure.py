@@ -23,6 +23,7 @@ from tocom import AnyDelta, Ladder, Variant, cost
 from tocom.dense import starts
 from training.ladders.chosen import described, measured_attention, measured_ladder, named
 from training.measuring import FoldedDeltas, claim, refuse_processes
+from training.run_folder import OtherRunError
 from training.screen.progress import Progress, say
 from training.segment.config import EvaluateSegmentConfig
 from training.segment.metrics import counts, error_of_difference, figures, mean_iou
@@ -156,6 +157,9 @@ def _count(
     """Return [forwards, pictures, K, 2] intersections and unions, and [forwards, pictures, 2].
 
     The latter are pixels of rung 0's class, and all pixels. What was counted is kept at `path`.
+
+    Raises:
+        OtherRunError: if what is kept there is of another number of scenes.
     """
     classes, device = len(segmenter.info.class_names), next(segmenter.decoder.parameters()).device
     count = min(len(scenes), config.limit or len(scenes))
@@ -165,6 +169,11 @@ def _count(
     if path.exists():
         kept = load(path.read_bytes())
         counted, alike = kept["counted"], kept["alike"]
+        if (then := int(kept.get("scenes", len(scenes)))) != len(scenes):
+            raise OtherRunError(
+                f"{path.parent} was begun with {then} scenes of {scenes.path}; there are "
+                f"{len(scenes)} now; choose another run folder"
+            )
     done = counted.shape[1]
     batches = scene_batches(segmenter, scenes, indices[done:], config.batch_size, config.workers)
     with Progress("measuring", count * len(variants), "forward", done * len(variants)) as bar:
@@ -184,7 +193,8 @@ def _count(
                 pairs = torch.stack([torch.stack(same), torch.stack(every)], dim=2)
                 alike = torch.cat([alike, pairs], dim=1)
             if number % config.save_every == 0:
-                replace_file(path, save({"counted": counted, "alike": alike}))
+                kept = {"counted": counted, "alike": alike, "scenes": torch.tensor(len(scenes))}
+                replace_file(path, save(kept))
     return counted, alike
 
 

@@ -27,6 +27,7 @@ from training.config import AugmentConfig
 from training.finetune import save_model
 from training.pictures.batches import Batches
 from training.pictures.sampler import Draw
+from training.pictures.unseen import read_unseen
 from training.run_folder import read_metrics, refuse_other_run
 from training.screen.header import header
 from training.screen.progress import say
@@ -88,7 +89,8 @@ def _make(config: SegmentConfig, folder: Path, finished: Path) -> None:
         unseen = splits[config.unseen]
         count = min(config.watched, len(unseen))
         indices = [i * len(unseen) // count for i in range(count)]
-        job.watched = list(Shown(job.segmenter(), unseen, indices))
+        shown = Shown(job.segmenter(), unseen, indices)
+        job.watched = read_unseen(shown.__getitem__, range(len(shown)), config.loop.on_unreadable)
     loop.run(
         accelerator, job, steps, config, scenes, keys, folder, AugmentConfig(crop="evaluation")
     )

@@ -4,6 +4,7 @@ A run (task, source, seed) has a folder of its own, with what `finetune`, `evalu
 multiplier is searched, `calibrate` make. What is there is not done again; what was measured of a
 shorter run is kept beside what is measured of the longer one. Runs know nothing of each other, so
 that they may be shared out to processes; a table of what there is so far can be made at any time.
+What was measured with another bank or at other targets is kept beside what is measured now.
 
 Reference: ToCom, section 4.1 and Table 5: accuracy of a task, mean of a group, mean of the groups.
 """
@@ -12,9 +13,10 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,19 @@ import torch
 from adapters import open_bank
 from adapters.durable import replace_file
 from adapters.ladder import digest
-from tocom import ConfigError, DataError, load_backbone
+from tocom import ConfigError, DataError, cost, load_backbone
 from training.calibrate import calibrate
 from training.config import FinetuneConfig
 from training.evaluate import evaluate
 from training.finetune import finetune
 from training.ladders.chosen import chosen_ladder
+from training.learned.weights import check_learns
 from training.measuring import refuse_processes
 from training.measuring_config import CalibrateConfig, EvaluateConfig
 from training.plot import plot_matrix
 from training.presets import read_recipe
-from training.run_folder import refuse_other_run
+from training.recipe import Recipe
+from training.run_folder import OtherRunError, refuse_other_run
 from training.screen.progress import Progress, say, silence
 from training.vtab import tasks
 from training.vtab.config import TaskConfig, VtabConfig
@@ -77,6 +81,7 @@ def vtab(config: VtabConfig, folder: Path) -> Path:
         recipe = _recipe(config, run)  # refuses what no run could begin with
         refuse_other_run(run.folder(folder), recipe)
     check_bank(config)
+    check_rates(config)
     if config.jobs == 1:
         for number, run in enumerate(runs, start=1):
             what = f"{run.task.name}, source {run.source}, seed {run.seed}"
@@ -130,6 +135,22 @@ def check_bank(config: VtabConfig) -> None:
                 f"bank {name!r} is for the ladder {bank.ladder.name!r}, the fine-tuning for "
                 f"{ladder.name!r}"
             )
+
+
+def check_rates(config: VtabConfig) -> None:
+    """Check that models can be tuned at all sources, and measured at all targets.
+
+    Raises:
+        ConfigError, RateError, ReductionError: naming the rate, or what does not fit.
+    """
+    recipe = _recipe(config, Run(chosen_tasks(config)[0], config.sources[0], config.seeds[0]))
+    model = load_backbone(recipe.backbone.name, recipe.backbone.architecture).model
+    ladder = chosen_ladder(recipe.ladder, model)
+    for source in config.sources:
+        check_learns(ladder, source, model)
+    targets = () if config.bank else config.targets  # with a bank they are its rates
+    for rate in (*config.sources, *targets):
+        cost(model, rate, ladder=ladder)  # refuses rates that the ladder does not have
 
 
 def chosen_tasks(config: VtabConfig) -> list[Task]:
@@ -257,7 +278,7 @@ def _slug(folder: str) -> str:
 
 
 def _do(config: VtabConfig, run: Run, folder: Path) -> None:
-    """Do what is not done yet of a run."""
+    """Do what is not done yet of a run; what was measured otherwise is kept beside it."""
     recipe, own = _recipe(config, run), run.folder(folder)
     if shorter := refuse_other_run(own, recipe):
         for name in (EVALUATION, CALIBRATION, SEARCHED):
@@ -284,11 +305,14 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
         targets=config.targets,
         limit=config.limit,
     )
-    evaluate(asked, own / EVALUATION)
+    _anew(evaluate, asked, own / EVALUATION)
     if not config.bank or not searched:
+        for name in (CALIBRATION, SEARCHED):
+            _put_aside(own / name)
         return
     # On pictures that it was tuned on: the test pictures are for the test.
-    found = calibrate(
+    found = _anew(
+        calibrate,
         CalibrateConfig(
             backbone=asked.backbone,
             task=asked.task,
@@ -303,7 +327,25 @@ def _do(config: VtabConfig, run: Run, folder: Path) -> None:
     )
     multiplier = json.loads(found.read_text(encoding="utf-8"))["multiplier"]
     if multiplier != asked.multiplier:
-        evaluate(asked.model_copy(update={"multiplier": multiplier}), own / SEARCHED)
+        _anew(evaluate, asked.model_copy(update={"multiplier": multiplier}), own / SEARCHED)
+
+
+def _anew(measure: Callable[[Any, Path], Path], config: Recipe, folder: Path) -> Path:
+    """Measure in a folder; what was measured otherwise there is put aside."""
+    try:
+        return measure(config, folder)
+    except OtherRunError:
+        _put_aside(folder)
+        return measure(config, folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename a folder if it is there: `evaluation` to `evaluation-other-1`, or the next number."""
+    if folder.exists():
+        names = (folder.with_name(f"{folder.name}-other-{number}") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        folder.rename(aside)
+        say(f"what was measured otherwise is now {aside}")
 
 
 def _share_out(config: VtabConfig, runs: list[Run], folder: Path) -> None:

@@ -9,9 +9,9 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from tocom import ConfigError, forward_features, load_backbone, trace
+from adapters.ladder import LadderInfo, write_ladder
+from tocom import ConfigError, Ladder, forward_features, load_backbone, trace
 from tocom.reduction import method_of
-from training.analysis import analyse as analyse_module
 from training.analysis.analyse import analyse
 from training.analysis.config import AnalyseConfig
 from training.analysis.drawn import plot_depth, plot_proxies
@@ -37,13 +37,6 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_args=ARGUMENTS, data_config={"input_size": (3, 32, 32)}, safe_serialization=True,
     )  # fmt: skip
     return folder
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All plots of an analysis take longer than the rest of it."""
-    for plot in ("plot_proxies", "plot_depth"):
-        monkeypatch.setattr(analyse_module, plot, lambda result, folder: None)
 
 
 def config(pictures: Path, model: Path, **changes: Any) -> AnalyseConfig:
@@ -113,6 +106,7 @@ def test_pairs_of_every_kind_have_their_measures_and_proxies(
     assert "agreement with rung 0 differs" in text
 
 
+@pytest.mark.rendered
 def test_an_analysis_is_drawn(tmp_path: Path) -> None:
     rows = [row(rung=rung) | {"depth": [[rung, 2], [3, 4]]} for rung in (0, 1)]
     pairs = [{"kind": "stock", "difference": 2.0, "measures": {"iou": 0.5, "nmi": None}}]
@@ -170,3 +164,19 @@ def test_what_cannot_be_analysed_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         analyse(config(pictures, narrow, **changes), tmp_path)
+
+
+def test_a_ladder_that_changed_meanwhile_is_noticed(
+    pictures: Path, narrow: Path, tmp_path: Path
+) -> None:
+    def written(last: int) -> str:
+        rungs = ((0, 0, 0, 0), (0, 4, 0, last))
+        info = LadderInfo.of(Ladder("mine", method_of("tome"), rungs, 16))
+        return str(write_ladder(info, tmp_path / "ladder.json"))
+
+    asked = config(pictures, narrow, entries=[{"ladder": written(0)}])
+    path = analyse(asked, tmp_path / "run")
+    assert analyse(asked, tmp_path / "run") == path
+    written(2)
+    with pytest.raises(ConfigError, match=r"other models, tasks, ladders or banks of mine; choose"):
+        analyse(asked, tmp_path / "run")

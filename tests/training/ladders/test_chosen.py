@@ -15,7 +15,6 @@ from tests.training.test_finetune import recipe as finetuning
 from tocom import TOME, BankError, ConfigError, Ladder, RateError, forward, load_backbone
 from tocom.reduction import ToMe
 from tocom.vit import State
-from training import evaluate as evaluating
 from training.calibrate import calibrate
 from training.config import DistillConfig
 from training.distill import distill
@@ -50,11 +49,7 @@ def bank(
 
 
 @pytest.fixture
-def config(
-    pictures: Path, model_folder: Path, bank: Path, monkeypatch: pytest.MonkeyPatch
-) -> EvaluateConfig:
-    for plot in ("plot_evaluation", "plot_matrix"):
-        monkeypatch.setattr(evaluating, plot, lambda *_: None)
+def config(pictures: Path, model_folder: Path, bank: Path) -> EvaluateConfig:
     said = {"backbone": {"name": str(model_folder)}, "pictures": {"path": str(pictures)}}
     return EvaluateConfig.model_validate(said | {"bank": str(bank), "workers": 0})
 

@@ -1,6 +1,7 @@
 """Methods side by side: figures are those of single forwards, and the best are marked."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def config(pictures: Path, model_folder: Path, **changes: Any) -> CompareConfig:
     return CompareConfig.model_validate(said | changes)
 
 
+@pytest.mark.rendered
 def test_figures_are_those_of_single_forwards(
     pictures: Path, model_folder: Path, ladder: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +128,21 @@ def test_a_bank_runs_beside_plain_with_its_seeds_and_is_tested_in_pairs(
     assert "by agreement" in text
     again = json.loads(compare_methods(asked, tmp_path / "again").read_text())
     assert again == result  # from the same command the same numbers
+
+
+def test_a_bank_or_a_ladder_that_changed_meanwhile_is_noticed(
+    pictures: Path, model_folder: Path, banks: list[Path], ladder: Path, tmp_path: Path
+) -> None:
+    entries = [{"bank": str(banks[0]), "name": "a.bank"}, {"ladder": str(ladder)}]
+    asked = config(pictures, model_folder, entries=entries)
+    path = compare_methods(asked, tmp_path / "run")
+    assert compare_methods(asked, tmp_path / "run") == path
+    shutil.rmtree(banks[0])
+    shutil.copytree(banks[1], banks[0])
+    write_ladder(LadderInfo.of(Ladder("mine", ToMe(), RUNGS, 16)), ladder)
+    other = r"with other models, tasks, ladders or banks of a\.bank, mine; choose another run"
+    with pytest.raises(ConfigError, match=other):
+        compare_methods(asked, tmp_path / "run")
 
 
 def test_a_model_of_its_own_has_its_rung_0_and_must_have_the_same_classes(

@@ -51,6 +51,7 @@ def test_rungs_are_within_their_budgets_and_nested(
         assert all(more >= fewer for more, fewer in pairs)
 
 
+@pytest.mark.rendered
 def test_what_is_kept_is_never_worse_and_the_evidence_says_what_was_found(
     pictures: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,9 @@ def test_a_search_may_begin_with_another_ladder(
         read_ladder(begun).evidence["rows"][1:], found.evidence["rows"][1:], strict=True
     ):
         assert after["kl_search"] <= before["kl_search"] * 1.05
+    begun.write_text(begun.read_text().replace('"importance": 0', '"importance": 1'))
+    with pytest.raises(ConfigError, match="ladders or banks of start; choose another run folder"):
+        search(asked, tmp_path / "found")
 
 
 def test_places_that_cost_more_are_fewer(
@@ -131,6 +135,7 @@ def test_options_are_searched_along(pictures: Path, model_folder: Path, tmp_path
         ({"options": {"x": 1}}, ReductionError, "has no option 'x'"),
         ({"try_options": {"importance": [-1]}}, ReductionError, "must be a number of 0 or more"),
         ({"shares": [0.5, 0.1]}, ConfigError, r"cannot go below 0\.\d+ of the multiply-adds"),
+        ({"start": "none.json"}, ReductionError, "cannot read the ladder"),
         ({"search_on": 10**6}, ConfigError, "ask for 1000004 pictures, there are"),
     ],
 )

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from adapters import TaskModel
-from tests.training.jobs import in_two_processes
 from tocom import BackboneError, ConfigError, Ladder, forward, load_backbone
 from tocom.reduction import SiT, method_of
 from training import finetune as module
-from training.cli import main
 from training.config import DynamicViTConfig, FinetuneConfig
 from training.finetune import finetune
 from training.learned.dynamicvit import check_teacher
@@ -171,22 +169,6 @@ def test_a_teacher_of_another_task_is_refused(model_folder: Path) -> None:
     other.model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3)}
     with pytest.raises(ConfigError, match="wants pictures with mean .*, .* with .0.1, 0.2, 0.3"):
         check_teacher(config, 3, other)
-
-
-def test_processes_learn_together(pictures: Path, model_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "ladder.json"
-    file.write_text(json.dumps({"format_version": 1, **ladder("atme")}))
-    words = [
-        "deit-tiny-task", f"backbone.name={model_folder}", f"pictures.path={pictures}",
-        f"test.path={pictures}", "method=linear", "loop.epochs=2", "loop.batch_size=12",
-        "loop.learning_rate=3e-3", f"ladder={file}", "source=2",
-    ]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["finetune", *words, "loop.accumulation=2", "--folder", str(one)]) == 0
-    in_two_processes("finetune", *words, "--folder", str(two))
-    alone, together = (TaskModel.load(folder / "task").tensors for folder in (one, two))
-    for name, tensor in alone.items():
-        torch.testing.assert_close(together[name], tensor, rtol=0, atol=2e-3)
 
 
 # --- the file beside a model

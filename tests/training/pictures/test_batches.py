@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.training.pictures.opened import opened, scramble
 from tocom import Backbone, DataError
-from training.pictures.batches import evaluation_batches, train_batches
+from training.config import ElasticConfig
+from training.pictures.batches import evaluation_batches, train_batches, unlabelled
 from training.pictures.config import PicturesConfig
 from training.pictures.sampler import Draw, StepSampler
 
@@ -159,3 +160,29 @@ def test_a_set_without_a_readable_picture_ends_the_search(
         file.write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of the 5 pictures of .* can be read"):
         sets[Draw(0, 3, 0)]
+
+
+def test_what_is_watched_has_no_stand_ins(damaged: Path, backbone: Backbone) -> None:
+    said = {
+        "backbone": {"name": backbone.name},
+        "pictures": str(damaged),
+        "unseen": 4,
+        "loop": {"steps": 1, "batch_size": 1, "learning_rate": 1, "on_unreadable": "skip"},
+    }
+    config = ElasticConfig.model_validate(said)
+    data = unlabelled(backbone, config)
+    ((expected, _),) = evaluation_batches(backbone, config.pictures, [(0, 0), (0, 1), (0, 3)])
+    assert [torch.equal(images, expected) for images in data.unseen] == [True]
+    assert data.keys == [(0, 4)]  # what is held out stays so
+
+
+def test_several_sets_are_read_without_their_labels(damaged: Path, backbone: Backbone) -> None:
+    for name, lines in (("one.txt", "0.png 1"), ("many.txt", "1.png 0,2")):
+        (damaged / name).write_text(f"{lines}\n")
+    parts = [
+        PicturesConfig(path=str(damaged), list="one.txt"),
+        PicturesConfig(path=str(damaged), list="many.txt", labels="many"),
+    ]
+    ((images, labels),) = evaluation_batches(backbone, parts)
+    assert len(images) == 2
+    assert labels.tolist() == [-1, -1]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tocom import DataError
 from training.pictures import unseen
-from training.pictures.unseen import mean_over
+from training.pictures.unseen import mean_over, read_unseen
 
 DEVICE = torch.device("cpu")
 
@@ -44,3 +45,17 @@ def test_processes_share_the_batches_out_and_lose_no_bit(
         mean_over(batches, counted, 3, DEVICE)
     assert sorted(seen) == [1, 1, 3, 3]  # each batch once
     assert torch.equal(sum(parts).sum(dim=0), alone)
+
+
+def test_unseen_pictures_that_cannot_be_read_are_left_out_if_a_recipe_says_so() -> None:
+    def read(key: int) -> int:
+        if key % 2:
+            raise DataError(f"{key} cannot be read")
+        return 10 * key
+
+    assert read_unseen(read, range(5), "skip") == [0, 20, 40]
+    assert read_unseen(read, [], "skip") == []
+    with pytest.raises(DataError, match="1 cannot be read"):
+        read_unseen(read, range(5), "stop")
+    with pytest.raises(DataError, match="none of the 2 unseen pictures can be read"):
+        read_unseen(read, [1, 3], "skip")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from adapters import open_task
 from tests.training.jobs import metrics
-from tocom import ConfigError, cost, forward, load_backbone
+from tocom import ConfigError, DataError, cost, forward, load_backbone
 from tocom.pruned import Channels
 from training.cli import main
 from training.config import FinetuneConfig
@@ -172,6 +173,18 @@ def test_scaled_gradients_do_not_score_channels(pictures: Path, model_folder: Pa
     with pytest.raises(ValidationError, match=r"score=gradient .* loop.precision=bf16 or no"):
         recipe(pictures, model_folder, loop=fp16)
     assert recipe(pictures, model_folder, score="norm", loop=fp16).score == "norm"
+
+
+def test_a_test_of_other_classes_is_told_before_any_compute(
+    pictures: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        shutil.copytree(pictures.parent / "red", tmp_path / "other" / name)
+    config = recipe(pictures, model_folder, test={"path": str(tmp_path / "other")})
+    for run in (prune, dry_run):
+        with pytest.raises(DataError, match=r"neither numbers nor names of .* without `test`"):
+            run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_classes_that_are_not_the_model_s_play_no_part(pictures: Path, model_folder: Path) -> None:

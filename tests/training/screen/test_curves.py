@@ -9,6 +9,8 @@ from training.loop_config import LoopConfig
 from training.plot import plot_curves
 from training.screen.curves import Curves, Watched
 
+pytestmark = pytest.mark.rendered
+
 
 class Measured(Brightness):
     """Measures something on unseen pictures."""

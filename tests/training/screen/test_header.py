@@ -53,3 +53,15 @@ def test_a_job_shows_it_and_says_from_where_it_goes_on(
     assert "steps     2 of 6 pictures, each seen 0.5 times\n" in said
     run_job(Brightness(), config, pictures, model_folder, tmp_path)
     assert "each seen 0.5 times; gone on with after step 2\n" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_never_reaches_its_peak_is_told(
+    pictures: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "the learning rate rises for 2 steps and the run has 2: it never reaches its peak\n"
+    for warmup, told in ((2, True), (1, False)):
+        config = LoopConfig(
+            steps=2, batch_size=6, learning_rate=0.1, workers=0, warmup_steps=warmup
+        )
+        run_job(Brightness(), config, pictures, model_folder, tmp_path / str(warmup))
+        assert (said in capsys.readouterr().err) == told

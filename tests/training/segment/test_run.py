@@ -11,7 +11,7 @@ import torch
 from adapters import Bank
 from adapters.segmentation import SegmentationModel, open_segmentation
 from tests.training.segment.conftest import NAMES, recipe
-from tocom import ConfigError, Ladder, Variant, cost, load_backbone
+from tocom import ConfigError, DataError, Ladder, Variant, cost, load_backbone
 from tocom.reduction import AroundMLP
 from training.attach import attach
 from training.config import DistillConfig
@@ -206,6 +206,39 @@ def test_a_stopped_measurement_goes_on_to_the_same_figures(
         evaluate_segment(config, tmp_path / "stopped")
     monkeypatch.setattr(module, "counts", count)
     assert evaluate_segment(config, tmp_path / "stopped").read_text() == whole
+
+
+def test_a_task_or_scenes_that_changed_meanwhile_are_noticed(
+    run: Path, scenes: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(scenes.with_suffix(""), tmp_path / "data")
+    shutil.copytree(run / "task", tmp_path / "task")
+    config = asked(tmp_path, data, model_folder, targets=(4,))
+    path = evaluate_segment(config, tmp_path / "evaluation")
+    assert evaluate_segment(config, tmp_path / "evaluation") == path
+    path.unlink()
+    (data / "test" / "images" / "0.png").rename(tmp_path / "0.png")
+    with pytest.raises(ConfigError, match=r"begun with 4 scenes of .*data, test; there are 3 now"):
+        evaluate_segment(config, tmp_path / "evaluation")
+    shutil.rmtree(tmp_path / "task")
+    other_task(run / "task", tmp_path / "task")
+    with pytest.raises(ConfigError, match="measured with another task .*; choose another run"):
+        evaluate_segment(config, tmp_path / "evaluation")
+
+
+def test_scenes_that_cannot_be_read_are_not_watched(
+    scenes: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(scenes.with_suffix(""), tmp_path / "data")
+    shutil.copytree(data / "test", data / "watched")
+    (data / "watched" / "images" / "0.png").write_bytes(b"no picture")
+    loop = {"epochs": 0.5, "watch_every": 1}
+    config = recipe(data, model_folder, loop=loop, unseen="watched")
+    with pytest.raises(DataError, match=r"0\.png of .* cannot be read"):
+        segment(config, tmp_path / "stop")
+    config = recipe(data, model_folder, loop={**loop, "on_unreadable": "skip"}, unseen="watched")
+    segment(config, tmp_path / "skip")
+    assert all("unseen_miou_0" in line for line in read_metrics(tmp_path / "skip"))
 
 
 def test_agreement_is_with_rung_0(

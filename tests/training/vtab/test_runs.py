@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.training.banks import random_bank
-from tests.training.lists import write_lists
+from tests.training.vtab.lists import write_lists
 from tests.training.vtab.recipes import CHANGES, COLOURS, recipe
-from tocom import BankError, ConfigError, DataError, load_backbone
+from tocom import BankError, ConfigError, DataError, RateError, load_backbone
 from training.measuring_config import EvaluateConfig
 from training.program.dry_run import dry_run
 from training.vtab import runs as module
@@ -72,6 +72,40 @@ def test_longer_runs_go_on_and_what_was_measured_of_the_shorter_ones_is_kept(
     assert [row["plain"] for row in written] == [row["plain"] for row in now["rows"]]
     with pytest.raises(ConfigError, match=r"another recipe: loop\.epochs 2(\.0)? there, 1"):
         vtab(config, tmp_path / "runs")
+
+
+def test_what_was_measured_otherwise_is_kept_and_the_models_stay(
+    root: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = random_bank(load_backbone(str(model_folder)), 1.0).save(tmp_path / "bank")
+    changes = [each for each in CHANGES if not each.startswith("search")]
+    changes = [f"backbone.name={json.dumps(str(model_folder))}", "search.values=[]", *changes]
+    config = recipe(
+        root, model_folder, tasks=[COLOURS], sources=[2], changes=changes, bank=str(bank),
+        multipliers=[0.01],
+    )  # fmt: skip
+    vtab(config, tmp_path / "runs")
+    own = Run(chosen_tasks(config)[0], 2, 0).folder(tmp_path / "runs")
+    before = {name: files_of(own / name) for name in ("evaluation", "calibration")}
+    monkeypatch.setattr("training.loop.run", lambda *_: pytest.fail("trained again"))
+    other = config.model_copy(update={"targets": (2, 4), "limit": 3})
+    vtab(other, tmp_path / "runs")
+    for name, files in before.items():
+        assert files_of(own / f"{name}-other-1") == files
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    assert [(row["target"], row["pictures"], "searched" in row) for row in rows] == [
+        (2, 3, False), (4, 3, True),
+    ]  # fmt: skip
+    vtab(other.model_copy(update={"multipliers": ()}), tmp_path / "runs")
+    rows = json.loads((tmp_path / "runs" / "vtab.json").read_text())["rows"]
+    assert not any("searched" in row for row in rows)
+    assert {path.name for path in own.iterdir() if path.is_dir()} >= {
+        "evaluation", "evaluation-other-1", "evaluation-other-2", "calibration-other-2",
+    }  # fmt: skip
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_processes_make_the_same_table(root: Path, model_folder: Path, tmp_path: Path) -> None:
@@ -306,6 +340,30 @@ def test_a_bank_that_does_not_fit_is_told_first(
     own = f"backbone.name={json.dumps(str(model_folder))}"
     changes = changes | {"changes": [own, *changes.get("changes", CHANGES)]}
     config = recipe(root, model_folder, bank=str(bank), **changes)
+    for run in (vtab, dry_run):
+        with pytest.raises(error, match=message):
+            run(config, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"targets": [0, 9]}, RateError, "rates of the ladder 'topk' are 0 to 4, got 9"),
+        ({"sources": [1, 9]}, RateError, "rates of the ladder 'topk' are 0 to 4, got 9"),
+        (
+            {"sources": [2, 0], "ladder": {"method": "sit", "steps": 4}},
+            ConfigError,
+            "'sit' learns nothing at rate 0",
+        ),
+    ],
+)
+def test_a_rate_that_there_is_not_is_told_first(
+    root: Path, model_folder: Path, tmp_path: Path, changes: dict[str, Any],
+    error: type[Exception], message: str,
+) -> None:  # fmt: skip
+    rungs = {"ladder": {"method": "topk", "steps": 4}}
+    config = recipe(root, model_folder, **(rungs | changes))
     for run in (vtab, dry_run):
         with pytest.raises(error, match=message):
             run(config, tmp_path / "runs")
