@@ -2,6 +2,7 @@
 #
 #     docker build -t tocom-serve .                                  # for processors
 #     docker build -t tocom-serve:cuda --build-arg TORCH=cu128 .     # for NVIDIA GPUs
+#     docker build -t tocom-serve --build-arg TORCH= .               # with no index but the usual one
 #     docker build -t tocom-serve:ray --build-arg EXTRAS=openvino,otel,ray .  # with extras of pyproject.toml
 #     docker run --rm -p 8000:8000 [--gpus all] tocom-serve
 
@@ -9,8 +10,9 @@ ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
 
-# The build of torch by uv's name. CUDA's libraries come inside the wheels, so one
-# base image serves both; the host brings the driver.
+# The build of torch by uv's name, from an index of torch's own; none: the usual index's default
+# wheel. CUDA's libraries come inside the wheels, so one base image serves both; the host brings the
+# driver.
 ARG TORCH=cpu
 # Extras of pyproject.toml, with commas between them: openvino compiles forwards for processors,
 # otel sends traces, ray is for `server.ray`.
@@ -25,7 +27,7 @@ WORKDIR /src
 # Dependencies first: they change rarely, and torch is most of the image.
 COPY pyproject.toml ./
 # uv takes one extra an option.
-RUN uv pip install --torch-backend "${TORCH}" --requirements pyproject.toml \
+RUN uv pip install ${TORCH:+--torch-backend "${TORCH}"} --requirements pyproject.toml \
     $(echo "${EXTRAS}" | sed 's/^./--extra &/; s/,/ --extra /g')
 COPY . .
 RUN uv pip install --no-deps .

@@ -4,7 +4,8 @@ VENV ?= .venv
 # For scripts/install.sh, which finds both by itself.
 export PYTHON TORCH_BACKEND
 
-HOST ?= 127.0.0.1
+# Not from the environment, where HOST is the machine's name or a compiler's triplet.
+HOST = 127.0.0.1
 PORT ?= 8000
 # More arguments for the server or for pytest.
 ARGS ?=
@@ -46,6 +47,8 @@ serve: export TOCOM_PORT = $(PORT)
 serve: $(BASE)
 	@exec $(VENV)/bin/tocom-serve $(ARGS)
 
+# Many processes import the same: the first one compiles it for all.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(DEV)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
@@ -67,7 +70,7 @@ reference: $(DEV)
 
 wheel: $(DEV)
 	rm -rf build
-	$(VENV)/bin/python -m build --wheel
+	$(VENV)/bin/python -m build --wheel --no-isolation
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

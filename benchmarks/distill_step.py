@@ -1,21 +1,20 @@
 """The step of distillation against the straightforward one, side by side in one run.
 
-    python benchmarks/distill_step.py --backbone timm/deit_tiny_patch16_224.fb_in1k
+    python -m benchmarks.distill_step
 
 Straightforward: for each (source, target) a full forward of the teacher, then a full forward
 and backward of the student, everything of the last block included, as Algorithm 1 of the
 paper reads. Ours is the trainer's own: students share their source's teacher and the
 embedding, and of the last block only what the head reads is computed. Both are given the same
 images and rates and no dropout; the largest difference of their gradients is printed, relative
-to the largest gradient. Both take turns; medians are of images that a student has seen a second.
-Memory is what a step takes at its peak beyond what was held before it: on a CPU resident memory,
-which Linux tells.
+to the largest gradient. Both take turns, and so does who begins; each step runs once for its memory
+and then for its time, in images that a student sees a second. Memory is what a step takes at its
+peak beyond what was held before it: on a CPU resident memory, which Linux tells.
 """
 
 import argparse
 import ctypes
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 
 from adapters import BackboneInfo, BankInfo
+from benchmarks import machine
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from tocom import Backbone, Variant, forward, load_backbone
 from tocom.vit import embed, outputs
 from training.config import BackboneConfig, DistillConfig
@@ -130,7 +131,7 @@ def recipe(backbone: str, students: int) -> DistillConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="timm/deit_tiny_patch16_224.fb_in1k")
+    parser.add_argument("--backbone", default="bundled:deit_tiny")
     parser.add_argument("--architecture")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--students", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -146,43 +147,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     height, width = model.patch_embed.img_size
     images = torch.randn(arguments.batch, 3, height, width, device=device)
 
-    print(f"{backbone.name}, {device}, {torch.get_num_threads()} threads, {arguments.precision},")
-    print(f"batch {arguments.batch}, {arguments.rounds} rounds, source and targets random in 0..16")
-    print()
     print(
-        "| students a teacher | straightforward, images/s | ours, images/s | ratio "
-        "| straightforward, MiB | ours, MiB | gradients |"
+        f"{machine.describe()}.\n\n{backbone.name}, {device}, {arguments.precision}, batch "
+        f"{arguments.batch}, {arguments.rounds} rounds, source and targets random in 0..16\n"
     )
-    print("|---" * 7 + "|")
+    rows = []
     for students in arguments.students:
-        seconds: dict[str, list[float]] = {name: [] for name in STEPS}
-        memory = dict.fromkeys(STEPS, 0.0)
-        ratios, worst = [], 0.0
+        speeds: dict[str, list[float]] = {name: [] for name in STEPS}
+        memory: dict[str, list[float]] = {name: [] for name in STEPS}
+        worst = 0.0
         for turn in range(-1, arguments.rounds):
             rates = draw_rates(recipe(arguments.backbone, students), turn + 1)
             found = {}
-            for name, step in STEPS.items():
+            for name, step in in_turn(STEPS.items(), turn):
                 one = partial(step, model, plugins, images, rates)
                 with autocast(device, arguments.precision):
-                    if turn >= 0:
-                        seconds[name].append(timed(one, device))
-                    else:  # the first round warms up and is not timed
-                        memory[name] = peak_memory(one, device) / 2**20
+                    taken = peak_memory(one, device) / 2**20
+                    plugins.zero_grad()
+                    seconds = timed(one, device)
                 found[name] = gradients(plugins)
+                if turn >= 0:  # the first round warms up
+                    memory[name].append(taken)
+                    speeds[name].append(students * arguments.batch / seconds)
             difference = (found["ours"] - found["straightforward"]).abs().max()
             worst = max(worst, (difference / found["straightforward"].abs().max()).item())
-            if turn >= 0:
-                ratios.append(seconds["straightforward"][-1] / seconds["ours"][-1])
-        speeds = [
-            students * arguments.batch / statistics.median(spent) for spent in seconds.values()
-        ]
-        low, high = min(ratios), max(ratios)
-        print(
-            f"| {students} | {speeds[0]:.1f} | {speeds[1]:.1f} | {statistics.median(ratios):.2f} "
-            f"({low:.2f} to {high:.2f}) | {memory['straightforward']:.0f} | {memory['ours']:.0f} "
-            f"| {worst:.1e} |",
-            flush=True,
-        )
+        gain = ratios(speeds["ours"], speeds["straightforward"])
+        rows.append(
+            [students, *(spread(each, ".1f") for each in speeds.values()), spread(gain),
+             *(spread(each, ".0f") for each in memory.values()), f"{worst:.1e}"]
+        )  # fmt: skip
+    header = ["students a teacher", "straightforward, images/s", "ours, images/s", "ratio",
+              "straightforward, MiB", "ours, MiB", "gradients"]  # fmt: skip
+    print(markdown(header, rows))
 
 
 if __name__ == "__main__":

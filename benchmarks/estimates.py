@@ -1,13 +1,23 @@
-"""What measurements come to: medians with their spread, percentiles, intervals, slopes."""
+"""In which order is measured, and what comes of it: medians, percentiles, intervals, slopes."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
+T = TypeVar("T")
+
+
+def in_turn(items: Iterable[T], turn: int) -> list[T]:
+    """Return what a turn measures, in its order: every other turn begins at the end.
+
+    Each finds caches, clock and memory as the one before left them, so none is always first.
+    """
+    return list(items)[:: -1 if turn % 2 else 1]
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.distill_step import PRECISIONS, timed
-from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from benchmarks.peers.plain_tome import plain_tome
 from server.models.graphs import SIZES
 from tocom import Variant, cost
@@ -132,8 +132,8 @@ def take_turns(
     """Return the seconds of each kind, and the roof in multiply-adds a second."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     reached = []
-    for _ in range(repeats):
-        for name, run in runs.items():
+    for turn in range(repeats):
+        for name, run in in_turn(runs.items(), turn):
             one = partial(run, images)
             timed(one, images.device)  # for itself, with caches and threads as it leaves them
             seconds[name].append(timed(one, images.device))
@@ -180,13 +180,13 @@ def measure(
         for name, times in seconds.items():
             if name == "stock" and rate:
                 continue
-            gain = statistics.median(ratios(seconds["stock"], times))
+            gains = ratios(seconds["stock"], times)
             against = "plain ToMe" if rate else "stock"
             rows.append(
                 [
                     batch, rate, name, spread([1000 * each for each in times], ".1f"),
-                    f"{gain:.2f}", f"{saved:.2f}", f"{gain / saved:.2f}",
-                    f"{statistics.median(ratios(seconds[against], times)):.2f}",
+                    spread(gains), f"{saved:.2f}", f"{statistics.median(gains) / saved:.2f}",
+                    spread(ratios(seconds[against], times)),
                     f"{batch * macs / statistics.median(times) / reached:.2f}",
                     f"{share:.0%}" if name == "eager" and rate else "",
                 ]
@@ -203,7 +203,8 @@ def draw(tables: Mapping[str, Sequence[Sequence[object]]], batch: int, path: Pat
     for panel, (name, rows) in zip(panels, tables.items(), strict=True):
         for kind in dict.fromkeys(str(row[2]) for row in rows if row[2] != "stock"):
             points = [row for row in rows if row[2] == kind and row[0] == batch]
-            x, y = ([float(str(row[i])) for row in points] for i in (5, 4))
+            # Of a cell with a spread the median comes first.
+            x, y = ([float(str(row[i]).split()[0]) for row in points] for i in (5, 4))
             panel.plot(x, y, marker="o", label=kind)
         panel.axline((1, 1), slope=1, color="grey", linestyle=":", label="all that is saved")
         panel.set_title(f"{name}, {batch} images")

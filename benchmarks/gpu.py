@@ -218,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu tries whether all of it runs")
+    if len(set(options.rates)) < 2:
+        parser.error("--rates needs two or more: switching is from one to another")
     with tempfile.TemporaryDirectory() as root:
         for name in options.models:
             folder = drawn(name, Path(root))

@@ -3,43 +3,38 @@
     python -m benchmarks.int8_graphs --fit PICTURES --pictures OTHERS
     python -m benchmarks.int8_graphs --rates 0 4 --count 200
 
-For each rung of the bundled model with its bank: both kinds take turns on the same batch, and a
-turn is two runs, of which the second counts. KL and agreement are with the fp32 model at rung 0,
-on pictures that nothing was fitted to.
+For each rung of the bundled model with its bank: both kinds take turns on the same batch, and so
+does who begins; a turn is two runs, of which the second counts. KL and agreement are with the fp32
+model at rung 0, on pictures that nothing was fitted to.
 """
 
 import argparse
-import statistics
-import tarfile
 import time
 from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from adapters import compose, open_bank
 from benchmarks import machine
 from benchmarks.distill_step import timed
-from benchmarks.estimates import markdown, ratios
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from server.int8.calibration import Calibration
 from tocom import Backbone, Variant, fold, load_backbone
 from tocom.engines import openvino as engine
+from training.pictures.batches import evaluation_batches
+from training.pictures.config import PicturesConfig
+from training.pictures.sets import open_pictures
 
 
-def read(tar: Path, count: int, backbone: Backbone) -> Tensor:
-    """Return pictures of a tar file, from all over it, as the model wants them."""
-    transform: Any = create_transform(**backbone.data_config, is_training=False)
-    with tarfile.open(tar) as opened:
-        members = [member for member in opened if member.isfile()]
-        files = [opened.extractfile(each) for each in members[:: max(1, len(members) // count)]]
-        contents = [file.read() for file in files[:count] if file is not None]
-    return torch.stack([transform(Image.open(BytesIO(each)).convert("RGB")) for each in contents])
+def read(path: str, count: int, backbone: Backbone) -> Tensor:
+    """Return pictures of a tar file or folder, from all over it, as the model wants them."""
+    pictures = PicturesConfig(path=path)
+    total = len(open_pictures(pictures).reader)
+    keys = [(0, index) for index in range(0, total, max(1, total // count))][:count]
+    return torch.cat([images for images, _ in evaluation_batches(backbone, [pictures], keys)])
 
 
 def logits(graph: engine.Graph, variant: Variant, images: Tensor, size: int) -> Tensor:
@@ -62,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fit", type=Path, help="pictures to fit int8 to; default: the samples")
-    parser.add_argument("--pictures", type=Path, help="a tar file of others; default: noise")
+    parser.add_argument("--pictures", help="a .tar or folder of others; default: noise")
     parser.add_argument("--count", type=int, default=200, help="how many of them")
     parser.add_argument("--rates", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--batch", type=int, default=8)
@@ -76,9 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, size = backbone.model, options.batch
     fitted = Calibration(options.fit)
     if options.pictures is None:
+        torch.manual_seed(0)
         images = torch.randn(4 * size, *backbone.input_size)
     else:
         images = read(options.pictures, options.count, backbone)
+    if len(images) < size:
+        raise SystemExit(f"a batch is {size} pictures, and there are only {len(images)}")
     rows: list[list[object]] = []
     expected = None
     for rate in sorted({0, *options.rates}):  # rung 0 is what the others are compared with
@@ -91,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         make = partial(engine.Graph, model, variant, size, options.threads)
         graphs = {"fp32": make(), "int8": make(ranges=ranges)}
         seconds: dict[str, list[float]] = {name: [] for name in graphs}
-        for _ in range(options.repeats):
-            for name, graph in graphs.items():
+        for turn in range(options.repeats):
+            for name, graph in in_turn(graphs.items(), turn):
                 run = partial(graph, images[:size], variant)
                 run()
                 seconds[name].append(timed(run, images.device))
@@ -102,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(
             [
                 rate,
-                *(f"{1000 * statistics.median(each):.1f}" for each in seconds.values()),
-                f"{statistics.median(ratios(seconds['fp32'], seconds['int8'])):.2f}",
+                *(spread([1000 * each for each in times], ".1f") for times in seconds.values()),
+                spread(ratios(seconds["fp32"], seconds["int8"])),
                 f"{kl:.4f}", f"{kl_int8:.4f}", f"{same:.1%}", f"{same_int8:.1%}", f"{took:.1f}",
             ]
         )  # fmt: skip

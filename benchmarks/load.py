@@ -252,18 +252,19 @@ def run_loop(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 @contextmanager
-def first_in_line() -> Iterator[bool]:
-    """Let this thread run before all others, as if it had a core of its own; whether it may.
+def first_in_line() -> Iterator[None]:
+    """Let this thread run before all others, if it may, as if it had a core of its own.
 
-    Without that a client beside a busy server sends late, and the plan is not what was measured.
+    Without that a client beside a busy server sends late, and the plan is not what was measured;
+    its answers tell by how much.
     """
     try:
         real_time = os.SCHED_RR | os.SCHED_RESET_ON_FORK
         os.sched_setscheduler(0, real_time, os.sched_param(1))
     except (AttributeError, OSError):
-        yield False
+        yield
         return
     try:
-        yield True
+        yield
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

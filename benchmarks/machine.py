@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "timm", "pillow", "fastapi", "uvicorn", "uvloop", "httptools", "litserve")
+PACKAGES = (
+    "torch", "openvino", "timm", "numpy", "pillow", "fastapi", "uvicorn", "uvloop", "httptools",
+    "litserve",
+)  # fmt: skip
 
 
 def describe() -> str:

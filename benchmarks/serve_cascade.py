@@ -4,7 +4,7 @@
 
 Every picture is asked about once at rate 0 and once for each agreement, in turns, by as many
 clients as keep the server busy. Answers are held against those of rate 0. Then a server that keeps
-answers is asked about each picture twice, one at a time: the second answer is a kept one.
+answers is asked about each picture twice in a row, one at a time: the second answer is a kept one.
 Forwards are not compiled unless it is asked for.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import machine, subject
-from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from benchmarks.load import Exchange, closed_loop, form, upload
 from benchmarks.serve_throughput import elapsed
 from benchmarks.served import Served, serving
@@ -45,8 +45,8 @@ def throughput(served: Served, forms: Sequence[bytes], options: argparse.Namespa
         elapsed(ask(served, query, forms[: options.concurrency], options.concurrency))  # warms
     pace: dict[str, list[float]] = {name: [] for name in queries}
     answers: dict[str, list[Exchange]] = {}
-    for _ in range(options.rounds):
-        for name, query in queries.items():
+    for turn in range(options.rounds):
+        for name, query in in_turn(queries.items(), turn):
             answers[name] = ask(served, query, forms, options.concurrency)
             pace[name].append(len(forms) / elapsed(answers[name]))
     stock = said(answers["rate 0"])
@@ -60,20 +60,24 @@ def throughput(served: Served, forms: Sequence[bytes], options: argparse.Namespa
     return markdown(header, rows)
 
 
-def kept(served: Served, forms: Sequence[bytes], rounds: int) -> str:
+def kept(served: Served, pictures: Sequence[bytes], rounds: int) -> str:
     """Return a table of the milliseconds that a lone request takes, with and without a run."""
-    first = ask(served, "rate=0", forms, 1)
-    again = [each for _ in range(rounds) for each in ask(served, "rate=0", forms, 1)]
-    elapsed([*first, *again])  # all were answered
-    if any(each.json()["cached"] for each in first) or not all(
-        each.json()["cached"] for each in again
-    ):
-        raise RuntimeError("answers were not kept as they should be")
-    rows = []
-    for name, exchanges in {"run": first, "kept": again}.items():
-        times = sorted(1000 * (each.done - each.sent) for each in exchanges)
-        rows.append([name, f"{statistics.median(times):.2f}",
-                     f"{times[int(0.99 * (len(times) - 1))]:.2f}"])  # fmt: skip
+    found: dict[str, list[tuple[float, float]]] = {"run": [], "kept": []}
+    for turn in range(rounds):
+        # Bytes behind its end make a picture new to the server, and change nothing else.
+        twice = [form(picture + bytes(turn)) for picture in pictures for _ in range(2)]
+        exchanges = ask(served, "rate=0", twice, 1)
+        elapsed(exchanges)  # all were answered
+        for name, asked in zip(found, (exchanges[::2], exchanges[1::2]), strict=True):
+            if any(each.json()["cached"] != (name == "kept") for each in asked):
+                raise RuntimeError("answers were not kept as they should be")
+            times = sorted(1000 * (each.done - each.sent) for each in asked)
+            p99 = times[int(0.99 * (len(times) - 1))]
+            found[name].append((statistics.median(times), p99))
+    rows = [
+        [name, *(spread(each) for each in zip(*times, strict=True))]
+        for name, times in found.items()
+    ]
     return markdown(["answer", "p50, ms", "p99, ms"], rows)
 
 
@@ -100,7 +104,7 @@ def measure(what: Subject, options: argparse.Namespace) -> str:
         with serving(log, **given) as served:
             table = throughput(served, forms, options)
         with serving(log, cache_bytes=CACHE, **given) as served:
-            times = kept(served, forms[: options.kept], options.rounds)
+            times = kept(served, what.pictures[: options.kept], options.rounds)
     return (
         f"{machine.describe()}.\n\n{what.described}; {options.concurrency} requests at once, "
         f"{options.rounds} rounds.\n\n{table}\n\nOne request at a time:\n\n{times}\n"

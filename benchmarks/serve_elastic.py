@@ -131,6 +131,8 @@ class Measurement:
         self.forms = [form(picture) for picture in what.pictures]
         highest = what.load().max_rate
         self.rates = range(highest + 1)
+        if beyond := {*(options.rates or ())} - {*self.rates}:
+            raise SystemExit(f"--rates are 0 to {highest} here, got {min(beyond)}")
         for served in servers.values():
             for rate in self.rates:
                 ask_all(served, self.forms, rate, options.warm)

@@ -3,7 +3,8 @@
     python -m benchmarks.serve_neighbours
 
 A server with graphs and one without, each alone and beside busy loops. The states take turns, so
-that a machine whose speed drifts does so for all. What counts is the ratio to the server alone.
+that a machine whose speed drifts does so for all, and the server that is not asked is stopped. What
+counts is the ratio to the server alone.
 """
 
 import argparse
@@ -14,20 +15,18 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from benchmarks.load import Exchange, Request, closed_loop, form, upload
-from benchmarks.served import serving
+from benchmarks.served import Served, serving, stopped
 
 SAMPLES = Path(__file__).parent.parent / "tocom" / "bundled" / "samples"
 #: Requests at a time where throughput is measured.
 MANY = 16
-#: Seconds in which a server compiles what it will, and the rest settles.
-SETTLING = 40.0
 MODES = {"with graphs": {}, "without graphs": {"max_graphs": 0}}
 
 
@@ -42,6 +41,16 @@ def neighbours(count: int) -> Iterator[None]:
         for loop in loops:
             loop.kill()
             loop.wait()
+
+
+@contextmanager
+def alone(servers: Mapping[str, Served], mode: str) -> Iterator[int]:
+    """Stop all servers but one until the end of the block; return the port of that one."""
+    with ExitStack() as stack:
+        for name, served in servers.items():
+            if name != mode:
+                stack.enter_context(stopped(served.process))
+        yield servers[mode].port
 
 
 def requests(rate: int, seconds: float) -> Iterator[Request]:
@@ -75,30 +84,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--settling", type=float, default=40.0,
+                        help="seconds in which a server compiles what it will")  # fmt: skip
     options = parser.parse_args(argv)
     counts = sorted({0, *options.neighbours})
+    found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        log = Path(folder) / "server.log"
+        servers = {
+            mode: stack.enter_context(serving(log, log_level="warning", **settings))
+            for mode, settings in MODES.items()
+        }
+        for mode in servers:
+            with alone(servers, mode) as port:
+                measure(port, options.rate, options.settling / 2)
+        for turn in range(options.rounds):
+            for mode, count in in_turn(itertools.product(servers, counts), turn):
+                with alone(servers, mode) as port, neighbours(count):
+                    found[mode, count].append(measure(port, options.rate, options.seconds))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for mode, settings in MODES.items():
-            found: dict[int, list[tuple[float, float]]] = defaultdict(list)
-            with serving(Path(folder) / "server.log", log_level="warning", **settings) as served:
-                measure(served.port, options.rate, SETTLING / 2)
-                for _, count in itertools.product(range(options.rounds), counts):
-                    with neighbours(count):
-                        found[count].append(measure(served.port, options.rate, options.seconds))
-            alone = list(zip(*found[0], strict=True))
-            for count in counts:
-                latencies, rates = zip(*found[count], strict=True)
-                rows.append(
-                    [
-                        mode,
-                        count,
-                        spread(latencies, ".1f"),
-                        spread(ratios(latencies, alone[0])),
-                        spread(rates, ".1f"),
-                        spread(ratios(rates, alone[1])),
-                    ]
-                )
+    for mode, count in itertools.product(MODES, counts):
+        latencies, rates = zip(*found[mode, count], strict=True)
+        latencies_alone, rates_alone = zip(*found[mode, 0], strict=True)
+        rows.append(
+            [mode, count, spread(latencies, ".1f"), spread(ratios(latencies, latencies_alone)),
+             spread(rates, ".1f"), spread(ratios(rates, rates_alone))]
+        )  # fmt: skip
     print(f"{machine.describe()}.\n")
     header = ["server", "neighbours", "p50, ms", "of alone", "images a second", "of alone"]
     print(markdown(header, rows))

@@ -46,6 +46,8 @@ OVERLOAD = (503, 504)
 BAD, PATIENCE = 0.1, 0.01
 #: Seconds between two changes of the bank; bytes of answers that the server keeps.
 SWAP, KEPT = 120.0, 2**20
+#: Minutes of the shortest soak: its second half has readings enough for a slope.
+SHORTEST = 1 / 6
 #: What is read of the server every second.
 READ = ("MiB", "threads", "open files")
 
@@ -81,8 +83,10 @@ class Traffic:
         if self._chance.random() < BAD:
             return self._chance.choice(self._bad())
         ask = self._chance.choice(self._good)()
-        # A cascade is refused while a bank is served that it was not calibrated for.
-        return replace(ask, allowed=(200, 422)) if "rate=cascade" in ask.target else ask
+        # A cascade is refused while a bank is served that it was not calibrated for, and a deadline
+        # that even an idle server could not keep.
+        may_be_refused = any(word in ask.target for word in ("rate=cascade", "deadline_ms"))
+        return replace(ask, allowed=(200, 422)) if may_be_refused else ask
 
     def _picture(self) -> bytes:
         return self._chance.choice(self.pictures)
@@ -218,6 +222,8 @@ async def soak(
         beside = [asyncio.create_task(watch()), asyncio.create_task(swap(client))]
         await asyncio.gather(*(work(client) for _ in range(clients)))
         for each in beside:
+            if each.done():
+                each.result()  # had it failed, readings or changes would just have stopped
             each.cancel()
     return found
 
@@ -290,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to write report, plot and log")
     options = parser.parse_args(argv)
+    if options.minutes < SHORTEST:
+        parser.error(f"--minutes must be at least {SHORTEST:.2g}, got {options.minutes:g}")
     what = subject.from_arguments(options)
     bank = what.load().bank
     if bank is None:

@@ -85,12 +85,14 @@ class Offline:
     def __call__(self, question: Question) -> tuple[Tensor, bool]:
         """Return the logits [C] and whether a decision was a tie."""
         if question not in self._known:
-            delta = None
-            if question.digest is not None:
-                delta = self.handles[question.digest].delta(question.rate)
-            image = self.images[question.picture]
+            model = self.handles.get(question.digest, self.model)
+            variant = model.at(question.rate, compensate=question.digest is not None).variant()
             with torch.inference_mode():
-                traced = trace(self.model.backbone.model, image, question.rate, delta)
+                traced = trace(
+                    model.backbone.model, self.images[question.picture], variant.rate,
+                    variant.delta, proportional=variant.proportional, adapter=variant.adapter,
+                    ladder=variant.ladder, learned=variant.learned,
+                )  # fmt: skip
             self._known[question] = traced.logits[0], bool(traced.margin[0] < TIE)
         return self._known[question]
 
@@ -202,7 +204,8 @@ def swap(what: Subject, served: Served, options: argparse.Namespace, folder: Pat
     rate = options.load * capacity(served, forms, model.max_rate)
     plan = poisson_plan([Step(options.swap_seconds, rate)], options.seed)
     chosen = chance.choices(range(len(pictures)), k=len(plan))
-    kinds = [*range(model.max_rate + 1), "auto", "auto&deadline_ms=2000", "16&compensate=false"]
+    kinds = [*range(model.max_rate + 1), "auto", "auto&deadline_ms=2000",
+             f"{model.max_rate}&compensate=false"]  # fmt: skip
     asked = [
         upload(f"/v1/classify?logits=true&rate={chance.choice(kinds)}", forms[picture])
         for picture in chosen

@@ -4,7 +4,7 @@
 
 Each number of tasks has a process of its own, which loads the backbone and so many AdaptFormer
 tasks with a bank, and answers one image of each at a high rate, so that weights are folded. For
-comparison the same number of models that share nothing.
+comparison the same number of models that share nothing, in turns.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from adapters import BackboneInfo, TaskInfo, TaskModel
+from adapters import BackboneInfo, TaskInfo, TaskModel, open_bank
 from adapters.task import tensor_shapes
 from benchmarks import machine
-from benchmarks.estimates import markdown
+from benchmarks.estimates import in_turn, markdown, spread
 from server.models.loading import load_model
 from server.models.weights import Backbones
 from server.settings import ModelSettings
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bank", default="bundled:deit_tiny_bank")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--rate", type=int, default=16)
+    parser.add_argument("--rate", type=int, help="default: the bank's highest")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # task, count, share
     options = parser.parse_args(argv)
     if options.one:
@@ -78,23 +79,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(json.dumps(measure(settings, int(count), options.rate, share == "True")))
         return
-    print(f"{machine.describe()}.\n")
+    rate = open_bank(options.bank).info.max_rate if options.rate is None else options.rate
+    print(f"{machine.describe()}.\n\n{options.backbone} at rate {rate}, {options.rounds} rounds.\n")
     rows = []
     with tempfile.TemporaryDirectory() as root:
         folder = make_task(options.backbone, Path(root) / "task", options.classes)
         size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
         for count in options.tasks:
-            grown = []
-            for share in (True, False):
-                command = [
-                    sys.executable, "-m", "benchmarks.serve_tasks",
-                    f"--backbone={options.backbone}", f"--bank={options.bank}",
-                    f"--rate={options.rate}",
-                    "--one", str(folder), str(count), str(share),
-                ]  # fmt: skip
-                said = json.loads(subprocess.check_output(command))
-                grown.append(said["after"] - said["before"])
-            rows.append([count, f"{count * size:.1f}", *(f"{each:.0f}" for each in grown)])
+            grown: dict[bool, list[float]] = {True: [], False: []}
+            for turn in range(options.rounds):
+                for share in in_turn(grown, turn):
+                    command = [
+                        sys.executable, "-m", "benchmarks.serve_tasks",
+                        f"--backbone={options.backbone}", f"--bank={options.bank}",
+                        f"--rate={rate}", "--one", str(folder), str(count), str(share),
+                    ]  # fmt: skip
+                    said = json.loads(subprocess.check_output(command))
+                    grown[share].append(said["after"] - said["before"])
+            memory = (spread(each, ".0f") for each in grown.values())
+            rows.append([count, f"{count * size:.1f}", *memory])
     header = ["tasks", "their folders, MiB", "on one backbone, MiB", "each by itself, MiB"]
     print(markdown(header, rows))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, subject
-from benchmarks.estimates import markdown, ratios, spread
+from benchmarks.estimates import in_turn, markdown, ratios, spread
 from benchmarks.load import Exchange, Request, closed_loop, form, upload
 from benchmarks.served import Served, free_port, running, serving, stopped
 from benchmarks.subject import Subject
@@ -278,17 +278,24 @@ def beside(
     log: Path,
 ) -> tuple[list[float], list[float]]:
     """Return images a second of ours and of a peer, in turns: one works while the other cannot."""
-    ours, theirs = Measured(), []
+    ours, theirs = Measured(), list[float]()
     port, rates = free_port(), bench.rates(str(rate))
     command = command_of(kind, port, what, {"rate": rate, **options})
     with running(command, f"http://127.0.0.1:{port}/health", log) as process:
         closed_loop(port, bench.requests(rates), bench.concurrency)  # warms it
-        for _ in range(rounds):
+
+        def by_ours() -> None:
             with stopped(process):
                 bench.by_http(str(rate), ours)
+
+        def by_peer() -> None:
             with stopped(bench.served.process):
                 exchanges = closed_loop(port, bench.requests(rates), bench.concurrency)
             theirs.append(len(exchanges) / elapsed(exchanges))
+
+        for turn in range(rounds):
+            for run in in_turn((by_ours, by_peer), turn):
+                run()
     return ours.http, theirs
 
 

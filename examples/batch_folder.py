@@ -40,8 +40,8 @@ class Pictures(Dataset[tuple[Path, Tensor | None]]):
         try:
             with Image.open(path) as picture:
                 return path, self._transform(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError):
-            return path, None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return path, None  # to Pillow a damaged PNG is a SyntaxError
 
 
 def rate_within(backbone: tocom.Backbone, ladder: tocom.Ladder, budget: float, highest: int) -> int:

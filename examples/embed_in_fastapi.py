@@ -99,7 +99,8 @@ def create_app(
             return await to_thread.run_sync(
                 classifier.classify, data, rate, limiter=app.state.forwards
             )
-        except (OSError, Image.DecompressionBombError) as error:
+        # To Pillow a damaged PNG is a SyntaxError.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise HTTPException(422, "the file is no picture that can be read") from error
 
     return app

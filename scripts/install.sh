@@ -23,7 +23,12 @@ die() { say "$*"; exit 1; }
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 find_python() {
-    for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+    if [ -n "${PYTHON-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3 python3.14 python3.13 python3.12 python3.11 python3.10
+    fi
+    for python; do
         if is_recent "$python"; then
             echo "$python"
             return
@@ -66,7 +71,13 @@ install() {
 
 has_nvidia_driver() { [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; }
 
-is_recent "$venv/bin/python" || create_venv
+build_of() { "$1" -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null || true; }
+
+if ! is_recent "$venv/bin/python"; then
+    create_venv
+elif [ -n "${PYTHON-}" ] && [ "$(build_of "$PYTHON")" != "$(build_of "$venv/bin/python")" ]; then
+    say "$venv is kept, which is not built on $PYTHON; to have that, remove $venv first"
+fi
 uv=$(find_uv)
 
 if [ -n "${TORCH_BACKEND-}" ]; then

@@ -1,5 +1,6 @@
 """The benchmarks' programs start, and what they make of measurements is right."""
 
+import argparse
 import asyncio
 import importlib
 import io
@@ -24,6 +25,7 @@ from benchmarks import (
     serve_soak,
     serve_swap,
     serve_throughput,
+    subject,
 )
 from benchmarks.jpeg_scale import enlarged
 from benchmarks.load import (
@@ -37,6 +39,8 @@ from benchmarks.load import (
     upload,
 )
 from benchmarks.peers import servers
+from benchmarks.studies import distill
+from server.settings import BUNDLED_MODEL
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = sorted(
@@ -80,6 +84,14 @@ def test_a_poisson_plan_offers_what_its_steps_say(seed):
 def test_spread_names_median_and_bounds():
     assert estimates.spread([1, 3, 2]) == "2.00 (1.00 to 3.00)"
     assert estimates.spread([1.25], ".1f") == "1.2"
+
+
+def test_no_one_is_always_first():
+    assert [estimates.in_turn("abc", turn) for turn in range(-1, 2)] == [
+        ["c", "b", "a"],
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+    ]
 
 
 def test_ratios_are_of_neighbours():
@@ -228,6 +240,22 @@ def test_answers_are_held_against_their_own_bank():
     assert found.banks == {"a" * 8: 4}
 
 
+def test_offline_a_bank_gives_what_the_server_gives():
+    what = subject.from_arguments(argparse.Namespace(
+        backbone=BUNDLED_MODEL.backbone, architecture=None, bank=BUNDLED_MODEL.bank, pictures=None
+    ))  # fmt: skip
+    model = what.load()
+    banks = serve_swap.variants(model.bank)
+    offline = serve_swap.Offline(model, banks, what.pictures[:1])
+    for bank in (None, *banks[1:]):
+        work = model.with_bank(bank).at(model.max_rate, compensate=True)
+        digest = work.model.bank_digest
+        logits, _ = offline(serve_swap.Question(digest, model.max_rate, 0))
+        (served,) = work(offline.images[0])
+        torch.testing.assert_close(logits, served.logits, rtol=0, atol=serve_swap.SAME)
+    assert offline.least_difference() > 10 * serve_swap.SAME
+
+
 def test_a_soak_tells_overload_from_faults():
     found = serve_soak.Found()
     ask = serve_soak.Ask("form", "/", {})
@@ -240,9 +268,22 @@ def test_a_soak_tells_overload_from_faults():
     assert len(found.wrong) == 4
 
 
+def test_a_soak_without_readings_is_none():
+    class Gone:
+        url = "http://127.0.0.1:9"
+
+        def memory(self) -> float:
+            raise FileNotFoundError("there is no such process")
+
+    with pytest.raises(FileNotFoundError, match="no such process"):
+        asyncio.run(serve_soak.soak(Gone(), None, seconds=0, clients=1))
+
+
 def test_a_soak_asks_for_everything():
     traffic = serve_soak.Traffic([jpeg(8, 8)], highest=16, seed=0)
-    asked = Counter(traffic.next().kind for _ in range(3000))
+    asks = [traffic.next() for _ in range(3000)]
+    assert {ask.allowed for ask in asks if "deadline_ms" in ask.target} == {(200, 422)}
+    asked = Counter(ask.kind for ask in asks)
     good = {"form", "body", "several", "base64", "features", "stream", "state", "OpenAI",
             "Hugging Face"}  # fmt: skip
     assert good < asked.keys()
@@ -308,6 +349,20 @@ def test_all_figures_of_a_device_come_from_one_program(capsys):
     assert re.search(r"^\| 1 \| 8 \| eager \|", said, re.MULTILINE)
     assert re.search(r"^\| adaptformer \| 0 \| \d+ \|", said, re.MULTILINE)
     assert re.search(r"The step on cpu, fp32: [\d.]+ pictures/s", said)
+
+
+def test_switching_needs_two_rates(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--device", "cpu", "--rates", "8"])
+    assert "--rates needs two or more" in capsys.readouterr().err
+
+
+def test_arms_of_a_study_are_added_to_those_of_others(tmp_path):
+    path = tmp_path / "study.json"
+    distill.added([{"arm": "rank 4", "seed": 0, "kl": 1}, {"arm": "rank 1", "seed": 0}], path)
+    found = distill.added([{"arm": "rank 4", "seed": 0, "kl": 2}], path)
+    assert found == [{"arm": "rank 1", "seed": 0}, {"arm": "rank 4", "seed": 0, "kl": 2}]
+    assert json.loads(path.read_text()) == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

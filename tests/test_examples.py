@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -26,6 +27,19 @@ PHOTOS = tocom.bundled_folder("samples")
 CUP = PHOTOS / "cup.jpg"
 
 
+def damaged_png() -> bytes:
+    """A picture whose header is sound, and whose data is of no kind that there is."""
+    written = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), random.Random(0).randbytes(3 * 200 * 200)).save(
+        written, "PNG"
+    )
+    head, first, second = written.getvalue().split(b"IDAT")
+    return head + b"IDAT" + first + bytes(4) + second
+
+
+DAMAGED = damaged_png()
+
+
 def test_every_example_is_in_the_list():
     listed = set(re.findall(r"\]\(([\w/.]+)\)", (EXAMPLES / "README.md").read_text("utf-8")))
     there = {
@@ -43,6 +57,7 @@ def photos(tmp_path: Path) -> Path:
     for name in ("cup", "shuttle"):
         shutil.copy(PHOTOS / f"{name}.jpg", folder / "more")
     (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "damaged.png").write_bytes(DAMAGED)
     (folder / "notes.txt").write_text("no picture either")
     return folder
 
@@ -57,11 +72,12 @@ def test_a_folder_becomes_a_table(
     batch_folder.main([str(photos), str(table), "--batch-size", "2", *options])
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file, dialect="excel-tab"))
-    assert [row["picture"] for row in rows] == ["broken.png", "more/cup.jpg", "more/shuttle.jpg"]
-    assert rows[0]["label"] == rows[0]["score"] == ""
-    assert rows[1]["label"] == "espresso"
-    assert 0 < float(rows[1]["score"]) < 1
-    assert capsys.readouterr().out == f"3 pictures at rate {rate}: {table}\n"
+    unreadable, readable = ["broken.png", "damaged.png"], ["more/cup.jpg", "more/shuttle.jpg"]
+    assert [row["picture"] for row in rows] == [*unreadable, *readable]
+    assert {row[column] for row in rows[:2] for column in ("label", "score")} == {""}
+    assert rows[2]["label"] == "espresso"
+    assert 0 < float(rows[2]["score"]) < 1
+    assert capsys.readouterr().out == f"4 pictures at rate {rate}: {table}\n"
 
 
 def test_a_budget_below_all_rates_is_refused(photos: Path, tmp_path: Path):
@@ -93,6 +109,7 @@ def test_an_application_answers_each_request_at_its_rate():
         ("-1", CUP.read_bytes(), "greater than or equal to 0"),
         ("2", b"no picture", "no picture that can be read"),
         ("2", CUP.read_bytes()[:2000], "no picture that can be read"),
+        ("2", DAMAGED, "no picture that can be read"),
     ],
 )
 def test_an_application_refuses_what_it_cannot_answer(rate: str, data: bytes, says: str):

@@ -59,9 +59,9 @@ def test_the_wheel_holds_the_packages_of_the_tree(wheel):
     assert wheel == set(listed.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", TOP_LEVEL)
 def test_packages_are_typed(name):
-    assert (ROOT / name.partition(".")[0] / "py.typed").exists()
+    assert (ROOT / name / "py.typed").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -82,6 +82,14 @@ def test_the_changelog_starts_with_this_version():
     heading = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert heading is not None
     assert heading[1] == PYPROJECT["project"]["version"]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "deploy/kserve.yaml", "deploy/kubernetes.yaml", "docs/operating.md"]
+)
+def test_images_and_wheels_are_of_this_version(page):
+    named = re.findall(r"tocom[-_]serve[:-](\d[\w.]*)", (ROOT / page).read_text("utf-8"))
+    assert {*named} == {PYPROJECT["project"]["version"]}
 
 
 def test_every_sample_photograph_has_its_licence():

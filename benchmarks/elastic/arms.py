@@ -145,8 +145,8 @@ def figures(arm: Arm, scene: Scene, known: Known) -> dict[str, Any]:
     }
 
 
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def _mean(values: Floats) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def until_back(arm: Arm, ends: float) -> float | None:

@@ -23,8 +23,8 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     load.plot(seconds, auto["offered"], color="0.6", label="offered")
     load.plot(seconds, auto["good"], color="C0", label="in time, auto")
     load.plot(seconds, stock["good"], color="C1", label="in time, rate 0")
-    for at in (0, max(result["capacity"])):
-        capacity = result["capacity"][at]
+    capacities = list(result["capacity"].items())
+    for at, capacity in (capacities[0], capacities[-1]):
         load.axhline(capacity, color="0.4", lw=0.8, ls=":")
         load.annotate(f"capacity at rate {at}", (0, capacity), fontsize=8, va="bottom")
     load.set(ylabel="images/s", ylim=(0, 1.3 * max(auto["offered"])))

@@ -38,7 +38,12 @@ def _table(trace: dict[str, Any], result: dict[str, Any]) -> str:
             spread([100 * each[key] / each["offered"] for each in rounds], ".1f")
             for key in ("refused", "late")
         ]
-        rates = (spread(_of(rounds, key), ".1f") for key in ("rate", "rate_burst"))
+        # A round in which nothing was answered has no mean rate.
+        ran = (
+            [each[key] for each in rounds if each[key] is not None]
+            for key in ("rate", "rate_burst")
+        )
+        rates = (spread(each, ".1f") if each else "none" for each in ran)
         rows.append([name, sum(_of(rounds, "errors")), *(f"{share} %" for share in shares),
                      spread(_of(rounds, "p99_ms"), ".0f"), spread(_of(rounds, "goodput"), ".1f"),
                      spread(_of(rounds, "goodput_burst"), ".1f"), ", ".join(rates),

@@ -1,12 +1,12 @@
 r"""What each choice of the distillation recipe gives: one change at a time, several seeds.
 
-    python benchmarks/studies/distill.py --folder runs/study --seeds 0 1 2 \
+    python -m benchmarks.studies.distill --folder runs/study --seeds 0 1 2 \
         --measure eval.tar backbone.name=... 'pictures=[{path="pictures.tar"}]'
 
 Every arm is a run of `tocom-train distill` from one preset with some keys changed, and a
 measurement by `tocom-train evaluate` on pictures that no run has seen. Finished runs are kept
 and stopped ones resume, so the program may be started again, or several times side by side
-with other `--arms`; it prints what there is as a Markdown table and writes `study.json`.
+with other `--arms`; it prints what it has as a Markdown table, and adds it to `study.json`.
 """
 
 import argparse
@@ -102,6 +102,15 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def added(found: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Add figures to a file, in place of older ones of the same arm and seed; return all."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    every = list({(row["arm"], row["seed"]): row for row in [*before, *found]}.values())
+    every.sort(key=lambda row: list(ARMS).index(row["arm"]))
+    path.write_text(json.dumps(every, indent=1) + "\n")
+    return every
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and print what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for arm in arguments.arms:
             found.append(measured(arm, seed, arguments))
             print(table(found), flush=True)
-    found.sort(key=lambda row: list(ARMS).index(row["arm"]))
-    (arguments.folder / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = added(found, arguments.folder / "study.json")
     print("KL: with the bank, as a share of plain merging's. Agreement: change in points.")
     print(table(found))
 

@@ -29,6 +29,7 @@ def test_freed_memory_is_not_asked_for_again() -> None:
 
     pages = 20 * 4 * 2**22 // resource.getpagesize()
     assert faults("keep") < 0.05 * pages
+    assert faults("default") > 0.5 * pages
 
 
 RETURNED = """

@@ -18,6 +18,8 @@ from tocom.reduction import DTEM, Method, ToMe
 from tocom.vit import embed, outputs
 
 BOTTLENECK = 5
+#: Whose class token methods may read.
+WITH_CLASS = [kind for kind in KINDS if kind != "no_prefix"]
 
 
 def adapter(model, seed=0):
@@ -62,9 +64,14 @@ def test_every_rate_agrees_with_the_reference(name):
         torch.testing.assert_close(logits, tensors[f"r{i}.logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "variant", [Variant(0), Variant(3), Variant(3, proportional=False), Variant(99)]
+    ("kind", "variant"),
+    [
+        *((kind, Variant(rate)) for kind in KINDS for rate in (0, 3)),
+        ("vit_tiny", Variant(3, proportional=False)),
+        ("vit_tiny", Variant(99)),
+        ("no_prefix", Variant(99)),
+    ],
 )
 def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     model = small_model(kind)
@@ -72,38 +79,33 @@ def test_every_kind_of_model_agrees_with_the_eager_forward(kind, variant):
     agree(Graph(model, variant, images=3), model, pictures(model), variant)
 
 
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
-    "method",
+    ("kind", "method"),
     [
-        ToMe(importance=0.05),
-        ToMe(size=0.1),
-        ToMe(0.1, 0.2),
-        ToMe(metric="tokens"),
-        ToMe(weight="class"),
-        ToMe(0.1, 0.2, "tokens", "class"),
+        *((kind, ToMe(0.1, 0.2, "tokens", "class")) for kind in WITH_CLASS),
+        ("no_prefix", ToMe(size=0.2, metric="tokens")),
+        ("vit_tiny", ToMe(importance=0.05)),
+        ("vit_tiny", ToMe(size=0.1)),
+        ("vit_tiny", ToMe(weight="class")),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_options_agree_with_the_eager_forward(kind, method, fused):
-    model, ladder = small_model(kind), Ladder("options", method)
-    if method.refuse(model) is not None:
-        return
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    variant = Variant(3, ladder=ladder)
-    images = pictures(model)
-    agree(Graph(model, variant, images=3), model, images, variant)
+def test_options_agree_with_the_eager_forward(kind, method):
+    model, variant = small_model(kind), Variant(3, ladder=Ladder("options", method))
+    agree(Graph(model, variant, images=3), model, pictures(model), variant)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rate", [0, 3])
-@pytest.mark.parametrize("options", [{}, {"importance": 0.1, "size": 0.2, "weight": "class"}])
+@pytest.mark.parametrize(
+    ("kind", "rate", "options"),
+    [
+        *((kind, 3, {"importance": 0.1, "size": 0.2, "weight": "class"}) for kind in WITH_CLASS),
+        ("no_prefix", 3, {}),
+        ("vit_tiny", 3, {}),
+        ("vit_tiny", 0, {}),
+    ],
+)
 def test_one_graph_serves_every_learned_metric(kind, rate, options):
     model, ladder = small_model(kind), Ladder("learned", DTEM(**options, channels=6))
     assert unsupported(model, ladder.method) is None
-    if ladder.method.refuse(model) is not None:
-        return
     images = pictures(model)
     first, second = (
         Variant(rate, ladder=ladder, learned=drawn_weights(ladder, model, seed)) for seed in (1, 2)
