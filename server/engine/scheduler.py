@@ -19,7 +19,7 @@ from server.engine.times import DELAY, Flow, largest_batch, sacrificed
 from server.engine.turns import NORMAL, Turns
 from server.engine.work import Runnable, Waiting, Work
 
-#: How long, in windows of its controller, no image of a model is let in before its times are
+#: How long, in windows of its controller, images of a model are all refused before its times are
 #: doubted, as only what runs tells how long it takes; and how many times too long they may be then.
 STALE, DOUBT = 4.0, 4.0
 
@@ -70,7 +70,7 @@ class Scheduler:
         self._coming: dict[Work, dict[int, Waiting]] = {}
         self._exact = Flow()  # seconds of work that arrive for exact rates
         self._controllers: set[Controller] = set()  # of those that choose rates
-        self._let_in: dict[Controller, float] = {}  # when the last image of each model was
+        self._in_vain: dict[Controller, float] = {}  # since when all images of a model are refused
         self._turns = Turns(share)
         self._waiting: Counter[int] = Counter()  # images, by their priority
         self._gathering: _Gathering | None = None  # while the next batch waits for more
@@ -145,7 +145,7 @@ class Scheduler:
         Were those that are refused not counted, the others would seem to be few enough for the
         rate at which there is no room for all.
         """
-        self._let_in.setdefault(work.controller, now)
+        self._in_vain.setdefault(work.controller, now)
         if work.rate is None:
             self._controllers.add(work.controller)
             work.controller.arrived(images, now)
@@ -156,13 +156,13 @@ class Scheduler:
         If all were refused for seeming too slow, none would ever tell that they no longer are.
         """
         controller = work.controller
-        stale = now - self._let_in[controller] > STALE * controller.window
+        stale = now - self._in_vain.get(controller, now) > STALE * controller.window
         return DOUBT if stale else 1.0
 
     def arrived(self, job: Waiting, now: float) -> None:
         """Take note that an image was let in; it is added when it is prepared."""
         work = job.work
-        self._let_in[work.controller] = now
+        self._in_vain.pop(work.controller, None)
         self._coming.setdefault(work, {})[job.number] = job
         if work.rate is not None:
             seconds = work.controller.seconds(work.rate, self.max_batch)

@@ -25,7 +25,7 @@ def test_one_slow_batch_refuses_nobody_for_good(make, clock):
     assert slow > deadline
     with pytest.raises(ShortDeadlineError):
         submit(engine, work, 2, clock.now + deadline)
-    clock.now += STALE * work.controller.window
+    clock.now += 1.1 * STALE * work.controller.window
     with pytest.raises(ShortDeadlineError):  # so much too long they cannot be
         submit(engine, work, 2, clock.now + 0.9 * slow / DOUBT)
     submit(engine, work, 2, clock.now + deadline).result(PATIENCE)
@@ -33,3 +33,11 @@ def test_one_slow_batch_refuses_nobody_for_good(make, clock):
     assert deadline < times.batch(0, 1) < slow
     with pytest.raises(ShortDeadlineError):  # one is enough to tell
         submit(engine, work, 3, clock.now + deadline)
+
+
+def test_a_deadline_that_is_too_short_is_told_however_long_nobody_asked(make, clock):
+    engine, work = make(), Exact()
+    work.controller.times.measured(0, 1, 1.0)
+    clock.now += 100 * STALE * work.controller.window
+    with pytest.raises(ShortDeadlineError):
+        submit(engine, work, 1, clock.now + 0.5)
