@@ -32,8 +32,7 @@ from training import loop
 from training.config import DistillConfig
 from training.ladders.chosen import chosen_ladder
 from training.learned.metric import Metric, metric_ladder
-from training.losses import answer_loss, lesson
-from training.measuring import MANY_CLASSES
+from training.losses import answer_loss, check_teaches, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.pictures.unseen import mean_over
@@ -95,15 +94,7 @@ class Distillation:
             ConfigError: if there is nothing to learn from, or the backbone scores several classes
                 a picture.
         """
-        if backbone.multi_label:
-            raise ConfigError(
-                f"{backbone.name} {MANY_CLASSES}; banks are distilled for models that answer one"
-            )
-        if not backbone.model.num_classes and not config.features and not config.tokens:
-            raise ConfigError(
-                f"{backbone.name} has no head, so there are no logits to learn from; "
-                "give its features or its tokens a weight: features=1.0, tokens=1.0"
-            )
+        check_teaches(backbone, config.features, config.tokens, "banks are distilled")
         self.config = config
         self.ladder = metric_ladder(chosen_ladder(config.ladder, backbone.model), config.metric)
         self.learned = backbone.learned

@@ -31,8 +31,7 @@ from training import loop
 from training.config import ElasticConfig
 from training.finetune import save_model
 from training.ladders.chosen import chosen_ladder
-from training.losses import answer_loss, lesson
-from training.measuring import MANY_CLASSES
+from training.losses import answer_loss, check_teaches, lesson
 from training.pictures.augment import mixing
 from training.pictures.batches import unlabelled
 from training.pictures.unseen import mean_over
@@ -163,15 +162,7 @@ def tuned_ladder(backbone: Backbone, config: ElasticConfig) -> Ladder:
         ConfigError: if there is nothing to learn from, the ladder has not so many rungs or is of a
             learned method, or the backbone scores several classes a picture.
     """
-    if backbone.multi_label:
-        raise ConfigError(
-            f"{backbone.name} {MANY_CLASSES}; elastic tuning is for models that answer one"
-        )
-    if not backbone.model.num_classes and not config.features and not config.tokens:
-        raise ConfigError(
-            f"{backbone.name} has no head, so there are no logits to learn from; "
-            "give its features or its tokens a weight: features=1.0, tokens=1.0"
-        )
+    check_teaches(backbone, config.features, config.tokens, "elastic tuning is")
     ladder = chosen_ladder(config.ladder, backbone.model)
     if ladder.method.learns:
         how = "in a bank: distil one" if ladder.method.in_bank else "from labels: fine-tune on it"

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tocom import Backbone, ConfigError
 from tocom.vit import Outputs, State
+from training.measuring import MANY_CLASSES
 
 
 def kd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -28,6 +30,26 @@ def answer_loss(student: Outputs, teacher: Outputs, logits: bool) -> Tensor:
     if logits:
         return kd_loss(student.logits, teacher.logits)
     return F.mse_loss(student.features, teacher.features)
+
+
+def check_teaches(backbone: Backbone, features: float, tokens: float, what: str) -> None:
+    """Check that a student can learn from what a backbone says.
+
+    Args:
+        backbone: the teacher.
+        features, tokens: weights, as of `lesson`.
+        what: what is made, such as "banks are distilled".
+
+    Raises:
+        ConfigError: if there is nothing to learn from, or it scores several classes a picture.
+    """
+    if backbone.multi_label:
+        raise ConfigError(f"{backbone.name} {MANY_CLASSES}; {what} for models that answer one")
+    if not backbone.model.num_classes and not features and not tokens:
+        raise ConfigError(
+            f"{backbone.name} has no head, so there are no logits to learn from; "
+            "give its features or its tokens a weight: features=1.0, tokens=1.0"
+        )
 
 
 def lesson(

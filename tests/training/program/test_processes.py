@@ -10,6 +10,7 @@ import torch
 
 from adapters import Bank, TaskModel
 from tests.training.jobs import environment, metrics
+from tests.training.test_loop import RECIPE
 from training.cli import main
 
 #: Runs several commands, because each new process takes longer to begin than they take.
@@ -18,27 +19,6 @@ import json, sys
 from training.cli import main
 for command in json.loads(sys.argv[1]):
     assert main(command) == 0
-"""
-DISTILL = """
-name = "tiny"
-max_rate = 6
-sources = 2
-students = 2
-unseen = 5
-pictures = [{{ path = "{pictures}" }}]
-[backbone]
-name = "{model}"
-[augment]
-mixup = 0.8
-cutmix = 1.0
-erasing = 0.5
-repeats = 3
-[loop]
-steps = 6
-batch_size = 8
-learning_rate = 5e-3
-watch_every = 3
-workers = 0
 """
 LADDER = {
     "format_version": 1,
@@ -55,11 +35,11 @@ def commands(
 ) -> dict[str, list[str]]:
     """What is run, without its folder; `finetune` learns a method of reduction, too."""
     folder = tmp_path_factory.mktemp("recipes")
-    (folder / "tiny.toml").write_text(DISTILL.format(pictures=pictures, model=model_folder))
+    (folder / "tiny.toml").write_text(RECIPE.format(pictures=pictures, backbone=model_folder))
     (folder / "ladder.json").write_text(json.dumps(LADDER))
     given = [f"backbone.name={model_folder}", f"pictures.path={pictures}"]
     return {
-        "distill": [str(folder / "tiny.toml")],
+        "distill": [str(folder / "tiny.toml"), "unseen=5", "loop.watch_every=3"],
         "finetune": [
             "deit-tiny-task", *given, f"test.path={pictures}", "method=linear", "loop.epochs=2",
             "loop.batch_size=12", "loop.learning_rate=3e-3", f"ladder={folder}/ladder.json",
