@@ -16,9 +16,9 @@ from torch import Tensor
 from tocom.delta import LowRank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """Branches of a model, one for each block.
+    """Branches of a model, one for each block; equal to itself only.
 
     Attributes:
         branches: for each block down [K, D] and up [D, K], the scale included in `up`.

@@ -94,6 +94,15 @@ def set_torch_threads(threads: int) -> None:
         last.join()
 
 
+def _change_torch_threads(threads: int) -> None:
+    """Set how many torch threads the calling thread gets, unless it has as many.
+
+    To set several takes a third of a millisecond, which a forward of one image should not take.
+    """
+    if torch.get_num_threads() != threads:
+        set_torch_threads(threads)
+
+
 def begin_beside_forwards() -> None:
     """Make the calling thread one for small work beside forwards, such as decoding.
 
@@ -110,7 +119,7 @@ def begin_beside_forwards() -> None:
 class Team:
     """The torch threads of a forward: all while it is alone, one beside busy programs.
 
-    Use: `run`, on a thread that has one torch thread otherwise.
+    Use: `run`, always on the same thread, which keeps as many as its last forward had.
     """
 
     def __init__(
@@ -142,6 +151,8 @@ class Team:
         share, in their order. Shares differ by one image at most.
         """
         if self.threads > 1 and len(images) >= SHARE * self.threads:
+            # Or those that wait awake after the copy of a batch would take cores from the shares.
+            _change_torch_threads(1)
             shares = images.tensor_split(self.threads)
             running = [self._sharers.submit(_run, forward, share) for share in shares]
             wait(running)  # if one fails the others must not run on beside what comes next
@@ -156,17 +167,15 @@ class Team:
 
     def __enter__(self) -> Self:
         self._size = self.size
-        if self._size > 1:
-            set_torch_threads(self._size)
+        if self.threads > 1:
+            _change_torch_threads(self._size)
         self._began = self._clock(), self._spent()
         return self
 
     def __exit__(self, *_: object) -> None:
         wall, spent = self._clock() - self._began[0], self._spent() - self._began[1]
-        if self._size > 1:
-            torch.set_num_threads(1)
-            if wall > 0:
-                self._take_note(spent / (wall * self._size))
+        if self._size > 1 and wall > 0:
+            self._take_note(spent / (wall * self._size))
 
     def _take_note(self, share: float) -> None:
         """Judge by the share of its cores' time that the process had during a forward."""

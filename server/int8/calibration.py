@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from PIL import Image
@@ -54,7 +54,8 @@ class Calibration:
         model, variant = forward
         delta = variant.delta if isinstance(variant.delta, FoldedWeights) else self._bare
         known = self._known.setdefault(delta, {})
-        beside = id(variant.adapter), id(variant.learned)
+        # Not kept for their ranges; once they are gone, nothing else is equal to their references.
+        beside = tuple(each and ref(each) for each in (variant.adapter, variant.learned))
         key = model, variant.ladder, variant.rate, variant.proportional, beside
         if key not in known:
             batches = torch.split(self._images(model), BATCH)

@@ -147,7 +147,26 @@ def team(machine) -> Team:
 
 def test_a_forward_alone_gets_all_threads(machine, team):
     assert [machine.run(team, 1.0) for _ in range(50)] == [2] * 50
-    assert torch.get_num_threads() == 1
+
+
+def test_threads_are_set_only_where_their_number_changes(machine, team, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr("server.engine.threads.set_torch_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1] if asked else 1)
+    for _ in range(3):
+        machine.run(team, 1.0)
+    assert asked == [2]
+    team.run(torch.clone, torch.zeros(8, 3, 2, 2))
+    team.run(torch.clone, torch.zeros(8, 3, 2, 2))
+    # Those that start the shares come in between, with one each.
+    assert set(asked[1:]) == {1}
+    machine.run(team, 1.0)
+    assert asked[-1] == 2
+
+
+def test_a_team_of_one_leaves_the_threads_of_its_caller(monkeypatch):
+    monkeypatch.setattr("server.engine.threads.set_torch_threads", pytest.fail)
+    assert torch.equal(*Team(1).run(torch.clone, torch.zeros(1)), torch.zeros(1))
 
 
 def test_one_interruption_changes_nothing(machine, team):

@@ -20,7 +20,8 @@ from tests.server.conftest import picture, png
 from tests.server.models.test_graphs import Changes, at_once, wait_for_compiler
 from tests.tocom_models import pictures, small_model
 from tocom import ConfigError, FoldedWeights, Variant
-from tocom.delta import target_layers
+from tocom.adapter import Adapter
+from tocom.delta import LowRank, target_layers
 
 
 class Engine:
@@ -124,6 +125,20 @@ def test_a_delta_is_not_kept_for_its_ranges(folder, model):
     gone = weakref.ref(gone)
     gc.collect()
     assert gone() is None
+
+
+def test_branches_that_are_gone_are_not_taken_for_new_ones(folder, model):
+    engine, calibration = Engine(), Calibration(folder)
+    for count in range(1, 4):
+        # Often in the place in memory where the last ones were.
+        branches = Adapter([LowRank(torch.ones(1, 192), torch.ones(192, 1))])
+        calibration(engine, Forward(model, Variant(0, adapter=branches)))
+        calibration(engine, Forward(model, Variant(0, adapter=branches)))
+        assert len(engine.measured) == count
+        engine.measured[-1] = None  # which keeps them
+        gone = weakref.ref(branches)
+        del branches
+        assert gone() is None
 
 
 @pytest.mark.parametrize(
