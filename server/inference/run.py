@@ -18,7 +18,7 @@ from server.models.registry import Registry
 from server.models.served import AutoWork, RateWork, ServedModel
 from server.schemas import Kind
 from server.settings import Settings
-from tocom import TOME, TocomError
+from tocom import TOME
 
 #: What may be done with an image.
 AnyWork: TypeAlias = RateWork | AutoWork | CascadeWork
@@ -175,7 +175,7 @@ async def answer_all(
     preparations: list[Callable[[], Tensor]],
     deadline: Deadline,
     priority: int = NORMAL,
-) -> list[Answer | TocomError]:
+) -> list[Answer | Exception]:
     """Run the images of a request; each is answered, or fails, by itself.
 
     Args:
@@ -210,8 +210,8 @@ async def answer_all(
         gone.cancel()
 
 
-def _outcome(future: Future[Answer]) -> Answer | TocomError:
-    """Return what became of an image whose time has come."""
+def _outcome(future: Future[Answer]) -> Answer | Exception:
+    """Return what became of an image whose time has come; an error may be unforeseen."""
     if isinstance(future, Climbing) and not future.done() and (answer := future.so_far()):
         return answer
     if not future.done():
@@ -219,9 +219,8 @@ def _outcome(future: Future[Answer]) -> Answer | TocomError:
     error = future.exception()
     if error is None:
         return future.result()
-    if isinstance(error, TocomError):
-        return error
-    raise error
+    assert isinstance(error, Exception)  # the engine's threads raise no others
+    return error
 
 
 async def until_gone(request: Request) -> None:

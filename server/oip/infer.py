@@ -125,10 +125,11 @@ def _understand(
     return question, tensors.preparations(inputs, model, settings)
 
 
-def _whole(index: int, outcome: Answer | TocomError) -> Answer:
-    """Return an answer, or raise why there is none, naming the image."""
-    if isinstance(outcome, TocomError):
-        outcome.args = (f"image {index}: {outcome}",)
+def _whole(index: int, outcome: Answer | Exception) -> Answer:
+    """Return an answer, or raise why there is none; a TocomError names the image."""
+    if isinstance(outcome, Exception):
+        if isinstance(outcome, TocomError):
+            outcome.args = (f"image {index}: {outcome}",)
         raise outcome
     scores = getattr(outcome.output, "logits", outcome.output)
     if not scores.isfinite().all():

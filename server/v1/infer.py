@@ -18,7 +18,6 @@ from server.web.access import priority_of
 from server.web.body import in_time
 from server.web.problems import described, problem_of
 from server.web.serving import Serving, ServingDep
-from tocom import TocomError
 
 Described = TypeVar("Described", bound=BaseModel)
 
@@ -108,7 +107,7 @@ async def _ask(
     reading = uploads.read_images(request, settings)
     upload = await in_time(reading, deadline.left, deadline.wanted_ms)
     outcomes = await run(request, serving, work, upload.images, deadline)
-    if upload.single and isinstance(outcomes[0], TocomError):
+    if upload.single and isinstance(outcomes[0], Exception):
         raise outcomes[0]
     told = [
         describe(outcome, deadline.spent)

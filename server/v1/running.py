@@ -38,7 +38,7 @@ async def run(
     work: AnyWork,
     images: list[bytes] | list[bytearray],
     deadline: Deadline,
-) -> list[Answer | TocomError]:
+) -> list[Answer | Exception]:
     """Run the images of a request, but those whose answers are kept.
 
     Each is answered, or fails, by itself.
@@ -58,7 +58,7 @@ async def run(
     caller, cache = caller_of(request), serving.cache
     name = caller.name if caller else None
     pictures: list[bytes] = []
-    found: list[Answer | TocomError | None] = [None] * len(images)
+    found: list[Answer | Exception | None] = [None] * len(images)
     if cache:
         pictures = await aside(partial(digests, images), sum(map(len, images)))
         if not isinstance(work, CascadeWork):  # of which only its runs tell the rate
@@ -82,20 +82,20 @@ async def run(
     return outcomes
 
 
-def whole(outcomes: list[Answer | TocomError], what: str) -> list[Answer]:
-    """Return the answers to all images, or raise why one has none, naming its place.
+def whole(outcomes: list[Answer | Exception], what: str) -> list[Answer]:
+    """Return the answers to all images, or raise why one has none.
 
     Args:
         outcomes: of the images, in their order.
         what: they are called in messages.
 
     Raises:
-        TocomError: what the first one without an answer failed with.
+        Exception: what the first one without an answer failed with; a TocomError names its place.
     """
     answers = []
     for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, TocomError):
-            if len(outcomes) > 1:
+        if isinstance(outcome, Exception):
+            if len(outcomes) > 1 and isinstance(outcome, TocomError):
                 outcome.args = (f"{what} {index}: {outcome}",)
             raise outcome
         answers.append(outcome)

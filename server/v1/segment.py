@@ -27,7 +27,6 @@ from server.web.body import in_time
 from server.web.origins import ANSWER
 from server.web.problems import described, problem_of
 from server.web.serving import ServingDep
-from tocom import TocomError
 
 PATH = "/v1/segment"
 PNG = "image/png"
@@ -100,8 +99,8 @@ async def segment(
 
 
 async def _wanted(
-    request: Request, deadline: Deadline, scenes: list[Scene], outcomes: list[Answer | TocomError]
-) -> AsyncGenerator[tuple[Scene, Answer | TocomError], None]:
+    request: Request, deadline: Deadline, scenes: list[Scene], outcomes: list[Answer | Exception]
+) -> AsyncGenerator[tuple[Scene, Answer | Exception], None]:
     """Yield pictures and their outcomes, as long as somebody waits for what is made of them.
 
     Classes of many large pictures take long, and the room that decoding needs. So the answer to a

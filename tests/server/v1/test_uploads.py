@@ -8,7 +8,9 @@ from starlette.requests import Request
 
 from server.app import create_app
 from server.errors import TooLargeError
+from server.models.pictures import prepare
 from server.settings import Settings
+from server.v1 import running
 from server.v1.uploads import EncodedImages, Upload, read_images
 from tests.server.conftest import problem
 
@@ -192,6 +194,24 @@ def test_several_images_are_answered_together(client, photo):
         assert first["rate"] == 3
         assert second["status"] == 422
         assert "cannot be decoded" in second["detail"]
+
+
+def test_an_error_of_ours_fails_its_own_image_alone(client, photo, monkeypatch, caplog):
+    def fail(data, *_):
+        if len(data) == 100:
+            raise RuntimeError("a bug")
+        return prepare(data, *_)
+
+    monkeypatch.setattr(running, "prepare", fail)
+    files = [("file", data) for data in (photo, photo[:100])]
+    answer = client.post("/v1/classify", files=files)
+    assert answer.status_code == 200, answer.text
+    first, second = answer.json()["results"]
+    assert first["predictions"]
+    assert second["status"] == 500
+    assert second["detail"] == "the server failed on this request; its log has the request id"
+    assert "a bug" in caplog.text
+    assert second["request_id"] in caplog.text
 
 
 @pytest.mark.parametrize("entry", [b"0", b"{}", b'""', b"null"])
